@@ -1,0 +1,127 @@
+"""What a host must offer, so that everything above it knows no framework."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from polylens.activations import Activation
+from polylens.weights import GLUWeights, MLPWeights
+
+Weights = MLPWeights | GLUWeights
+
+
+@dataclass(frozen=True)
+class MLPSite:
+    """One MLP or GLU of a model, verified to be a normal form.
+
+    Attributes:
+        layer: index of the block.
+        path: dotted path of the MLP component in the host.
+        kind: "mlp" or "glu".
+        activation: what the host's activation was found to compute.
+        d_in, d_mlp, d_out: sizes.
+        error: max |normal form - host's output| / max |host's output| on captured inputs.
+        weights: reads the normal form from the host's current parameters, without copying
+            a matrix.
+    """
+
+    layer: int
+    path: str
+    kind: str
+    activation: Activation
+    d_in: int
+    d_mlp: int
+    d_out: int
+    error: float
+    weights: Callable[[], Weights]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """The normalisation in front of an MLP, for the data-free input model.
+
+    Attributes:
+        centred: True for LayerNorm (the mean is removed), False for RMSNorm.
+        weight, bias: [d_model], or None when absent or folded into the MLP.
+    """
+
+    centred: bool
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Tap(Protocol):
+    """The hook points of one site: `hook_poly_<name>` on the MLP component."""
+
+    def wants(self, name: str) -> bool:
+        """Whether somebody listens at the point (a forward or a backward hook)."""
+        ...
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        """Pass value through the point; what comes back may have been edited by a hook."""
+        ...
+
+
+class Emitter(Protocol):
+    """What is installed at a site: given true input and output, says what flows on."""
+
+    point_names: tuple[str, ...]
+
+    def __call__(self, x: Tensor, y: Tensor, tap: Tap) -> Tensor: ...
+
+
+class Host(Protocol):
+    """One model in one framework. x is [..., d_in], y is [..., d_out] throughout."""
+
+    name: str
+    model: Any
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def sites(self) -> tuple[list[MLPSite], dict[int, str]]:
+        """Verified sites by layer, and for each refused layer the reason.
+
+        Runs one tiny forward pass. The model's training flag, hooks and RNG are as before.
+        """
+        ...
+
+    def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[batch, pos] token ids -> [batch, pos, d_vocab]."""
+        ...
+
+    def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+        """A forward pass for the sake of its observers; skips the unembedding where it can."""
+        ...
+
+    def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
+        """[n_seq, seq_len] token ids sampled from the model at temperature 1."""
+        ...
+
+    def observe(
+        self, observers: dict[int, Callable[[Tensor, Tensor], None]]
+    ) -> AbstractContextManager[None]:
+        """Within the context, observers[layer](x, y) sees the MLP's true input and output."""
+        ...
+
+    def substitute(
+        self, functions: dict[int, Callable[[Tensor, Tensor], Tensor]]
+    ) -> AbstractContextManager[None]:
+        """Within the context the output of layer's MLP is functions[layer](x, y)."""
+        ...
+
+    def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
+        """Add the emitter's hook points and route the MLP's output through it.
+
+        Returns the undo, which restores the same objects, hook names and state_dict exactly.
+        Nothing stays installed if this raises.
+        """
+        ...
+
+    def norm(self, site: MLPSite) -> Norm:
+        """The normalisation whose output the MLP reads; UnsupportedModel if there is none."""
+        ...
