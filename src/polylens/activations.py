@@ -41,6 +41,9 @@ class Activation:
         split: where the two polynomials meet.
         edges: increasing panel edges; fn minus its asymptote is smooth inside each panel and
             negligible outside them all. Empty if fn equals the asymptotes.
+        kinks: points where fn itself is not analytic.
+        width: scale of fn's features; Gaussians narrower than a quarter of it need no
+            asymptotes, and lose digits by them where fn is small.
         closed_form: (m, s, degree) -> coefficients, where one is known.
     """
 
@@ -50,6 +53,8 @@ class Activation:
     right: tuple[float, ...] = ()
     split: float = 0.0
     edges: tuple[float, ...] = ()
+    kinks: tuple[float, ...] = ()
+    width: float = 1.0
     closed_form: Callable[[Tensor, Tensor, int], Tensor] | None = None
 
     def __call__(self, y: Tensor) -> Tensor:
@@ -94,6 +99,25 @@ class Activation:
     def _coefficients(self, m: Tensor, s: Tensor, degree: int) -> Tensor:
         if self.closed_form is not None:
             return self.closed_form(m, s, degree)
+        if not self.edges:
+            return self._about_asymptotes(m, s, degree)
+        narrow = s <= self.width / 4
+        if not narrow.any():
+            return self._about_asymptotes(m, s, degree)
+        out = torch.empty(degree + 1, len(m), dtype=m.dtype, device=m.device)
+        out[:, narrow] = self._direct(m[narrow], s[narrow], degree)
+        out[:, ~narrow] = self._about_asymptotes(m[~narrow], s[~narrow], degree)
+        return out
+
+    def _direct(self, m: Tensor, s: Tensor, degree: int) -> Tensor:
+        edges = (-math.inf, *self.kinks, math.inf)
+        panels = [
+            quadrature_coefficients(self.fn, m, s, lower, upper, degree)
+            for lower, upper in zip(edges, edges[1:], strict=False)
+        ]
+        return torch.stack(panels).sum(0)
+
+    def _about_asymptotes(self, m: Tensor, s: Tensor, degree: int) -> Tensor:
         out = monomial_coefficients(self.left, m, s, degree)
         for power, jump in enumerate(_shifted_difference(self.left, self.right, self.split)):
             if jump:
@@ -162,7 +186,9 @@ def swish(beta: float = 1.0) -> Activation:
     if not (math.isfinite(beta) and beta > 0):
         raise InvalidInputError(f"swish needs a finite beta > 0, got {beta}")
     name = {1.0: "silu", 1.702: "quick_gelu"}.get(beta, f"swish(beta={beta:g})")
-    return Activation(name, partial(_swish, beta), (), (0.0, 1.0), edges=_two_sided(40 / beta))
+    return Activation(
+        name, partial(_swish, beta), (), (0.0, 1.0), edges=_two_sided(40 / beta), width=1 / beta
+    )
 
 
 def _swish(beta: float, y: Tensor) -> Tensor:
@@ -171,9 +197,7 @@ def _swish(beta: float, y: Tensor) -> Tensor:
 
 def leaky_relu(slope: float) -> Activation:
     """y for y > 0, slope * y below."""
-    return Activation(
-        f"leaky_relu({slope:g})", partial(_leaky, slope), (0.0, slope), (0.0, 1.0)
-    )
+    return Activation(f"leaky_relu({slope:g})", partial(_leaky, slope), (0.0, slope), (0.0, 1.0))
 
 
 def _leaky(slope: float, y: Tensor) -> Tensor:
@@ -189,6 +213,7 @@ def elu(alpha: float = 1.0, scale: float = 1.0) -> Activation:
         (-scale * alpha,),
         (0.0, scale),
         edges=(-40.0, -10.0, 0.0),
+        kinks=(0.0,),
     )
 
 
@@ -198,12 +223,14 @@ def _elu(alpha: float, scale: float, y: Tensor) -> Tensor:
 
 def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Activation:
     """alpha_p y^2 + beta y for y > 0, alpha_n (e^min(y, eps) - 1 - y) + beta y below."""
+    kinks = (eps, 0.0) if eps < 0 else (0.0,)
     return Activation(
         f"xielu(alpha_p={alpha_p:g}, alpha_n={alpha_n:g}, beta={beta:g})",
         partial(_xielu, alpha_p, alpha_n, beta, eps),
         (-alpha_n, beta - alpha_n),
         (0.0, beta, alpha_p),
-        edges=(-40.0, -10.0, min(eps, 0.0), 0.0) if eps < 0 else (-40.0, -10.0, 0.0),
+        edges=(-40.0, -10.0, *kinks),
+        kinks=kinks,
     )
 
 
@@ -246,11 +273,16 @@ _REGISTRY: dict[str, Activation] = {
         Activation("identity", _identity, (0.0, 1.0), (0.0, 1.0)),
         Activation("relu", torch.relu, (), (0.0, 1.0)),
         Activation("relu2", _squared_relu, (), (0.0, 0.0, 1.0)),
-        Activation("relu6", F.relu6, (), (6.0,), edges=(0.0, 6.0)),
+        Activation("relu6", F.relu6, (), (6.0,), edges=(0.0, 6.0), kinks=(0.0, 6.0)),
         Activation("gelu", F.gelu, closed_form=_gelu_coefficients),
         Activation("gelu_new", _tanh_gelu, (), (0.0, 1.0), edges=(-12.0, -3.0, 0.0, 3.0, 12.0)),
         Activation(
-            "gelu_10", _clipped_gelu, (), (10.0,), edges=(-40.0, -10.0, -3.0, 0.0, 3.0, 10.0)
+            "gelu_10",
+            _clipped_gelu,
+            (),
+            (10.0,),
+            edges=(-40.0, -10.0, -3.0, 0.0, 3.0, 10.0),
+            kinks=(10.0,),
         ),
         swish(1.0),
         swish(1.702),
@@ -258,8 +290,12 @@ _REGISTRY: dict[str, Activation] = {
         Activation("tanh", torch.tanh, (-1.0,), (1.0,), edges=_two_sided(20.0)),
         Activation("softplus", F.softplus, (), (0.0, 1.0), edges=_two_sided(40.0)),
         Activation("mish", _mish, (), (0.0, 1.0), edges=_two_sided(40.0)),
-        Activation("hardswish", F.hardswish, (), (0.0, 1.0), edges=(-3.0, 0.0, 3.0)),
-        Activation("hardsigmoid", F.hardsigmoid, (), (1.0,), edges=(-3.0, 0.0, 3.0)),
+        Activation(
+            "hardswish", F.hardswish, (), (0.0, 1.0), edges=(-3.0, 0.0, 3.0), kinks=(-3.0, 3.0)
+        ),
+        Activation(
+            "hardsigmoid", F.hardsigmoid, (), (1.0,), edges=(-3.0, 0.0, 3.0), kinks=(-3.0, 3.0)
+        ),
         elu(),
         replace(elu(1.6732632423543772, 1.0507009873554805), name="selu"),
         replace(leaky_relu(0.01), name="leaky_relu"),
@@ -336,7 +372,9 @@ def _parametrised(source: Any) -> list[Activation]:
     def number(*names: str) -> float | None:
         for name in names:
             value = getattr(source, name, None)
-            if isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1):
+            if isinstance(value, (int, float)) or (
+                isinstance(value, Tensor) and value.numel() == 1
+            ):
                 return float(value)
         return None
 

@@ -1,0 +1,187 @@
+"""Models of what flows into an MLP."""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polylens.errors import InvalidInputError, NumericalWarning
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """x ~ N(mean, cov), in float64.
+
+    Args:
+        mean: [d_in].
+        cov: [d_in, d_in], or [d_in] for a diagonal. Any rank: it is never inverted.
+
+    Raises:
+        InvalidInputError: sizes that do not fit, NaN, asymmetry, a negative eigenvalue.
+    """
+
+    mean: Tensor
+    cov: Tensor
+
+    def __post_init__(self) -> None:
+        mean, cov = torch.as_tensor(self.mean), torch.as_tensor(self.cov)
+        if mean.dim() != 1 or not mean.is_floating_point() or not cov.is_floating_point():
+            raise InvalidInputError(
+                "mean must be floating point of shape [d_in] and cov floating point; got "
+                f"{mean.dtype} {tuple(mean.shape)} and {cov.dtype} {tuple(cov.shape)}"
+            )
+        d = mean.shape[0]
+        if tuple(cov.shape) not in ((d, d), (d,)) or cov.device != mean.device:
+            raise InvalidInputError(
+                f"cov must be [{d}, {d}] or a diagonal [{d}] on {mean.device}, to fit mean [{d}]; "
+                f"got {tuple(cov.shape)} on {cov.device}"
+            )
+        mean, cov = mean.detach().double(), cov.detach().double()
+        for name, tensor in (("mean", mean), ("cov", cov)):
+            if not torch.isfinite(tensor).all():
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise InvalidInputError(f"{name} has {bad} NaN or infinite entries")
+        _require_positive_semidefinite(cov)
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "cov", cov)
+
+    @classmethod
+    def standard(cls, d_in: int, device: torch.device | str | None = None) -> "Gaussian":
+        """N(0, I), stored as a diagonal."""
+        zeros = torch.zeros(d_in, dtype=torch.float64, device=device)
+        return cls(zeros, torch.ones_like(zeros))
+
+    @classmethod
+    def from_samples(cls, samples: Tensor | Iterable[Tensor]) -> "Gaussian":
+        """Mean and covariance (divided by n) of [..., d_in] samples, or of batches of them.
+
+        Streamed in float64: memory is d_in^2 however many samples there are.
+        Warns with a NumericalWarning when there are too few samples for full rank; the fit is
+        exact all the same.
+        """
+        moments = Moments()
+        for batch in [samples] if isinstance(samples, Tensor) else samples:
+            moments.update(batch)
+        return moments.gaussian()
+
+    @property
+    def d_in(self) -> int:
+        return self.mean.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def cov_matmul(self, W: Tensor) -> Tensor:
+        """cov @ W for W [d_in, n]."""
+        return self.cov[:, None] * W if self.cov.dim() == 1 else self.cov @ W
+
+    def variances(self) -> Tensor:
+        """The diagonal of cov, [d_in]."""
+        return self.cov if self.cov.dim() == 1 else self.cov.diagonal()
+
+    def to(self, device: torch.device | str) -> "Gaussian":
+        if torch.device(device) == self.device:
+            return self
+        moved = object.__new__(Gaussian)
+        object.__setattr__(moved, "mean", self.mean.to(device))
+        object.__setattr__(moved, "cov", self.cov.to(device))
+        return moved
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """[n, d_in] draws in float64; exact on the support of a singular covariance."""
+        noise = torch.randn(
+            n, self.d_in, dtype=torch.float64, device=self.device, generator=generator
+        )
+        if self.cov.dim() == 1:
+            return self.mean + noise * self.cov.sqrt()
+        values, vectors = torch.linalg.eigh(self.cov)
+        return self.mean + noise * values.clamp(min=0).sqrt() @ vectors.T
+
+    def __repr__(self) -> str:
+        shape = "diagonal" if self.cov.dim() == 1 else "full"
+        return f"Gaussian(d_in={self.d_in}, {shape} covariance, {self.device})"
+
+
+def _require_positive_semidefinite(cov: Tensor) -> None:
+    scale = float(cov.abs().max()) if cov.numel() else 0.0
+    if cov.dim() == 1:
+        lowest = float(cov.min()) if cov.numel() else 0.0
+    else:
+        asymmetry = float((cov - cov.T).abs().max())
+        if asymmetry > 1e-8 * scale:
+            raise InvalidInputError(
+                f"cov is not symmetric: entries differ by up to {asymmetry:.3g} at a scale of "
+                f"{scale:.3g}; pass (cov + cov.T) / 2 if that is rounding"
+            )
+        ridge = 1e-10 * scale * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
+        if scale == 0 or torch.linalg.cholesky_ex(cov + ridge).info == 0:
+            return
+        lowest = float(torch.linalg.eigvalsh(cov)[0])
+    if lowest < -1e-8 * scale or (cov.dim() == 1 and lowest < 0):
+        raise InvalidInputError(
+            f"cov is not positive semidefinite: its lowest eigenvalue is {lowest:.6g} "
+            f"at a scale of {scale:.3g}"
+        )
+
+
+class Moments:
+    """Streamed mean and covariance in float64, of one or many batches.
+
+    Sums are taken about the mean of the first batch, so that a mean much larger than the
+    deviations costs no digits. Memory: d_in^2 float64.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._shift = self._sum = self._outer = torch.empty(0)
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Add samples x [..., d_in]."""
+        x = x.detach().reshape(-1, x.shape[-1]).double()
+        if not len(x):
+            return
+        if not self.count:
+            d = x.shape[-1]
+            self._shift = x.mean(0)
+            self._sum = torch.zeros_like(self._shift)
+            self._outer = torch.zeros(d, d, dtype=x.dtype, device=x.device)
+        elif x.shape[-1] != self._shift.shape[0]:
+            raise InvalidInputError(
+                f"samples have {x.shape[-1]} features, earlier ones had {self._shift.shape[0]}"
+            )
+        x = x - self._shift
+        self._sum += x.sum(0)
+        self._outer.addmm_(x.T, x)
+        self.count += len(x)
+
+    def gaussian(self, name: str = "the samples") -> Gaussian:
+        """The Gaussian with these moments.
+
+        Raises:
+            InvalidInputError: no samples, or NaN or infinite ones (how many features).
+        """
+        if not self.count:
+            raise InvalidInputError(f"{name}: no samples, nothing to take moments of")
+        bad = int((~torch.isfinite(self._sum)).sum())
+        if bad:
+            raise InvalidInputError(
+                f"{name}: {bad} of {len(self._sum)} features have NaN or infinite values"
+            )
+        if self.count <= len(self._sum):
+            warnings.warn(
+                f"{name}: {self.count} samples give a covariance of rank at most "
+                f"{self.count - 1} in {len(self._sum)} dimensions; the fit is exact for that "
+                "covariance, more tokens would describe the inputs better",
+                NumericalWarning,
+                stacklevel=2,
+            )
+        delta = self._sum / self.count
+        cov = torch.addr(self._outer / self.count, delta, delta, alpha=-1)
+        gaussian = object.__new__(Gaussian)
+        object.__setattr__(gaussian, "mean", self._shift + delta)
+        object.__setattr__(gaussian, "cov", cov)
+        return gaussian

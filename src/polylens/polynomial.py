@@ -1,0 +1,375 @@
+"""A polynomial in factored form: a small polynomial per neuron between two weight matrices."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polylens.errors import InvalidInputError
+from polylens.hermite import hermite_to_monomial
+from polylens.quadratic import QuadraticForm
+from polylens.weights import GLUWeights, MLPWeights
+
+# Elements of one elementwise block on a CPU: three float32 blocks stay in a core's cache.
+BLOCK = 1 << 16
+
+_COEFFICIENTS = ("m", "s", "P", "Q")
+_WEIGHTS = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
+
+
+class Polynomial(nn.Module):
+    """h_i = P_i(t_i) + z_i Q_i(t_i) per neuron, f(x) = h W_out + b_out.
+
+    t = (y - m) / s standardises the activated preactivation y; z is a GLU's linear branch and
+    Q is None for an MLP. The optimum of every degree up to `degree` is stored, so `truncate`
+    costs nothing. A torch module like any other: any batch axes, autograd, `.to`, state_dict;
+    coefficients stay in float64, evaluation runs in the weights' dtype (elementwise part in
+    float32 for half precision).
+
+    Attributes:
+        m, s: [d_mlp] mean and standard deviation of the preactivation, float64.
+        P: [degree + 1, degree + 1, d_mlp]; P[n, k] multiplies He_k(t) in the optimum of degree n.
+        Q: [degree + 1, degree, d_mlp], the same for the factor of z, or None.
+        inputs: the input model that it was fitted to.
+    """
+
+    W_in: Tensor
+    W_out: Tensor
+    W_gate: Tensor | None
+    b_gate: Tensor | None
+    b_in: Tensor | None
+    b_out: Tensor | None
+    m: Tensor
+    s: Tensor
+    P: Tensor
+    Q: Tensor | None
+
+    def __init__(
+        self,
+        weights: MLPWeights | GLUWeights,
+        m: Tensor,
+        s: Tensor,
+        P: Tensor,
+        Q: Tensor | None,
+        inputs: Any = None,
+    ) -> None:
+        super().__init__()
+        self.weights_type = type(weights)
+        self.act = weights.act
+        self.inputs = inputs
+        for name in _WEIGHTS:
+            tensor = getattr(weights, name, None)
+            self.register_buffer(name, None if tensor is None else tensor.detach())
+        for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q), strict=True):
+            self.register_buffer(name, tensor)
+        self._horner_cache: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor | None]] = {}
+
+    @property
+    def degree(self) -> int:
+        return self.P.shape[0] - 1
+
+    @property
+    def d_in(self) -> int:
+        return self.W_in.shape[0]
+
+    @property
+    def d_mlp(self) -> int:
+        return self.W_in.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_out.shape[1]
+
+    @property
+    def weights(self) -> MLPWeights | GLUWeights:
+        """The layer that this approximates."""
+        roles = {name: getattr(self, name) for name in _WEIGHTS}
+        if self.weights_type is MLPWeights:
+            del roles["W_gate"], roles["b_gate"]
+        return self.weights_type(act=self.act, **roles)
+
+    def extra_repr(self) -> str:
+        kind = "mlp" if self.Q is None else "glu"
+        return (
+            f"degree={self.degree}, {kind}, d_in={self.d_in}, d_mlp={self.d_mlp}, "
+            f"d_out={self.d_out}, act={self.act.name!r}"
+        )
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Polynomial":
+        kept = {name: getattr(self, name) for name in _COEFFICIENTS}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():
+            setattr(self, name, None if tensor is None else tensor.to(self.W_in.device))
+        self._horner_cache = {}
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_out], the optimum of the highest fitted degree."""
+        v, z = self._branches(x)
+        return self._project(self._neurons(v, z, self.degree, reuse=True))
+
+    def all_degrees(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [degree + 1, ..., d_out]: the optimum of every degree at once."""
+        v, z = self._branches(x)
+        return torch.stack(
+            [self._project(self._neurons(v, z, k, reuse=False)) for k in range(self.degree + 1)]
+        )
+
+    def truncate(self, degree: int) -> "Polynomial":
+        """The optimum of a lower degree; equal to fitting again at that degree.
+
+        Raises:
+            InvalidInputError: a degree outside 0 ... self.degree.
+        """
+        n = self._check_degree(degree)
+        Q = None if self.Q is None else self.Q[: n + 1, :n]
+        return self._with_coefficients(self.P[: n + 1, : n + 1], Q, self.b_out)
+
+    def part(self, degree: int) -> "Polynomial":
+        """What this degree adds: optimum of `degree` minus optimum of `degree - 1`.
+
+        The parts of degree 0 ... n sum to the optimum of degree n; part 0 is a constant and
+        holds b_out. Under a Gaussian, parts of different degree are uncorrelated.
+        """
+        n = self._check_degree(degree)
+        if n == 0:
+            return self.truncate(0)
+        P = torch.zeros_like(self.P[: n + 1, : n + 1])
+        P[n] = self.P[n, : n + 1] - self.P[n - 1, : n + 1]
+        Q = None
+        if self.Q is not None:
+            Q = torch.zeros_like(self.Q[: n + 1, :n])
+            Q[n] = self.Q[n, :n] - self.Q[n - 1, :n]
+        return self._with_coefficients(P, Q, None)
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """(beta [d_in, d_out], alpha [d_out]) in float64: the degree 1 optimum is x beta + alpha.
+
+        For an MLP beta = W_in diag(c_1 / s) W_out. Cost: one product d_in x d_mlp x d_out.
+        """
+        self._require_degree(1, "linear()")
+        W, b, V, b_V = self._activated_first()
+        shift = b - self.m
+        powers, z_powers = self._monomials(1)
+        gate = powers[1]
+        W_out = self.W_out.double()
+        beta = (W.double() * gate) @ W_out
+        constant = powers[0] + gate * shift
+        if V is not None and z_powers is not None:
+            beta = beta + (V.double() * z_powers[0]) @ W_out
+            constant = constant + z_powers[0] * b_V
+        alpha = constant @ W_out
+        return beta, alpha if self.b_out is None else alpha + self.b_out.double()
+
+    def quadratic_form(self, u: Tensor) -> QuadraticForm:
+        """Gamma_u with x Gamma_u x^T the pure second-order term of the degree 2 optimum along u.
+
+        Gamma_u = W diag(p (W_out u)) W^T + (W diag(q (W_out u)) V^T + transposed) / 2 with W the
+        activated and V the linear branch (no second term for an MLP, where p = c_2 / 2 s^2).
+        Symmetric, of rank <= d_mlp (2 d_mlp for a GLU), kept in factors.
+
+        Args:
+            u: [d_out], an output direction, not normalised here.
+
+        Raises:
+            InvalidInputError: u of another size or not finite, fitted degree below 2.
+        """
+        self._require_degree(2, "quadratic_form(u)")
+        u = torch.as_tensor(u, device=self.W_out.device).detach().double()
+        if tuple(u.shape) != (self.d_out,) or not torch.isfinite(u).all():
+            raise InvalidInputError(
+                f"u must be a finite vector of shape ({self.d_out},), got {tuple(u.shape)}"
+            )
+        W, _, V, _ = self._activated_first()
+        powers, z_powers = self._monomials(2)
+        readout = self.W_out.double() @ u
+        if V is None or z_powers is None:
+            return QuadraticForm(W, powers[2] * readout, None, None)
+        return QuadraticForm(W, powers[2] * readout, V, z_powers[1] * readout)
+
+    def to_dense(self, max_bytes: int = 1 << 30) -> list[Tensor]:
+        """Symmetric coefficient tensors T_k [d_out, d_in, ..., d_in] in float64, k = 0 ... degree.
+
+        f(x) = sum_k T_k(x, ..., x). Only for small layers: sizes grow as d_out d_in^k.
+
+        Raises:
+            InvalidInputError: the tensors would take more than max_bytes.
+        """
+        needed = 8 * sum(self.d_out * self.d_in**k for k in range(self.degree + 1))
+        if needed > max_bytes:
+            raise InvalidInputError(
+                f"dense tensors of degree {self.degree} for d_in={self.d_in}, d_out={self.d_out} "
+                f"take {needed:,} bytes, more than max_bytes={max_bytes:,}; truncate, use "
+                "quadratic_form(u) for one output direction, or raise max_bytes"
+            )
+        W, b, V, b_V = self._activated_first()
+        W = W.double()
+        powers, z_powers = self._monomials(self.degree)
+        raw = _expand_about(powers, b - self.m)
+        raw_z = None if z_powers is None else _expand_about(z_powers, b - self.m)
+        if raw_z is not None:
+            raw[: len(raw_z)] += raw_z * b_V
+        tensors = []
+        for k in range(self.degree + 1):
+            tensor = _outer_powers(self.W_out.double() * raw[k, :, None], [W] * k)
+            if k and raw_z is not None and V is not None and k <= len(raw_z):
+                factor = self.W_out.double() * raw_z[k - 1, :, None]
+                for position in range(k):
+                    columns = [W] * k
+                    columns[position] = V.double()
+                    tensor = tensor + _outer_powers(factor, columns) / k
+            tensors.append(tensor)
+        if self.b_out is not None:
+            tensors[0] = tensors[0] + self.b_out.double()
+        return tensors
+
+    def _with_coefficients(self, P: Tensor, Q: Tensor | None, b_out: Tensor | None) -> "Polynomial":
+        poly = Polynomial.__new__(Polynomial)
+        nn.Module.__init__(poly)
+        poly.weights_type, poly.act, poly.inputs = self.weights_type, self.act, self.inputs
+        for name in _WEIGHTS:
+            poly.register_buffer(name, getattr(self, name))
+        poly.b_out = b_out
+        for name, tensor in zip(_COEFFICIENTS, (self.m, self.s, P, Q), strict=True):
+            poly.register_buffer(name, tensor)
+        poly._horner_cache = {}
+        return poly
+
+    def _check_degree(self, degree: int) -> int:
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
+            raise InvalidInputError(f"degree must be an integer >= 0, got {degree!r}")
+        if degree > self.degree:
+            raise InvalidInputError(
+                f"degree {degree} was asked of a polynomial fitted to degree {self.degree}; "
+                f"fit with degree={degree}"
+            )
+        return degree
+
+    def _require_degree(self, degree: int, what: str) -> None:
+        if self.degree < degree:
+            raise InvalidInputError(
+                f"{what} needs a fitted degree of at least {degree}, this one has {self.degree}"
+            )
+
+    def _activated_first(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """(W, b) of the activated branch, (V, b_V) of the linear one; missing biases are zero."""
+        zero = torch.zeros_like(self.m)
+        b_in = zero if self.b_in is None else self.b_in.double()
+        if self.W_gate is None:
+            return self.W_in, b_in, None, zero
+        b_gate = zero if self.b_gate is None else self.b_gate.double()
+        return self.W_gate, b_gate, self.W_in, b_in
+
+    def _monomials(self, degree: int) -> tuple[Tensor, Tensor | None]:
+        """Coefficients of v^j, v = y - m, in P and Q of the optimum of this degree."""
+        inverse = torch.where(self.s > 0, 1 / self.s, 0.0)
+        scale = inverse ** torch.arange(degree + 1, device=self.s.device)[:, None]
+        basis = torch.tensor(hermite_to_monomial(degree), dtype=torch.float64, device=self.s.device)
+        powers = torch.einsum("kj,kh->jh", basis, self.P[degree, : degree + 1]) * scale
+        if self.Q is None:
+            return powers, None
+        z_powers = torch.einsum("kj,kh->jh", basis[:degree, :degree], self.Q[degree, :degree])
+        return powers, z_powers * scale[:degree]
+
+    def _horner(self, degree: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(bias of v, coefficients of P, coefficients of Q) in the dtype of evaluation."""
+        half = self.W_in.dtype in (torch.float16, torch.bfloat16)
+        dtype = torch.float32 if half else self.W_in.dtype
+        key = (degree, dtype)
+        if key not in self._horner_cache:
+            powers, z_powers = self._monomials(degree)
+            shift = self._activated_first()[1] - self.m
+            # Powers beyond the dtype's range belong to neurons of vanishing variance.
+            limit = torch.finfo(dtype).max
+            self._horner_cache[key] = (
+                shift.to(dtype),
+                powers.clamp(-limit, limit).to(dtype),
+                None if z_powers is None else z_powers.clamp(-limit, limit).to(dtype),
+            )
+        return self._horner_cache[key]
+
+    def _branches(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """v = y - m and the linear branch z, in the dtype of evaluation."""
+        if x.shape[-1:] != (self.d_in,) or x.dtype != self.W_in.dtype:
+            raise InvalidInputError(
+                f"x must be [..., {self.d_in}] of {self.W_in.dtype}, got {tuple(x.shape)} of "
+                f"{x.dtype}; cast x, or the polynomial with .to(dtype)"
+            )
+        shift, _, _ = self._horner(self.degree)
+        if self.W_gate is None:
+            return _affine(x, self.W_in, shift), None
+        return _affine(x, self.W_gate, shift), _affine(x, self.W_in, self.b_in)
+
+    def _neurons(self, v: Tensor, z: Tensor | None, degree: int, reuse: bool) -> Tensor:
+        """P(v) + z Q(v); overwrites v if `reuse` and autograd does not need it."""
+        _, p, q = self._horner(degree)
+        if degree == 0:
+            return p[0].expand_as(v)
+        needs_graph = torch.is_grad_enabled() and (
+            v.requires_grad or (z is not None and z.requires_grad)
+        )
+        if needs_graph or torch.is_grad_enabled() and torch.compiler.is_compiling():
+            h = _horner(p, v)
+            return h if q is None or z is None else torch.addcmul(h, _horner(q, v), z)
+        flat = v.reshape(-1, v.shape[-1])
+        flat_z = None if z is None else z.reshape(flat.shape)
+        target = flat if reuse else torch.empty_like(flat)
+        rows = max(1, BLOCK // flat.shape[-1]) if v.device.type == "cpu" else max(1, len(flat))
+        for i in range(0, len(flat), rows):
+            block = flat[i : i + rows]
+            h = _horner_inplace(p, block)
+            if q is None or flat_z is None:
+                target[i : i + rows] = h
+            else:
+                torch.addcmul(
+                    h, _horner_inplace(q, block), flat_z[i : i + rows], out=target[i : i + rows]
+                )
+        return target.reshape(v.shape)
+
+    def _project(self, h: Tensor) -> Tensor:
+        return _affine(h.to(self.W_out.dtype), self.W_out, self.b_out)
+
+
+def _affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """x @ W + b; the sum is taken in the wider dtype of the two."""
+    if b is None:
+        return x @ W
+    if b.dtype == W.dtype:
+        return torch.addmm(b, x.reshape(-1, x.shape[-1]), W).reshape(*x.shape[:-1], W.shape[1])
+    return x @ W + b
+
+
+def _horner(coefficients: Tensor, v: Tensor) -> Tensor:
+    value = coefficients[-1].expand_as(v)
+    for a in reversed(coefficients[:-1]):
+        value = torch.addcmul(a, value, v)
+    return value
+
+
+def _horner_inplace(coefficients: Tensor, v: Tensor) -> Tensor:
+    if len(coefficients) == 1:
+        return coefficients[0].expand_as(v)
+    value = torch.addcmul(coefficients[-2], coefficients[-1], v)
+    for a in reversed(coefficients[:-2]):
+        torch.addcmul(a, value, v, out=value)
+    return value
+
+
+def _expand_about(powers: Tensor, shift: Tensor) -> Tensor:
+    """Coefficients of y^l, where `powers` are those of (y + shift)^j."""
+    out = torch.zeros_like(powers)
+    for j in range(len(powers)):
+        for power in range(j + 1):
+            out[power] += math.comb(j, power) * shift ** (j - power) * powers[j]
+    return out
+
+
+def _outer_powers(readout: Tensor, columns: list[Tensor]) -> Tensor:
+    """sum_i readout[i] (x) columns_1[:, i] (x) ... (x) columns_k[:, i], as [d_out, d_in, ...]."""
+    if not columns:
+        return readout.sum(0)
+    product = readout.T
+    for column in columns[:-1]:
+        product = product.unsqueeze(-2) * column
+    return product @ columns[-1].T

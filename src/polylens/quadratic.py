@@ -1,0 +1,63 @@
+"""A symmetric quadratic form in factors."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuadraticForm:
+    """Gamma = W diag(p) W^T + (W diag(q) V^T + V diag(q) W^T) / 2, symmetric [d_in, d_in].
+
+    Attributes:
+        W: [d_in, d_mlp], V: the same or None.
+        p, q: [d_mlp] float64.
+    """
+
+    W: Tensor
+    p: Tensor
+    V: Tensor | None
+    q: Tensor | None
+
+    @property
+    def d_in(self) -> int:
+        return self.W.shape[0]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x Gamma x^T for x [..., d_in], in float64 -> [...]."""
+        y = x.double() @ self.W.double()
+        value = (y * y) @ self.p
+        if self.V is not None and self.q is not None:
+            value = value + (y * (x.double() @ self.V.double())) @ self.q
+        return value
+
+    def __matmul__(self, X: Tensor) -> Tensor:
+        """Gamma @ X for X [d_in] or [d_in, k], in float64, as thin products."""
+        columns = X.double().reshape(self.d_in, -1)
+        W = self.W.double()
+        inner = W.T @ columns
+        neurons = self.p[:, None] * inner
+        out = 0.0
+        if self.V is not None and self.q is not None:
+            V = self.V.double()
+            out = V @ (self.q[:, None] * inner) / 2
+            neurons = neurons + self.q[:, None] * (V.T @ columns) / 2
+        return (W @ neurons + out).reshape(X.shape)
+
+    def to_dense(self) -> Tensor:
+        """[d_in, d_in] float64."""
+        W = self.W.double()
+        gamma = (W * self.p) @ W.T
+        if self.V is not None and self.q is not None:
+            mixed = (W * self.q) @ self.V.double().T / 2
+            gamma = gamma + mixed + mixed.T
+        return (gamma + gamma.T) / 2
+
+    def trace(self) -> Tensor:
+        """Sum of the eigenvalues."""
+        W = self.W.double()
+        total = torch.sum(W * W * self.p)
+        if self.V is not None and self.q is not None:
+            total = total + torch.sum(W * self.V.double() * self.q)
+        return total
