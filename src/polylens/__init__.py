@@ -9,6 +9,10 @@ The mathematics is Belrose & Rigg 2025, "Converting MLPs into Polynomials in Clo
 arXiv 2502.01032. No host framework is imported until a model of it is attached.
 """
 
+from importlib import import_module
+from importlib.metadata import version
+from typing import Any
+
 from polylens.activations import Activation as Activation
 from polylens.activations import activation as activation
 from polylens.activations import known_activations as known_activations
@@ -25,3 +29,20 @@ from polylens.polynomial import Polynomial as Polynomial
 from polylens.quadratic import QuadraticForm as QuadraticForm
 from polylens.weights import GLUWeights as GLUWeights
 from polylens.weights import MLPWeights as MLPWeights
+
+__version__ = version("polylens")
+
+_LAZY = {
+    "Lens": "polylens.lens",
+    "MLPSite": "polylens.hosts.base",
+    "Report": "polylens.report",
+    "attach": "polylens.lens",
+    "attached": "polylens.lens",
+    "find_mlps": "polylens.lens",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'polylens' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)

@@ -100,6 +100,9 @@ class Gaussian:
         values, vectors = torch.linalg.eigh(self.cov)
         return self.mean + noise * values.clamp(min=0).sqrt() @ vectors.T
 
+    def __deepcopy__(self, memo: dict) -> "Gaussian":
+        return self  # immutable, and d_in^2 large
+
     def __repr__(self) -> str:
         shape = "diagonal" if self.cov.dim() == 1 else "full"
         return f"Gaussian(d_in={self.d_in}, {shape} covariance, {self.device})"
@@ -180,7 +183,7 @@ class Moments:
                 stacklevel=2,
             )
         delta = self._sum / self.count
-        cov = torch.addr(self._outer / self.count, delta, delta, alpha=-1)
+        cov = torch.addr(self._outer, delta, delta, beta=1 / self.count, alpha=-1)
         gaussian = object.__new__(Gaussian)
         object.__setattr__(gaussian, "mean", self._shift + delta)
         object.__setattr__(gaussian, "cov", cov)

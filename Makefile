@@ -1,0 +1,33 @@
+# `make test` and `make demo` set themselves up in .venv; they need only Python >= 3.10.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+TRANSFORMER_LENS ?= 3.9.0
+
+.PHONY: demo test lint types benchmarks clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]" transformer-lens==$(TRANSFORMER_LENS)
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/polylens demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/installed
+	$(BIN)/pyright
+
+benchmarks: $(VENV)/installed
+	$(BIN)/python benchmarks/run.py
+
+clean:
+	rm -rf .venv .venv4 .pytest_cache .hypothesis

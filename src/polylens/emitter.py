@@ -1,0 +1,152 @@
+"""What runs at an attached MLP in every forward pass."""
+
+
+import torch
+from torch import Tensor
+
+from polylens.errors import StalePolynomialError
+from polylens.hosts.base import MLPSite, Tap, Weights
+from polylens.polynomial import Polynomial
+
+_ROLES = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
+
+
+class SiteEmitter:
+    """Offers the polynomial at the hook points and, while replacing, lets it flow on.
+
+    Points: `in` (the MLP's input), `out` (the polynomial's output), `error` (true minus
+    polynomial) and `degree_k`, whose sum over k = 0 ... degree is `out`. The polynomial is
+    evaluated only if a point has listeners or the layer is replaced. Edits made by hooks at
+    `in`, `out` and `degree_k` reach what flows on.
+
+    Attributes:
+        replacing: degree of the replacement, or None while the true output flows on.
+        keep_first: leave position 0 of every sequence true. Sequences of one position are
+            continuations of a cached prompt and are replaced.
+    """
+
+    def __init__(self, site: MLPSite, polynomial: Polynomial, keep_first: bool) -> None:
+        self.site = site
+        self.polynomial = polynomial
+        self.keep_first = keep_first
+        self.replacing: int | None = None
+        self.owner: object = None
+        self.point_names = (
+            "in",
+            "out",
+            "error",
+            *(f"degree_{k}" for k in range(polynomial.degree + 1)),
+        )
+        self._parts: list[Polynomial] = []
+        self._truncated: dict[int, Polynomial] = {polynomial.degree: polynomial}
+        weights = site.weights()
+        self._identity = _identity(weights)
+        self._fingerprint = fingerprint(weights)
+
+    def __getstate__(self) -> dict:
+        # A copy of the model gets its own emitters, but the lens stays with the original.
+        return {**self.__dict__, "owner": None}
+
+    def __call__(self, x: Tensor, y: Tensor, tap: Tap) -> Tensor:
+        wanted = {name for name in self.point_names if tap.wants(name)}
+        if self.replacing is None and not wanted:
+            return y
+        self.refresh()
+        degree = self.polynomial.degree if self.replacing is None else self.replacing
+        x = tap("in", x) if "in" in wanted else x
+        if any(name.startswith("degree_") for name in wanted):
+            out = self._sum_of_parts(x, degree, tap)
+        else:
+            out = self.truncated(degree)(x)
+        out = tap("out", out) if "out" in wanted else out
+        if "error" in wanted:
+            tap("error", y - out)
+        if self.replacing is None:
+            return y
+        if self.keep_first and out.dim() >= 3 and out.shape[-2] > 1:
+            out = torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2)
+        return out
+
+    def truncated(self, degree: int) -> Polynomial:
+        """The optimum of this degree, made once."""
+        if degree not in self._truncated:
+            self._truncated[degree] = self.polynomial.truncate(degree)
+        return self._truncated[degree]
+
+    def refresh(self, contents: bool = False) -> None:
+        """Make sure the polynomial belongs to the weights that the host has now.
+
+        Cheap unless the tensors are other objects or were written to (or `contents` asks to
+        look at the values in any case). Weights that only moved to another device or dtype
+        are adopted.
+
+        Raises:
+            StalePolynomialError: the weights have other values than those fitted.
+        """
+        weights = self.site.weights()
+        identity = _identity(weights)
+        if identity == self._identity and not contents:
+            return
+        if not _same(self._fingerprint, fingerprint(weights), weights):
+            raise StalePolynomialError(
+                f"layer {self.site.layer} ({self.site.path}): the weights changed after the "
+                "polynomial was fitted to them (weight processing, training or an edit); detach "
+                "and attach again"
+            )
+        if identity != self._identity:
+            old = self.polynomial
+            Q = None if old.Q is None else old.Q.to(weights.device)
+            coefficients = (t.to(weights.device) for t in (old.m, old.s, old.P))
+            self.polynomial = Polynomial(weights, *coefficients, Q, inputs=old.inputs)
+            self._parts, self._truncated = [], {old.degree: self.polynomial}
+            self._identity = identity
+
+    def _sum_of_parts(self, x: Tensor, degree: int, tap: Tap) -> Tensor:
+        if not self._parts:
+            self._parts = [self.polynomial.part(k) for k in range(self.polynomial.degree + 1)]
+        values = [tap(f"degree_{k}", self._parts[k](x)) for k in range(degree + 1)]
+        return torch.stack(values).sum(0)
+
+
+def fingerprint(weights: Weights) -> dict[str, tuple[float, float, float]]:
+    """Sum, square sum and a position-dependent sum of each weight, in float64."""
+    found = {}
+    for name in _ROLES:
+        tensor = getattr(weights, name, None)
+        if tensor is not None:
+            rows = tensor.detach().double().reshape(len(tensor), -1)
+            pattern = [
+                torch.cos(torch.arange(n, dtype=torch.float64, device=rows.device) + 1)
+                for n in rows.shape
+            ]
+            found[name] = (
+                float(rows.sum()),
+                float(rows.square().sum()),
+                float(pattern[0] @ rows @ pattern[1]),
+            )
+    return found
+
+
+def _same(fitted: dict, now: dict, weights: Weights) -> bool:
+    if fitted.keys() != now.keys():
+        return False
+    # Rounding to the current dtype moves each sum by at most eps * norm * sqrt(size).
+    eps = max(torch.finfo(weights.dtype).eps, 1e-12)
+    for name, (total, square, mixed) in now.items():
+        before = fitted[name]
+        scale = eps * (before[1] * getattr(weights, name).numel()) ** 0.5 + 1e-300
+        if abs(total - before[0]) > scale or abs(mixed - before[2]) > scale:
+            return False
+        if abs(square - before[1]) > 4 * eps * before[1]:
+            return False
+    return True
+
+
+def _identity(weights: Weights) -> tuple:
+    tensors: list[Tensor | None] = [getattr(weights, name, None) for name in _ROLES]
+    return tuple(
+        None if t is None else (t.data_ptr(), t._version, t.dtype, t.device, t.stride())
+        for t in tensors
+    )
+
+

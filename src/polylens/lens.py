@@ -1,0 +1,359 @@
+"""`attach`: polynomials beside every MLP of a model, readable and switchable."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakValueDictionary
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from polylens import calibration
+from polylens.emitter import SiteEmitter
+from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
+from polylens.fit import fit
+from polylens.hosts import host_for
+from polylens.hosts.base import Host, MLPSite
+from polylens.inputs import Gaussian
+from polylens.polynomial import Polynomial
+from polylens.report import Report, measure
+
+# By id of the model; the installed emitters keep a lens alive as long as its model.
+_LENSES: "WeakValueDictionary[int, Lens]" = WeakValueDictionary()
+
+
+def find_mlps(model: Any) -> list[MLPSite]:
+    """Every MLP and GLU of the model that has a normal form, verified by a tiny forward pass.
+
+    Raises:
+        UnsupportedModel: an unknown kind of model, or one in which no layer can be read.
+    """
+    sites, refused = host_for(model).sites()
+    _require_sites(sites, refused, model)
+    return sites
+
+
+def attach(
+    model: Any,
+    tokens: Tensor | None = None,
+    *,
+    inputs: Gaussian | Mapping[int, Gaussian] | str | None = None,
+    degree: int = 2,
+    layers: Iterable[int] | int | None = None,
+    attention_mask: Tensor | None = None,
+    exclude_first: bool = True,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: bool = True,
+) -> "Lens":
+    """Fit a polynomial to every MLP of the model and add it as hook points.
+
+    The model computes exactly what it did before; the hook points `hook_poly_in`,
+    `hook_poly_out`, `hook_poly_error` and `hook_poly_degree_k` appear on each MLP, and
+    `lens.replaced()` lets the polynomials flow on.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge.
+        tokens: [batch, pos] token ids whose activations define each layer's Gaussian. Without
+            tokens (and inputs) 32 x 128 tokens are sampled from the model itself.
+        inputs: instead of tokens, a Gaussian (for all layers or by layer), or "norm" for the
+            data-free model that the preceding normalisation implies.
+        degree: fitted degree, 0 ... 12; lower ones come with it.
+        layers: which layers; all that can be read by default.
+        attention_mask: [batch, pos], 0 at padding, which is left out of the moments.
+        exclude_first: leave position 0 out of the moments and R2, and true under
+            `replaced`: language models park attention there, far from all other inputs.
+        batch_size: sequences per forward pass.
+        seed: of the text sampled when there are no tokens.
+        progress: show progress bars.
+
+    Returns:
+        A Lens; also a context manager that detaches.
+
+    Raises:
+        InvalidInputError: tokens, layers, degree or inputs that cannot be used.
+        UnsupportedModel: no readable MLP, or a named layer that was refused (with the reason).
+        AttachmentError: already attached, or in training mode with dropout.
+
+    Cost: one forward pass over the tokens, d_in^2 float64 of memory per layer, and one product
+    cov @ W per layer. If anything fails nothing stays attached.
+    """
+    host = host_for(model)
+    if attached(model) is not None:
+        raise AttachmentError(
+            "this model has a lens already: polylens.attached(model); detach() it first, or use "
+            "lens.replaced(degree=...) for a lower degree"
+        )
+    if tokens is not None and inputs is not None:
+        raise InvalidInputError("give tokens= or inputs=, not both: each defines the input model")
+    calibration.require_deterministic(host.model)
+    found, refused = host.sites()
+    _require_sites(found, refused, model)
+    sites = _chosen(found, refused, layers)
+    summary, source = _input_models(
+        host, sites, tokens, inputs, attention_mask, exclude_first, batch_size, seed, progress
+    )
+    polynomials = {}
+    for layer, gaussian in tqdm(source, "fitting", len(sites), disable=not progress):
+        with calibration.naming(layer, sites[layer]):
+            polynomials[layer] = fit(sites[layer].weights(), gaussian, degree)
+    lens = Lens(host, sites, polynomials, refused, summary, exclude_first)
+    _LENSES[id(model)] = lens
+    return lens
+
+
+def attached(model: Any) -> "Lens | None":
+    """The lens attached to this model, or None."""
+    return _LENSES.get(id(model))
+
+
+class Lens:
+    """The polynomials of a model, attached to it. Made by `attach`.
+
+    Attributes:
+        layers: attached layers, in order; `lens[layer]` is the layer's Polynomial.
+        sites: the MLPSite of each.
+        degree: fitted degree.
+        refused: reason for each layer that could not be read.
+        inputs_summary: which input model the polynomials were fitted to.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        sites: dict[int, MLPSite],
+        polynomials: dict[int, Polynomial],
+        refused: dict[int, str],
+        inputs_summary: str,
+        exclude_first: bool,
+    ) -> None:
+        self.host = host
+        self.sites = sites
+        self.refused = refused
+        self.inputs_summary = inputs_summary
+        self.exclude_first = exclude_first
+        self.degree = next(iter(polynomials.values())).degree
+        self._emitters = {
+            layer: SiteEmitter(sites[layer], polynomials[layer], exclude_first) for layer in sites
+        }
+        with ExitStack() as undo:
+            for layer, site in sites.items():
+                undo.callback(host.install(site, self._emitters[layer]))
+            self._undo: ExitStack | None = undo.pop_all()
+        for emitter in self._emitters.values():
+            emitter.owner = self
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.sites)
+
+    @property
+    def model_name(self) -> str:
+        config = getattr(self.host.model, "cfg", None)
+        return str(getattr(config, "model_name", None) or type(self.host.model).__name__)
+
+    @property
+    def is_attached(self) -> bool:
+        return self._undo is not None
+
+    def __getitem__(self, layer: int) -> Polynomial:
+        return self._emitters[self._check_layers([layer])[0]].polynomial
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __enter__(self) -> "Lens":
+        self._require_attached()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.is_attached:
+            self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.is_attached else "detached"
+        return (
+            f"Lens({self.model_name}, {self.host.name}, {len(self)} layers, degree {self.degree}, "
+            f"{self.inputs_summary}, {state})"
+        )
+
+    @contextmanager
+    def replaced(
+        self, layers: Iterable[int] | int | None = None, degree: int | None = None
+    ) -> Iterator["Lens"]:
+        """Within the context, these MLPs' outputs are those of their polynomials.
+
+        Nestable: an inner context adds to or changes the outer one, which comes back on exit,
+        also after an exception. With `exclude_first` position 0 of each sequence stays true.
+
+        Args:
+            layers: one, several, or all (default).
+            degree: 0 ... fitted degree (default), by truncation.
+
+        Raises:
+            InvalidInputError: unknown layer, degree above the fitted one.
+            AttachmentError: the lens is detached.
+            StalePolynomialError: weights changed since the fit.
+        """
+        self._require_attached()
+        chosen = self._check_layers(layers)
+        degree = self.check_degree(degree)
+        emitters = [self._emitters[layer] for layer in chosen]
+        for emitter in emitters:
+            emitter.refresh(contents=True)
+        before = [emitter.replacing for emitter in emitters]
+        for emitter in emitters:
+            emitter.replacing = degree
+        try:
+            yield self
+        finally:
+            for emitter, previous in zip(emitters, before, strict=True):
+                emitter.replacing = previous
+
+    def report(
+        self,
+        tokens: Tensor,
+        *,
+        degree: int | None = None,
+        layers: Iterable[int] | int | None = None,
+        attention_mask: Tensor | None = None,
+        batch_size: int = 8,
+        loss: bool = True,
+        progress: bool = True,
+    ) -> Report:
+        """R2 by layer and degree on held-out tokens, and what replacing each layer costs.
+
+        Args:
+            tokens: [batch, pos] token ids, best disjoint from those of `attach`.
+            degree: of the replacement whose loss is measured; fitted degree by default.
+            layers: which rows; all attached layers by default.
+            attention_mask: [batch, pos], 0 at padding.
+            batch_size: sequences per forward pass.
+            loss: False skips the two forward passes per layer that the loss columns need.
+            progress: show progress bars.
+
+        Raises:
+            InvalidInputError, AttachmentError, StalePolynomialError: as `replaced`.
+        """
+        self._require_attached()
+        chosen = self._check_layers(layers)
+        for layer in chosen:
+            self._emitters[layer].refresh(contents=True)
+        return measure(
+            self,
+            tokens,
+            degree=self.check_degree(degree),
+            layers=chosen,
+            attention_mask=attention_mask,
+            batch_size=batch_size,
+            loss=loss,
+            progress=progress,
+        )
+
+    def detach(self) -> None:
+        """Take everything off the model; it is exactly as before `attach`.
+
+        Raises:
+            AttachmentError: detached already.
+        """
+        self._require_attached()
+        undo, self._undo = self._undo, None
+        _LENSES.pop(id(self.host.model), None)
+        assert undo is not None
+        undo.close()
+
+    def check_degree(self, degree: int | None) -> int:
+        """The degree itself, or the fitted one for None; InvalidInputError out of range."""
+        if degree is None:
+            return self.degree
+        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
+            raise InvalidInputError(f"degree must be an integer >= 0, got {degree!r}")
+        if degree > self.degree:
+            raise InvalidInputError(
+                f"degree {degree} was asked of a lens fitted to degree {self.degree}; "
+                f"attach with degree={degree}"
+            )
+        return degree
+
+    def _require_attached(self) -> None:
+        if not self.is_attached:
+            raise AttachmentError("this lens is detached; attach again to use it")
+
+    def _check_layers(self, layers: Iterable[int] | int | None) -> list[int]:
+        if layers is None:
+            return list(self.sites)
+        return _check_layers(layers, self.sites, self.refused)
+
+
+def _check_layers(
+    layers: Iterable[int] | int, sites: Mapping[int, MLPSite], refused: Mapping[int, str]
+) -> list[int]:
+    chosen = [layers] if isinstance(layers, int) else list(layers)
+    if not chosen:
+        raise InvalidInputError(f"layers is empty; there are {sorted(sites)}")
+    for layer in chosen:
+        if layer in refused:
+            raise UnsupportedModel(refused[layer])
+        if isinstance(layer, bool) or layer not in sites:
+            raise InvalidInputError(f"no layer {layer!r}; there are {sorted(sites)}")
+    return sorted(set(chosen))
+
+
+def _chosen(
+    found: list[MLPSite], refused: dict[int, str], layers: Iterable[int] | int | None
+) -> dict[int, MLPSite]:
+    sites = {site.layer: site for site in found}
+    if layers is None:
+        return sites
+    return {layer: sites[layer] for layer in _check_layers(layers, sites, refused)}
+
+
+def _require_sites(sites: list[MLPSite], refused: dict[int, str], model: Any) -> None:
+    if not sites:
+        reasons = "; ".join(refused.values()) or "it has no MLP"
+        raise UnsupportedModel(f"{type(model).__name__} has no layer to attach to: {reasons}")
+
+
+def _input_models(
+    host: Host,
+    sites: dict[int, MLPSite],
+    tokens: Tensor | None,
+    inputs: Gaussian | Mapping[int, Gaussian] | str | None,
+    attention_mask: Tensor | None,
+    exclude_first: bool,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> tuple[str, Iterator[tuple[int, Gaussian]]]:
+    if isinstance(inputs, str):
+        if inputs != "norm":
+            raise InvalidInputError(
+                f"inputs={inputs!r} is unknown; 'norm', a Gaussian, or a mapping from layer to "
+                "Gaussian are possible, or give tokens"
+            )
+        return "data-free Gaussian implied by the norm", calibration.norm_inputs(host, sites)
+    if inputs is not None:
+        return "given Gaussian", calibration.given_inputs(inputs, sites)
+    origin = "tokens"
+    if tokens is None:
+        tokens = host.sample_tokens(
+            calibration.SAMPLED_SEQUENCES, calibration.SAMPLED_LENGTH, seed
+        )
+        origin = "tokens sampled from the model"
+    count = int(tokens.numel()) if attention_mask is None else int((attention_mask != 0).sum())
+    summary = f"Gaussian, {count} {origin}" + (", position 0 excluded" if exclude_first else "")
+    source = calibration.measured_inputs(
+        host,
+        sites,
+        tokens,
+        attention_mask=attention_mask,
+        exclude_first=exclude_first,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return summary, source
+
+
