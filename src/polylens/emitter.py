@@ -1,6 +1,5 @@
 """What runs at an attached MLP in every forward pass."""
 
-
 import torch
 from torch import Tensor
 
@@ -40,7 +39,7 @@ class SiteEmitter:
         self._parts: list[Polynomial] = []
         self._truncated: dict[int, Polynomial] = {polynomial.degree: polynomial}
         weights = site.weights()
-        self._identity = _identity(weights)
+        self._identity = _identity(site.tensors())
         self._fingerprint = fingerprint(weights)
 
     def __getstate__(self) -> dict:
@@ -83,10 +82,10 @@ class SiteEmitter:
         Raises:
             StalePolynomialError: the weights have other values than those fitted.
         """
-        weights = self.site.weights()
-        identity = _identity(weights)
+        identity = _identity(self.site.tensors())
         if identity == self._identity and not contents:
             return
+        weights = self.site.weights()
         if not _same(self._fingerprint, fingerprint(weights), weights):
             raise StalePolynomialError(
                 f"layer {self.site.layer} ({self.site.path}): the weights changed after the "
@@ -142,11 +141,8 @@ def _same(fitted: dict, now: dict, weights: Weights) -> bool:
     return True
 
 
-def _identity(weights: Weights) -> tuple:
-    tensors: list[Tensor | None] = [getattr(weights, name, None) for name in _ROLES]
-    return tuple(
-        None if t is None else (t.data_ptr(), t._version, t.dtype, t.device, t.stride())
-        for t in tensors
-    )
-
-
+def _identity(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {
+        name: (t.data_ptr(), t._version, t.dtype, t.device, t.stride())
+        for name, t in tensors.items()
+    }

@@ -339,9 +339,7 @@ def _input_models(
         return "given Gaussian", calibration.given_inputs(inputs, sites)
     origin = "tokens"
     if tokens is None:
-        tokens = host.sample_tokens(
-            calibration.SAMPLED_SEQUENCES, calibration.SAMPLED_LENGTH, seed
-        )
+        tokens = host.sample_tokens(calibration.SAMPLED_SEQUENCES, calibration.SAMPLED_LENGTH, seed)
         origin = "tokens sampled from the model"
     count = int(tokens.numel()) if attention_mask is None else int((attention_mask != 0).sum())
     summary = f"Gaussian, {count} {origin}" + (", position 0 excluded" if exclude_first else "")
@@ -355,5 +353,3 @@ def _input_models(
         progress=progress,
     )
     return summary, source
-
-

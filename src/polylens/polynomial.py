@@ -309,7 +309,7 @@ class Polynomial(nn.Module):
         needs_graph = torch.is_grad_enabled() and (
             v.requires_grad or (z is not None and z.requires_grad)
         )
-        if needs_graph or torch.is_grad_enabled() and torch.compiler.is_compiling():
+        if needs_graph:
             h = _horner(p, v)
             return h if q is None or z is None else torch.addcmul(h, _horner(q, v), z)
         flat = v.reshape(-1, v.shape[-1])

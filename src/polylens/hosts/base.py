@@ -25,8 +25,8 @@ class MLPSite:
         activation: what the host's activation was found to compute.
         d_in, d_mlp, d_out: sizes.
         error: max |normal form - host's output| / max |host's output| on captured inputs.
-        weights: reads the normal form from the host's current parameters, without copying
-            a matrix.
+        tensors: the host's current parameters by role, as they are; cheap.
+        weights: the validated normal form over them, without copying a matrix.
     """
 
     layer: int
@@ -37,6 +37,7 @@ class MLPSite:
     d_mlp: int
     d_out: int
     error: float
+    tensors: Callable[[], dict[str, Tensor]]
     weights: Callable[[], Weights]
 
 

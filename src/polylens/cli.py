@@ -1,0 +1,187 @@
+"""The command line. Heavy imports happen inside the commands, so that --help is quick."""
+
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from polylens.errors import InvalidInputError, PolylensError
+
+if TYPE_CHECKING:
+    from polylens.report import Report
+
+app = typer.Typer(
+    name="polylens",
+    help="The MLPs of transformers as polynomials, in closed form.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+
+DEMO_SEQUENCES, DEMO_LENGTH = 32, 128
+
+_RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
+
+Degree = Annotated[int, typer.Option(help="Highest degree that is fitted, and replaces the MLPs.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")]
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", help="Write the figure (.png, .pdf, .svg).")
+]
+NoLoss = Annotated[bool, typer.Option("--no-loss", help="R2 only: much faster.")]
+
+
+@app.command()
+def report(
+    model: Annotated[str, typer.Argument(help="Hub name, local directory or .gguf file.")],
+    text: Annotated[Path, typer.Option(help="UTF-8 text to calibrate and measure on.")],
+    degree: Degree = 2,
+    layers: Annotated[str | None, typer.Option(help="Such as 0-5,10; all by default.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")] = "float32",
+    calibration_tokens: Annotated[int, typer.Option(help="From the start of the text.")] = 4096,
+    heldout_tokens: Annotated[int, typer.Option(help="From what follows.")] = 4096,
+    seq_len: Annotated[int, typer.Option(help="Positions per sequence.")] = 128,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+    no_loss: NoLoss = False,
+) -> None:
+    """Fit polynomials to every MLP of a language model and show how good they are."""
+    with _one_line_errors():
+        _check_outputs(json_file, plot_file)
+        chosen = parse_layers(layers)
+        content = _read(text)
+        import polylens
+        from polylens.loading import load_model, token_windows
+
+        _quiet_libraries()
+        bridge, tokenizer = load_model(model, device, dtype)
+        calibration, heldout = token_windows(
+            tokenizer,
+            content,
+            _windows("calibration", calibration_tokens, seq_len),
+            _windows("heldout", heldout_tokens, seq_len),
+            seq_len,
+        )
+        options = {"batch_size": batch_size, "progress": sys.stderr.isatty()}
+        lens = polylens.attach(bridge, calibration, degree=degree, layers=chosen, **options)
+        _show(lens.report(heldout, loss=not no_loss, **options), json_file, plot_file)
+
+
+@app.command()
+def demo(
+    degree: Degree = 3,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
+    no_loss: NoLoss = False,
+    sequences: Annotated[
+        int, typer.Option(min=1, help=f"Sequences of {DEMO_LENGTH} bytes, twice.")
+    ] = DEMO_SEQUENCES,
+) -> None:
+    """The report on a small language model that comes with polylens; needs no network."""
+    with _one_line_errors():
+        _check_outputs(json_file, plot_file)
+        import polylens
+        from polylens import demo as embedded
+
+        training, heldout = (
+            embedded.batches(text, sequences, DEMO_LENGTH) for text in embedded.texts()
+        )
+        progress = sys.stderr.isatty()
+        lens = polylens.attach(embedded.load_bridge(), training, degree=degree, progress=progress)
+        _show(lens.report(heldout, loss=not no_loss, progress=progress), json_file, plot_file)
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """ "0-5,10" -> [0, 1, 2, 3, 4, 5, 10]; None stays None.
+
+    Raises:
+        InvalidInputError: anything else.
+    """
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise InvalidInputError(
+                f"layers {text!r}: {part.strip()!r} is neither a layer nor a rising range; "
+                "write them such as 0-5,10"
+            )
+        layers.update(range(first, last + 1))
+    return sorted(layers)
+
+
+def main() -> None:
+    """Entry point of the `polylens` command."""
+    app()
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """What a user can put right is said in one line, with exit code 2."""
+    try:
+        yield
+    except (PolylensError, OSError) as error:
+        message = " ".join(str(error).split())
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(message)}", soft_wrap=True)
+        raise typer.Exit(2) from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{path} is not UTF-8 text: {error.reason}") from error
+    except OSError as error:
+        raise InvalidInputError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
+    """Before hours of work: can the results be written?"""
+    for path in (json_file, plot_file):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise InvalidInputError(f"{path} cannot be written: there is no such directory")
+    if plot_file is not None:
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        known = FigureCanvasBase.get_supported_filetypes()
+        if plot_file.suffix[1:].lower() not in known:
+            raise InvalidInputError(
+                f"{plot_file}: figures are written as {', '.join(sorted(known))}, by the name's end"
+            )
+
+
+def _windows(name: str, tokens: int, seq_len: int) -> int:
+    if seq_len < 3 or tokens < seq_len:
+        raise InvalidInputError(
+            f"--{name}-tokens {tokens} must be at least one sequence of --seq-len {seq_len}, "
+            "which must be 3 or more"
+        )
+    return tokens // seq_len
+
+
+def _quiet_libraries() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _show(result: "Report", json_file: Path | None, plot_file: Path | None) -> None:
+    console = Console()
+    console.print(result)
+    if json_file is not None:
+        result.to_json(json_file)
+    if plot_file is not None:
+        result.plot().savefig(plot_file)
+    for path in (json_file, plot_file):
+        if path is not None:
+            console.print(f"wrote {escape(str(path))}", soft_wrap=True, highlight=False)

@@ -1,0 +1,110 @@
+"""A small trained language model inside the package, so that everything runs offline.
+
+A byte-level GPT-2 (4 layers, d_model 128, d_mlp 512, erf-GELU, 256 positions) trained by
+`scripts/train_demo.py` on the English prose of Python's own language reference and standard
+library docstrings. `training.json` beside the weights holds the figures of the run.
+"""
+
+import ast
+import json
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from polylens.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
+
+HOLD_OUT_EVERY = 10
+
+
+def load_model(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> "GPT2LMHeadModel":
+    """The trained model in eval mode, as Hugging Face's GPT2LMHeadModel."""
+    from safetensors.torch import load
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = files(__name__)
+    config = GPT2Config(**json.loads((folder / "config.json").read_text()))
+    model = GPT2LMHeadModel._from_config(config, attn_implementation="eager")
+    state = load((folder / "model.safetensors").read_bytes())
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if set(missing) - {"lm_head.weight"} or unexpected:
+        raise InvalidInputError(f"damaged demo model: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def load_bridge(device: torch.device | str | None = None) -> Any:
+    """The trained model as a TransformerLens TransformerBridge (3.9 or later)."""
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    model = load_model(device)
+    return build_bridge_from_module(
+        model, "GPT2LMHeadModel", hf_config=model.config, tokenizer=None
+    )
+
+
+def training_figures() -> dict[str, Any]:
+    """What `scripts/train_demo.py` recorded: versions, hashes of the text, losses, time."""
+    return json.loads((files(__name__) / "training.json").read_text())
+
+
+def texts() -> tuple[str, str]:
+    """(training text, held-out text), from any CPython.
+
+    Every tenth topic of the language reference in `pydoc_data.topics`, by sorted name, is held
+    out; the other topics and the docstrings of the standard library are for training.
+    """
+    from pydoc_data.topics import topics
+
+    names = sorted(topics)
+    held_out = [topics[name] for name in names[::HOLD_OUT_EVERY]]
+    training = [topics[name] for i, name in enumerate(names) if i % HOLD_OUT_EVERY]
+    return "\n\n".join([*training, *_docstrings()]), "\n\n".join(held_out)
+
+
+def _docstrings() -> list[str]:
+    """Docstrings over 200 characters of the standard library's top-level modules, each once."""
+    found: dict[str, None] = {}
+    for path in sorted(Path(ast.__file__).parent.glob("*.py")):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+                text = ast.get_docstring(node)
+                if text and len(text) > 200:
+                    found[text] = None
+    return list(found)
+
+
+def encode(text: str) -> Tensor:
+    """UTF-8 bytes of the text as token ids, int64 [n_bytes]."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).long()
+
+
+def decode(tokens: Tensor) -> str:
+    """The text of token ids [n_bytes]; bytes that are not UTF-8 are shown as replacements."""
+    return bytes(tokens.reshape(-1).tolist()).decode(errors="replace")
+
+
+def batches(text: str, n_seq: int, seq_len: int) -> Tensor:
+    """Consecutive windows of the text, int64 [n_seq, seq_len].
+
+    Raises:
+        InvalidInputError: the text has fewer than n_seq * seq_len bytes.
+    """
+    tokens = encode(text)
+    if len(tokens) < n_seq * seq_len:
+        raise InvalidInputError(
+            f"the text has {len(tokens)} bytes, {n_seq} windows of {seq_len} need "
+            f"{n_seq * seq_len}; ask for fewer or shorter windows"
+        )
+    return tokens[: n_seq * seq_len].reshape(n_seq, seq_len)

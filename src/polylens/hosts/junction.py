@@ -1,0 +1,116 @@
+"""Torch hooks that see an MLP's input and output and may change what flows on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from polylens.errors import AttachmentError
+
+Function = Callable[[Tensor, Tensor], Tensor | None]
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """Where a site's x and y flow in the host.
+
+    Attributes:
+        block: the transformer block, whose input has the [batch, pos, d_model] shape.
+        entry: runs before x appears; its pre-hook starts a new pass.
+        x_point: x is its output; None where x is the first argument of `entry`.
+        y_point: y is its first argument (x_point given) or its output.
+        owner, y_name: y_point must still be owner.<y_name>, else it was spliced out.
+    """
+
+    block: nn.Module
+    entry: nn.Module
+    x_point: nn.Module | None
+    y_point: nn.Module
+    owner: nn.Module
+    y_name: str
+
+
+class Junction:
+    """Calls function(x, y) in every forward pass; a returned tensor replaces y.
+
+    x and y are [batch, pos, d] even where the host flattens them. Only bound methods are
+    registered, so a deep copy of the model carries an independent, working copy.
+
+    Args:
+        first: see y before other junctions change it.
+    """
+
+    def __init__(self, wiring: Wiring, function: Function, first: bool = False) -> None:
+        self.wiring = wiring
+        self.function = function
+        self._x: Tensor | None = None
+        self._shape: tuple[int, ...] = ()
+        self._grab_id: int | None = None
+        self._handles: list[Any] = []
+        point = wiring.y_point
+        try:
+            self._add(wiring.block.register_forward_pre_hook(self._note_shape, with_kwargs=True))
+            if wiring.x_point is None:
+                self._add(point.register_forward_hook(self._at_module, prepend=first))
+            else:
+                self._add(wiring.entry.register_forward_pre_hook(self._start))
+                grab = wiring.x_point.register_forward_hook(self._grab)
+                self._grab_id = grab.id
+                self._add(grab)
+                self._add(point.register_forward_pre_hook(self._at_point, prepend=first))
+        except BaseException:
+            self.remove()
+            raise
+
+    def __getstate__(self) -> dict:
+        # Handles belong to the hooks of the original; a copy's hooks came with its modules.
+        return {**self.__dict__, "_handles": [], "_x": None}
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._x = [], None
+
+    def _add(self, handle: Any) -> None:
+        self._handles.append(handle)
+
+    def _note_shape(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor) and value.dim() == 3:
+                self._shape = tuple(value.shape[:2])
+                return
+
+    def _start(self, module: nn.Module, args: tuple) -> None:
+        self._x = None
+        owner = self.wiring.owner
+        if getattr(owner, self.wiring.y_name, None) is not self.wiring.y_point:
+            raise AttachmentError(
+                f"{getattr(self.wiring.y_point, 'name', self.wiring.y_name)} was replaced by "
+                "another object (spliced by another library?) after polylens attached to it; "
+                "detach polylens first, or undo the other splice"
+            )
+        hooks = self.wiring.x_point._forward_hooks if self.wiring.x_point is not None else {}
+        if self._grab_id in hooks:
+            hooks.move_to_end(self._grab_id)  # so that edits by user hooks are seen
+
+    def _grab(self, module: nn.Module, args: tuple, out: Tensor) -> None:
+        self._x = out
+
+    def _at_point(self, module: nn.Module, args: tuple) -> tuple | None:
+        x, self._x = self._x, None
+        if x is None:
+            return None
+        y = self._call(x, args[0])
+        return None if y is None else (y, *args[1:])
+
+    def _at_module(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
+        return self._call(args[0], out)
+
+    def _call(self, x: Tensor, y: Tensor) -> Tensor | None:
+        shape = self._shape
+        flat = x.dim() == 2 and len(shape) == 2 and x.shape[0] == shape[0] * shape[1]
+        if not flat:
+            return self.function(x, y)
+        new = self.function(x.reshape(*shape, -1), y.reshape(*shape, -1))
+        return None if new is None else new.reshape(y.shape)

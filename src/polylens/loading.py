@@ -1,0 +1,157 @@
+"""Models and token windows for the command line: from the hub, a directory or a GGUF file."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polylens.errors import InvalidInputError, UnsupportedModel
+
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_model(source: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+    """A TransformerBridge around the model, and its tokenizer.
+
+    Args:
+        source: a hub name (org/model), a directory with config.json, or a .gguf file.
+        device: "cpu", "cuda", "cuda:1", "mps", ...
+        dtype: one of DTYPES; a quantised GGUF is dequantised to it.
+
+    Raises:
+        InvalidInputError: no such file, directory, model, device or dtype.
+        UnsupportedModel: a model that transformers or TransformerLens cannot build.
+    """
+    torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
+    location, options = _locate(source)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            location, dtype=torch_dtype, attn_implementation="eager", **options
+        )
+    except OSError as error:
+        raise InvalidInputError(f"{source} could not be loaded: {_first_line(error)}") from error
+    except (ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise UnsupportedModel(
+            f"{source} is no causal language model that transformers can build: "
+            f"{_first_line(error)}"
+        ) from error
+    return _bridge(model.to(torch_device).eval(), tokenizer, Path(source).stem, source), tokenizer
+
+
+def token_windows(
+    tokenizer: Any, text: str, calibration: int, heldout: int, seq_len: int
+) -> tuple[Tensor, Tensor]:
+    """Two sets of windows of one text, without a token in common.
+
+    The first `calibration` windows of the text come first, the `heldout` ones follow. Every
+    window starts with the tokenizer's BOS token if it puts one in front of texts.
+
+    Args:
+        calibration, heldout: number of windows, at least 1.
+        seq_len: positions of each, BOS included.
+
+    Returns:
+        int64 [calibration, seq_len] and [heldout, seq_len].
+
+    Raises:
+        InvalidInputError: the text is too short (how many tokens it has and how many it needs).
+    """
+    if min(calibration, heldout) < 1 or seq_len < 3:
+        raise InvalidInputError(
+            "at least one window of 3 positions is needed for calibration and for held-out text; "
+            f"got {calibration} and {heldout} windows of {seq_len}"
+        )
+    bos = _leading_bos(tokenizer)
+    fresh = seq_len - len(bos)
+    needed = (calibration + heldout) * fresh
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < needed:
+        raise InvalidInputError(
+            f"the text has {len(ids):,} tokens and {needed:,} are needed ({calibration} "
+            f"calibration and {heldout} held-out windows of {fresh}); give a longer text or ask "
+            "for fewer"
+        )
+    windows = torch.tensor(ids[:needed], dtype=torch.long).reshape(-1, fresh)
+    start = torch.tensor(bos, dtype=torch.long).expand(len(windows), -1)
+    windows = torch.cat([start, windows], dim=1)
+    return windows[:calibration], windows[calibration:]
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """The torch dtype of this name; InvalidInputError lists the possible ones."""
+    if name not in DTYPES:
+        raise InvalidInputError(f"unknown dtype {name!r}; there are {', '.join(DTYPES)}")
+    return getattr(torch, name)
+
+
+def parse_device(name: str) -> torch.device:
+    """The device of this name; InvalidInputError if there is none such on this machine."""
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InvalidInputError(
+            f"device {name!r} cannot be used here: {_first_line(error)}; cpu always can"
+        ) from error
+    return device
+
+
+def _locate(source: str) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes for this source."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InvalidInputError(
+                f"{source} is no model directory: there is no config.json in it"
+            )
+        return str(path), {}
+    if path.is_file():
+        _require_gguf(path, source)
+        return str(path.parent), {"gguf_file": path.name}
+    if path.suffix == ".gguf" or not _HUB_NAME.fullmatch(source):
+        raise InvalidInputError(f"{source}: no such file or directory, and not a hub name either")
+    return source, {}
+
+
+def _require_gguf(path: Path, source: str) -> None:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if magic != b"GGUF":
+        raise InvalidInputError(
+            f"{source} is not a model: give a hub name, a directory with config.json, or a GGUF "
+            f"file (this file starts with {magic!r})"
+        )
+    if find_spec("gguf") is None:
+        raise InvalidInputError('reading GGUF needs the gguf package: pip install "polylens[gguf]"')
+
+
+def _bridge(model: Any, tokenizer: Any, name: str, source: str) -> Any:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    architecture = type(model).__name__
+    try:
+        return build_bridge_from_module(
+            model, architecture, hf_config=model.config, tokenizer=tokenizer, model_name=name
+        )
+    except Exception as error:  # whatever an adapter trips over
+        raise UnsupportedModel(
+            f"{source}: TransformerLens has no bridge for {architecture}: {_first_line(error)}"
+        ) from error
+
+
+def _leading_bos(tokenizer: Any) -> list[int]:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
