@@ -1,6 +1,6 @@
 """Train the byte-level language model that ships in polylens.demo.
 
-Deterministic for a given Python, torch and machine; takes about 20 minutes on two CPU cores.
+Deterministic for a given Python, torch and machine; takes about ten minutes on two CPU cores.
 
     python scripts/train_demo.py
 """
@@ -39,7 +39,7 @@ BATCH, LENGTH, PEAK_RATE, WARMUP = 16, 256, 2e-3, 100
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(demo.__file__).parent)
     parser.add_argument("--checkpoints", type=Path, help="also save weights at steps 1, 2, 4, ...")

@@ -201,17 +201,22 @@ class Lens:
         self._require_attached()
         chosen = self._check_layers(layers)
         degree = self.check_degree(degree)
-        emitters = [self._emitters[layer] for layer in chosen]
-        for emitter in emitters:
-            emitter.refresh(contents=True)
-        before = [emitter.replacing for emitter in emitters]
-        for emitter in emitters:
-            emitter.replacing = degree
-        try:
+        for layer in chosen:
+            self._emitters[layer].refresh(contents=True)
+        with self._flowing(dict.fromkeys(chosen, degree)):
             yield self
+
+    @contextmanager
+    def _flowing(self, degrees: Mapping[int, int | None]) -> Iterator[None]:
+        """Within the context, layer's polynomial of this degree (None: the true output) flows."""
+        before = {layer: self._emitters[layer].replacing for layer in degrees}
+        for layer, degree in degrees.items():
+            self._emitters[layer].replacing = degree
+        try:
+            yield
         finally:
-            for emitter, previous in zip(emitters, before, strict=True):
-                emitter.replacing = previous
+            for layer, degree in before.items():
+                self._emitters[layer].replacing = degree
 
     def report(
         self,
@@ -225,6 +230,8 @@ class Lens:
         progress: bool = True,
     ) -> Report:
         """R2 by layer and degree on held-out tokens, and what replacing each layer costs.
+
+        Always against the true model: an enclosing `replaced` is suspended meanwhile.
 
         Args:
             tokens: [batch, pos] token ids, best disjoint from those of `attach`.
@@ -242,16 +249,17 @@ class Lens:
         chosen = self._check_layers(layers)
         for layer in chosen:
             self._emitters[layer].refresh(contents=True)
-        return measure(
-            self,
-            tokens,
-            degree=self.check_degree(degree),
-            layers=chosen,
-            attention_mask=attention_mask,
-            batch_size=batch_size,
-            loss=loss,
-            progress=progress,
-        )
+        with self._flowing(dict.fromkeys(self.layers)):
+            return measure(
+                self,
+                tokens,
+                degree=self.check_degree(degree),
+                layers=chosen,
+                attention_mask=attention_mask,
+                batch_size=batch_size,
+                loss=loss,
+                progress=progress,
+            )
 
     def detach(self) -> None:
         """Take everything off the model; it is exactly as before `attach`.

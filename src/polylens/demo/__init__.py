@@ -45,9 +45,11 @@ def load_bridge(device: torch.device | str | None = None) -> Any:
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     model = load_model(device)
-    return build_bridge_from_module(
+    bridge = build_bridge_from_module(
         model, "GPT2LMHeadModel", hf_config=model.config, tokenizer=None
     )
+    bridge.cfg.model_name = "polylens-demo"
+    return bridge
 
 
 def training_figures() -> dict[str, Any]:

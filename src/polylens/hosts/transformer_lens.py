@@ -49,6 +49,8 @@ class TransformerLensHost:
             seq_len = min(seq_len, getattr(self.model.cfg, "n_ctx", None) or seq_len)
             start = self._first_token(n_seq)
             try:
+                if not self.is_bridge:
+                    return self._continue(start, seq_len)
                 return self.model.generate(
                     start,
                     max_new_tokens=seq_len - 1,
@@ -63,6 +65,17 @@ class TransformerLensHost:
                 raise UnsupportedModel(
                     f"{self.name} could not generate text to calibrate on ({error}); give tokens="
                 ) from error
+
+    def _continue(self, tokens: Tensor, seq_len: int) -> Tensor:
+        # HookedTransformer.generate (3.9) shifts positions twice when it uses its cache
+        from transformer_lens import HookedTransformerKeyValueCache
+
+        cache = HookedTransformerKeyValueCache.init_cache(self.model.cfg, self.device, len(tokens))
+        while tokens.shape[1] < seq_len:
+            logits = self.model(tokens[:, -1:], past_kv_cache=cache)[:, -1]
+            new = torch.multinomial(logits.float().softmax(-1), 1)
+            tokens = torch.cat([tokens, new], dim=1)
+        return tokens
 
     def _first_token(self, n_seq: int) -> Tensor:
         bos = getattr(getattr(self.model, "tokenizer", None), "bos_token_id", None)
