@@ -8,8 +8,8 @@ import torch
 import transformers
 
 try:
-    from transformer_lens.HookedTransformer import HookedTransformer
     from transformer_lens.config import HookedTransformerConfig
+    from transformer_lens.HookedTransformer import HookedTransformer
 except ImportError:
     try:
         from transformer_lens import HookedTransformer, HookedTransformerConfig

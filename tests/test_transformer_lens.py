@@ -319,9 +319,8 @@ def test_both_hosts_of_the_same_weights_agree():
     pytest.importorskip("transformer_lens.pretrained.weight_conversions")
     gpt2 = BRIDGES["gpt2"]()
     ours = hooked(act_fn="gelu_new", d_mlp=96, normalization_type="LN")
-    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
-
     import transformers
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 
     torch.manual_seed(0)
     hf = transformers.GPT2LMHeadModel(gpt2.original_model.config).eval()
