@@ -7,6 +7,7 @@ that; erf-GELU has an elementary closed form of its own.
 """
 
 import difflib
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -113,7 +114,7 @@ class Activation:
         edges = (-math.inf, *self.kinks, math.inf)
         panels = [
             quadrature_coefficients(self.fn, m, s, lower, upper, degree)
-            for lower, upper in zip(edges, edges[1:], strict=False)
+            for lower, upper in itertools.pairwise(edges)
         ]
         return torch.stack(panels).sum(0)
 
@@ -122,7 +123,7 @@ class Activation:
         for power, jump in enumerate(_shifted_difference(self.left, self.right, self.split)):
             if jump:
                 out += jump * ramp_coefficients(power, m, s, self.split, degree)
-        for lower, upper in zip(self.edges, self.edges[1:], strict=False):
+        for lower, upper in itertools.pairwise(self.edges):
             side = self.left if upper <= self.split else self.right
             remainder = partial(_remainder, self.fn, side)
             out += quadrature_coefficients(remainder, m, s, lower, upper, degree)

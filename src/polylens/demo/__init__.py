@@ -61,14 +61,16 @@ def texts() -> tuple[str, str]:
     """(training text, held-out text), from any CPython.
 
     Every tenth topic of the language reference in `pydoc_data.topics`, by sorted name, is held
-    out; the other topics and the docstrings of the standard library are for training.
+    out; the other topics and the docstrings of the standard library are for training. Topics
+    quote each other, so paragraphs that training has too are dropped from what is held out.
     """
     from pydoc_data.topics import topics
 
     names = sorted(topics)
-    held_out = [topics[name] for name in names[::HOLD_OUT_EVERY]]
     training = [topics[name] for i, name in enumerate(names) if i % HOLD_OUT_EVERY]
-    return "\n\n".join([*training, *_docstrings()]), "\n\n".join(held_out)
+    known = "\n\n".join([*training, *_docstrings()])
+    paragraphs = [p for name in names[::HOLD_OUT_EVERY] for p in topics[name].split("\n\n")]
+    return known, "\n\n".join(p for p in paragraphs if p not in known)
 
 
 def _docstrings() -> list[str]:
