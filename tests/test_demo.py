@@ -14,10 +14,10 @@ def test_it_is_small_and_trained():
     assert (files(demo) / "model.safetensors").stat().st_size <= 4_000_000
     assert figures["held_out_nats_per_byte"] < 1.7
     # other Python versions word some topics differently
-    windows = demo.batches(demo.texts()[1], 32, 256)
+    windows = demo.batches(demo.texts()[1], 64, 256)
     with torch.no_grad():
         loss = float(demo.load_model()(windows, labels=windows).loss)
-    assert loss == pytest.approx(figures["held_out_nats_per_byte"], abs=0.15)
+    assert loss == pytest.approx(figures["held_out_nats_per_byte"], abs=0.1)
 
 
 def test_held_out_text_is_not_training_text():
@@ -31,7 +31,7 @@ def test_bridge_computes_the_same():
     tokens = demo.batches(demo.texts()[1], 2, 32)
     with torch.no_grad():
         assert torch.allclose(
-            demo.load_bridge()(tokens), demo.load_model()(tokens).logits, atol=1e-4
+            demo.load_bridge()(tokens), demo.load_model()(tokens).logits, atol=1e-3
         )
 
 
