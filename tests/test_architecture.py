@@ -13,16 +13,15 @@ LIMIT = 400
 # Lowest first; a module may import from its own row and from rows above it here.
 LAYERS = (
     ("errors", "hermite"),
-    ("activations", "inputs", "tokens", "custom"),
+    ("activations", "inputs", "tokens"),
     ("weights", "quadratic"),
-    ("preactivation", "polynomial", "dense", "mixture", "samples", "normal_equations"),
-    ("closed_form", "quality", "fit"),
+    ("polynomial",),
+    ("fit",),
     ("hosts",),
     ("calibration", "emitter", "scoring", "rendering"),
     ("report",),
     ("lens",),
-    ("analysis", "training"),
-    ("plots", "figures", "demo", "loading"),
+    ("plots", "demo", "loading"),
     ("cli", "__main__", "__init__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,0 +1,230 @@
+"""Speed and memory, as ratios measured in one run. Prints one table.
+
+    python benchmarks/run.py [--quick]
+
+Each ratio is the median over pairs timed one right after the other, so that a machine whose
+speed drifts does not tilt it.
+"""
+
+import argparse
+import itertools
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+
+import polylens
+from polylens import Gaussian, GLUWeights, MLPWeights, demo, fit
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda y: F.gelu(y, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--peak-memory", choices=["load", "attach"], help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.peak_memory:
+        print(peak_memory(args.peak_memory))
+        return
+    pairs = 3 if args.quick else 9
+    table = Table("case", "measured", "against", "ratio", "target")
+    for row in itertools.chain(
+        fits(pairs), evaluation(pairs), attaching(pairs), observing(pairs), memory()
+    ):
+        table.add_row(*row)
+    console = Console(width=118)
+    console.print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU")
+    console.print(table)
+
+
+def fits(pairs: int):
+    for act in ("relu", "gelu"):
+        weights = layer("mlp", 128, 512, act)
+        standard = Gaussian.standard(128)
+        yield compare(
+            f"quadratic fit, {act}, d=128 h=512",
+            lambda w=weights, g=standard: fit(w, g, 2),
+            lambda w=weights, g=standard: dense_quadratic(w, g),
+            "dense quadratic by definition",
+            "",
+            max(1, pairs // 3),
+        )
+    weights, standard = layer("mlp", 768, 3072, "gelu"), Gaussian.standard(768)
+    seconds = timed(lambda: fit(weights, standard, 2))
+    yield ("quadratic fit, gelu, d=768 h=3072", f"{seconds * 1e3:.0f} ms", "", "", "< 1 s")
+    d, h = 2048, 8192
+    weights, W = layer("glu", d, h, "silu"), torch.randn(d, h, dtype=torch.float64)
+    factor = torch.randn(d, d, dtype=torch.float64)
+    inputs = Gaussian(torch.randn(d, dtype=torch.float64), factor @ factor.T / d)
+    yield compare(
+        f"cubic fit, silu GLU, d={d} h={h}",
+        lambda: fit(weights, inputs, 3),
+        lambda: inputs.cov @ W,
+        "cov @ W, float64",
+        "<= 1.5",
+        max(2, pairs // 3),
+    )
+
+
+def evaluation(pairs: int):
+    cases = [("glu", 576, 1536, "silu"), ("mlp", 768, 3072, "gelu_new"), ("mlp", 768, 3072, "gelu")]
+    for (kind, d, h, act), degree in itertools.product(cases, (2, 3)):
+        weights = layer(kind, d, h, act)
+        poly = fit(weights, Gaussian.standard(d), degree)
+        x, true = torch.randn(1024, d), true_forward(weights, act)
+        with torch.no_grad():
+            yield compare(
+                f"degree {degree} forward, {act} {kind}, d={d} h={h}",
+                lambda p=poly, x=x: p(x),
+                lambda t=true, x=x: t(x),
+                "true MLP forward",
+                "<= 1.15",
+                pairs,
+            )
+
+
+def attaching(pairs: int):
+    model = demo.load_bridge()
+    tokens = demo.batches(demo.texts()[0], 64, 256)
+
+    def attach() -> None:
+        polylens.attach(model, tokens, degree=2, progress=False).detach()
+
+    def plain() -> None:
+        with torch.no_grad():
+            for batch in tokens.split(8):
+                model(batch)
+
+    yield compare(
+        "attach (Gaussian), embedded model", attach, plain, "plain forward", "<= 1.5", pairs // 3
+    )
+
+
+def observing(pairs: int):
+    model = demo.load_bridge()
+    tokens = demo.batches(demo.texts()[0], 8, 256)
+    lens = polylens.attach(model, tokens, degree=2, progress=False)
+    twin = demo.load_bridge()
+    with torch.no_grad():
+        yield compare(
+            "forward with a lens that nobody reads",
+            lambda: model(tokens),
+            lambda: twin(tokens),
+            "plain forward",
+            "<= 1.03",
+            pairs,
+        )
+        with lens.replaced():
+            yield compare(
+                "forward with all MLPs replaced",
+                lambda: model(tokens),
+                lambda: twin(tokens),
+                "plain forward",
+                "",
+                pairs,
+            )
+    lens.detach()
+
+
+D_MEMORY, LAYERS_MEMORY = 768, 12
+
+
+def memory():
+    """Peak resident memory of whole processes: load and run a model, or also attach to it."""
+    peaks = {
+        what: float(
+            subprocess.run(
+                [sys.executable, __file__, "--peak-memory", what],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stdout.split()[-1]
+        )
+        for what in ("load", "attach")
+    }
+    allowed = peaks["load"] + 8e-6 * LAYERS_MEMORY * D_MEMORY**2
+    yield (
+        f"peak memory of attach, {LAYERS_MEMORY} layers, d={D_MEMORY}",
+        f"{peaks['attach']:.0f} MB",
+        f"model run + d² float64 per layer: {allowed:.0f} MB",
+        f"{peaks['attach'] / allowed:.2f}",
+        "<= 1.3",
+    )
+
+
+def peak_memory(what: str) -> float:
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=D_MEMORY, n_layer=LAYERS_MEMORY, n_head=12, vocab_size=5000)
+    hf = GPT2LMHeadModel._from_config(config, attn_implementation="eager").eval()
+    model = build_bridge_from_module(hf, "GPT2LMHeadModel", hf_config=config, tokenizer=None)
+    tokens = torch.randint(5000, (16, 128), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for batch in tokens.split(8):
+            model(batch)
+    if what == "attach":
+        polylens.attach(model, tokens, degree=3, progress=False)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def layer(kind: str, d: int, h: int, act: str) -> MLPWeights | GLUWeights:
+    generator = torch.Generator().manual_seed(0)
+
+    def matrix(rows: int, columns: int) -> torch.Tensor:
+        return torch.randn(rows, columns, generator=generator) / rows**0.5
+
+    if kind == "mlp":
+        return MLPWeights(matrix(d, h), matrix(h, d), act, torch.zeros(h), torch.zeros(d))
+    return GLUWeights(matrix(d, h), matrix(h, d), matrix(d, h), act)
+
+
+def true_forward(weights: MLPWeights | GLUWeights, act: str) -> Callable:
+    """The layer as frameworks write it: torch.nn.functional.linear and a fused activation."""
+    a, W_in = ACTIVATIONS[act], weights.W_in.T.contiguous()
+    W_out = weights.W_out.T.contiguous()
+    if isinstance(weights, MLPWeights):
+        b_in, b_out = weights.b_in, weights.b_out
+        return lambda x: F.linear(a(F.linear(x, W_in, b_in)), W_out, b_out)
+    W_gate = weights.W_gate.T.contiguous()
+    return lambda x: F.linear(a(F.linear(x, W_gate)) * F.linear(x, W_in), W_out)
+
+
+def dense_quadratic(weights: MLPWeights, inputs: Gaussian) -> torch.Tensor:
+    """E[f(x) (x x^T - I)] / 2 as a [d_out, d_in, d_in] tensor, neuron products and all."""
+    W = weights.W_in.double()
+    s = (W * inputs.cov_matmul(W)).sum(0).sqrt()
+    c = weights.act.hermite_coefficients(torch.zeros_like(s), s, 2)[2] / (2 * s * s)
+    pairs = torch.einsum("ih,jh->ijh", W, W)
+    return torch.einsum("ijh,ho->oij", pairs * c, weights.W_out.double())
+
+
+def timed(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def compare(case: str, ours: Callable, theirs: Callable, name: str, target: str, pairs: int):
+    ours(), theirs()
+    samples = [(timed(ours), timed(theirs)) for _ in range(max(1, pairs))]
+    ratio = statistics.median(a / b for a, b in samples)
+    a, b = (statistics.median(column) for column in zip(*samples, strict=True))
+    return case, f"{a * 1e3:.1f} ms", f"{name}: {b * 1e3:.1f} ms", f"{ratio:.3f}", target
+
+
+if __name__ == "__main__":
+    main()
