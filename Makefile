@@ -24,7 +24,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 
 types: $(VENV)/installed
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py

@@ -37,7 +37,7 @@ def load_model(
     if set(missing) - {"lm_head.weight"} or unexpected:
         raise InvalidInputError(f"damaged demo model: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
-    return model.to(device=device, dtype=dtype).eval()
+    return model.to(device=device, dtype=dtype).eval()  # type: ignore
 
 
 def load_bridge(device: torch.device | str | None = None) -> Any:

@@ -90,7 +90,7 @@ class Junction:
                 "another object (spliced by another library?) after polylens attached to it; "
                 "detach polylens first, or undo the other splice"
             )
-        hooks = self.wiring.x_point._forward_hooks if self.wiring.x_point is not None else {}
+        hooks: Any = self.wiring.x_point._forward_hooks if self.wiring.x_point is not None else {}
         if self._grab_id in hooks:
             hooks.move_to_end(self._grab_id)  # so that edits by user hooks are seen
 

@@ -68,7 +68,7 @@ class TransformerLensHost:
 
     def _continue(self, tokens: Tensor, seq_len: int) -> Tensor:
         # HookedTransformer.generate (3.9) shifts positions twice when it uses its cache
-        from transformer_lens import HookedTransformerKeyValueCache
+        from transformer_lens import HookedTransformerKeyValueCache  # type: ignore
 
         cache = HookedTransformerKeyValueCache.init_cache(self.model.cfg, self.device, len(tokens))
         while tokens.shape[1] < seq_len:
@@ -105,13 +105,14 @@ class TransformerLensHost:
                 self._wirings[layer] = wiring
         return sites, refused
 
-    def _candidate_wirings(self, block: nn.Module, mlp: nn.Module) -> list[Wiring]:
+    def _candidate_wirings(self, block: Any, mlp: Any) -> list[Wiring]:
         if not self.is_bridge:
             return [Wiring(block, mlp, None, mlp, block, "mlp")]
         found = []
         if getattr(mlp, "name", None) is not None:
             found.append(Wiring(block, mlp, mlp.hook_in, mlp.hook_out, mlp, "hook_out"))
-        first, last = getattr(mlp, "in", None), getattr(mlp, "out", None)
+        first: Any = getattr(mlp, "in", None)
+        last: Any = getattr(mlp, "out", None)
         if hasattr(first, "hook_in") and hasattr(last, "hook_out"):
             # containerless MLPs, and containers that add the residual inside
             found.append(Wiring(block, first, first.hook_in, last.hook_out, last, "hook_out"))
@@ -119,7 +120,9 @@ class TransformerLensHost:
 
     def _capture(self, candidates: dict[int, list[Wiring]]) -> dict[int, list[Any]]:
         """(x, y) at every candidate wiring, from one tiny forward pass."""
-        captured = {layer: [None] * len(wirings) for layer, wirings in candidates.items()}
+        captured: dict[int, list[Any]] = {
+            layer: [None] * len(wirings) for layer, wirings in candidates.items()
+        }
 
         def keep(layer: int, i: int, x: Tensor, y: Tensor) -> None:
             captured[layer][i] = (x.detach().clone(), y.detach().clone())
@@ -179,12 +182,12 @@ class TransformerLensHost:
         )
         return site, chosen
 
-    def _activation(self, mlp: nn.Module) -> Activation:
+    def _activation(self, mlp: Any) -> Activation:
         original = getattr(mlp, "original_component", None)
         places = [mlp, original, getattr(original, "intermediate", None)]
         for place in places:
             for name in (*_ACTIVATIONS, "intermediate_act_fn"):
-                candidate = getattr(place, name, None) if place is not None else None
+                candidate: Any = getattr(place, name, None)
                 if callable(candidate):
                     return activation(candidate)
         return activation(str(self.model.cfg.act_fn))
@@ -225,7 +228,7 @@ class TransformerLensHost:
             )
         from transformer_lens.hook_points import HookPoint
 
-        points = {name: HookPoint() for name in names}
+        points: dict[str, nn.Module] = {name: HookPoint() for name in names}
         undo = ExitStack()
         try:
             for name, point in points.items():
