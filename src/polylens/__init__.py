@@ -16,6 +16,8 @@ from typing import Any
 from polylens.activations import Activation as Activation
 from polylens.activations import activation as activation
 from polylens.activations import known_activations as known_activations
+from polylens.custom import register_activation as register_activation
+from polylens.dense import DensePolynomial as DensePolynomial
 from polylens.errors import AttachmentError as AttachmentError
 from polylens.errors import InvalidInputError as InvalidInputError
 from polylens.errors import NumericalWarning as NumericalWarning
@@ -25,8 +27,11 @@ from polylens.errors import UnsupportedActivation as UnsupportedActivation
 from polylens.errors import UnsupportedModel as UnsupportedModel
 from polylens.fit import fit as fit
 from polylens.inputs import Gaussian as Gaussian
+from polylens.mixture import GaussianMixture as GaussianMixture
 from polylens.polynomial import Polynomial as Polynomial
 from polylens.quadratic import QuadraticForm as QuadraticForm
+from polylens.quality import explained_variance as explained_variance
+from polylens.samples import Samples as Samples
 from polylens.weights import GLUWeights as GLUWeights
 from polylens.weights import MLPWeights as MLPWeights
 

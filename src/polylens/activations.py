@@ -20,11 +20,13 @@ from torch import Tensor
 
 from polylens.errors import InvalidInputError, UnsupportedActivation
 from polylens.hermite import (
+    evaluate_powers,
     hermite_polynomials,
     monomial_coefficients,
     phi,
     quadrature_coefficients,
     ramp_coefficients,
+    shifted_difference,
 )
 
 MAX_DEGREE = 12
@@ -46,6 +48,8 @@ class Activation:
         width: scale of fn's features; Gaussians narrower than a quarter of it need no
             asymptotes, and lose digits by them where fn is small.
         closed_form: (m, s, degree) -> coefficients, where one is known.
+        accuracy: relative error of the coefficients that was measured; of a registered
+            activation by refining its panels, of a built-in one against 50-digit quadrature.
     """
 
     name: str
@@ -57,6 +61,7 @@ class Activation:
     kinks: tuple[float, ...] = ()
     width: float = 1.0
     closed_form: Callable[[Tensor, Tensor, int], Tensor] | None = None
+    accuracy: float = 1e-10
 
     def __call__(self, y: Tensor) -> Tensor:
         return self.fn(y)
@@ -120,7 +125,7 @@ class Activation:
 
     def _about_asymptotes(self, m: Tensor, s: Tensor, degree: int) -> Tensor:
         out = monomial_coefficients(self.left, m, s, degree)
-        for power, jump in enumerate(_shifted_difference(self.left, self.right, self.split)):
+        for power, jump in enumerate(shifted_difference(self.left, self.right, self.split)):
             if jump:
                 out += jump * ramp_coefficients(power, m, s, self.split, degree)
         for lower, upper in itertools.pairwise(self.edges):
@@ -131,29 +136,7 @@ class Activation:
 
 
 def _remainder(fn: Callable[[Tensor], Tensor], side: tuple[float, ...], y: Tensor) -> Tensor:
-    return fn(y) - _polynomial(side, y)
-
-
-def _polynomial(coefficients: tuple[float, ...], y: Tensor) -> Tensor:
-    value = torch.zeros_like(y)
-    for a in reversed(coefficients):
-        value = value * y + a
-    return value
-
-
-def _shifted_difference(
-    left: tuple[float, ...], right: tuple[float, ...], split: float
-) -> list[float]:
-    """Coefficients of right(y) - left(y) in powers of (y - split)."""
-    size = max(len(left), len(right))
-    difference = [
-        (right[p] if p < len(right) else 0.0) - (left[p] if p < len(left) else 0.0)
-        for p in range(size)
-    ]
-    return [
-        sum(difference[q] * math.comb(q, p) * split ** (q - p) for q in range(p, size))
-        for p in range(size)
-    ]
+    return fn(y) - evaluate_powers(side, y)
 
 
 def _gelu_coefficients(m: Tensor, s: Tensor, degree: int) -> Tensor:
@@ -244,6 +227,11 @@ def _two_sided(reach: float) -> tuple[float, ...]:
     return (-reach, -reach / 4, 0.0, reach / 4, reach)
 
 
+def _softplus(y: Tensor) -> Tensor:
+    # F.softplus is the identity above 20, which costs 2e-9
+    return torch.logaddexp(y, torch.zeros_like(y))
+
+
 def _squared_relu(y: Tensor) -> Tensor:
     return torch.relu(y).square()
 
@@ -289,7 +277,7 @@ _REGISTRY: dict[str, Activation] = {
         swish(1.702),
         Activation("sigmoid", torch.sigmoid, (), (1.0,), edges=_two_sided(40.0)),
         Activation("tanh", torch.tanh, (-1.0,), (1.0,), edges=_two_sided(20.0)),
-        Activation("softplus", F.softplus, (), (0.0, 1.0), edges=_two_sided(40.0)),
+        Activation("softplus", _softplus, (), (0.0, 1.0), edges=_two_sided(40.0)),
         Activation("mish", _mish, (), (0.0, 1.0), edges=_two_sided(40.0)),
         Activation(
             "hardswish", F.hardswish, (), (0.0, 1.0), edges=(-3.0, 0.0, 3.0), kinks=(-3.0, 3.0)

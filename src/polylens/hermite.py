@@ -50,6 +50,27 @@ def hermite_to_monomial(degree: int) -> tuple[tuple[float, ...], ...]:
     return tuple(map(tuple, rows))
 
 
+def evaluate_powers(coefficients: Sequence[float], y: Tensor) -> Tensor:
+    """sum_p coefficients[p] y^p, by Horner's rule."""
+    value = torch.zeros_like(y)
+    for a in reversed(coefficients):
+        value = value * y + a
+    return value
+
+
+def shifted_difference(left: Sequence[float], right: Sequence[float], split: float) -> list[float]:
+    """Coefficients of right(y) - left(y) in powers of (y - split)."""
+    size = max(len(left), len(right))
+    difference = [
+        (right[p] if p < len(right) else 0.0) - (left[p] if p < len(left) else 0.0)
+        for p in range(size)
+    ]
+    return [
+        sum(difference[q] * math.comb(q, p) * split ** (q - p) for q in range(p, size))
+        for p in range(size)
+    ]
+
+
 def monomial_coefficients(powers: Sequence[float], m: Tensor, s: Tensor, degree: int) -> Tensor:
     """Coefficients [degree + 1, ...] of the polynomial sum_p powers[p] y^p.
 

@@ -31,9 +31,11 @@ class Polynomial(nn.Module):
         m, s: [d_mlp] mean and standard deviation of the preactivation, float64.
         P: [degree + 1, degree + 1, d_mlp]; P[n, k] multiplies He_k(t) in the optimum of degree n.
         Q: [degree + 1, degree, d_mlp], the same for the factor of z, or None.
-        inputs: the input model that it was fitted to.
+        inputs: the input model that it was fitted to; None where there is none.
+        ridge: relative ridge that a fit to collinear samples needed, else 0.
     """
 
+    ridge: float = 0.0
     W_in: Tensor
     W_out: Tensor
     W_gate: Tensor | None
@@ -89,6 +91,23 @@ class Polynomial(nn.Module):
             del roles["W_gate"], roles["b_gate"]
         return self.weights_type(act=self.act, **roles)
 
+    @property
+    def r2(self) -> Tensor:
+        """[degree + 1] float64, share of the layer's variance explained by each degree's optimum.
+
+        Under the input model of the fit: closed form under a Gaussian (see
+        `explained_variance` for its bounds) or a mixture, over the samples under Samples. 1 for
+        a layer whose output is constant. Computed once, O(d_mlp^2 (d_in + d_out)).
+
+        Raises:
+            InvalidInputError: a polynomial without an input model, such as a `part`.
+        """
+        if "_r2" not in self.__dict__:
+            from polylens.quality import r2  # quality needs fits, which need this module
+
+            self.__dict__["_r2"] = r2(self)
+        return self.__dict__["_r2"]
+
     def extra_repr(self) -> str:
         kind = "mlp" if self.Q is None else "glu"
         return (
@@ -141,7 +160,9 @@ class Polynomial(nn.Module):
         if self.Q is not None:
             Q = torch.zeros_like(self.Q[: n + 1, :n])
             Q[n] = self.Q[n, :n] - self.Q[n - 1, :n]
-        return self._with_coefficients(P, Q, None)
+        part = self._with_coefficients(P, Q, None)
+        part.inputs = None  # a part is no optimum, so it has no R2
+        return part
 
     def linear(self) -> tuple[Tensor, Tensor]:
         """(beta [d_in, d_out], alpha [d_out]) in float64: the degree 1 optimum is x beta + alpha.

@@ -1,0 +1,215 @@
+"""The optimum over all polynomials in x under a Gaussian mixture."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from polylens import conjugate_gradients, normal_equations
+from polylens.closed_form import fit_gaussian
+from polylens.conjugate_gradients import Component, Quadratic
+from polylens.dense import DensePolynomial
+from polylens.errors import InvalidInputError
+from polylens.inputs import Gaussian
+from polylens.mixture import GaussianMixture
+from polylens.weights import GLUWeights, MLPWeights
+
+# Directions with less than this share of the largest variance are not part of the support.
+SUPPORT = 1e-12
+MAX_ITERATIONS = 500
+# Bytes of the largest intermediate when a component's optimum is made dense.
+DENSE_BYTES = 1 << 28
+# Bytes of one dense quadratic for all outputs; the solver holds about seven.
+MAX_QUADRATIC_BYTES = 1 << 30
+
+
+@torch.no_grad()
+def fit_global(
+    weights: MLPWeights | GLUWeights,
+    mixture: GaussianMixture,
+    degree: int,
+    outputs: Tensor | None = None,
+    tolerance: float = 1e-8,
+    max_iterations: int = MAX_ITERATIONS,
+) -> DensePolynomial:
+    """The polynomial of degree <= n in x closest to the layer under the mixture.
+
+    Under component p the layer has the same products with polynomials of degree <= n as its
+    Gaussian optimum f_p, so the optimum solves (sum_p w_p M_p) theta = sum_p w_p M_p theta_p
+    with M_p the moments of component p. Everything happens in coordinates in which the mixture
+    has mean 0 and covariance I, on the support of its covariance.
+
+    Degree 1 is direct at any size, because M is then the identity. Degree 2 with more than
+    1,200 monomials is solved by conjugate gradients, matrix-free; iterations and residual are
+    recorded. Anything with fewer is solved from explicit normal equations.
+
+    Args:
+        outputs: [d_out, k], the output directions to fit, as columns; None for all.
+        tolerance: relative residual of conjugate gradients.
+
+    Raises:
+        InvalidInputError: outputs of another size; too many monomials for degree >= 3, too many
+            outputs for degree 2 (with the sizes).
+        ConvergenceError: the tolerance was not reached.
+
+    Cost: 2 k d_in^3 products per component, output and iteration at degree 2.
+    """
+    if not tolerance > 0:
+        raise InvalidInputError(f"tolerance must be positive, got {tolerance}")
+    layer = _along(weights.to(torch.float64), outputs)
+    mixture_here = mixture.to(layer.device)
+    single = mixture_here.gaussian()
+    values, vectors = torch.linalg.eigh(single.cov)
+    kept = values > SUPPORT * values[-1].clamp(min=0)
+    root, vectors = values[kept].clamp(min=0).sqrt(), vectors[:, kept]
+    color, whiten = root[:, None] * vectors.T, vectors / root
+    r = len(root)
+    iterations = residual = None
+    if r == 0:
+        constant = layer(single.mean)
+        optima = [_constant(constant, k) for k in range(degree + 1)]
+        explained = constant.new_zeros(degree + 1)
+        return DensePolynomial(
+            optima,
+            single.mean,
+            whiten,
+            explained,
+            weights=layer,
+            inputs=mixture,
+            dtype=weights.dtype,
+        )
+    white_layer = _in_coordinates(layer, single.mean, color)
+    gaussians = [
+        (weight, Gaussian((c.mean - single.mean) @ whiten, _sandwich(whiten, c.cov)))
+        for weight, c in mixture_here.weighted_components()
+    ]
+    components = [Component.of(weight, g.mean, g.cov) for weight, g in gaussians]
+    if degree <= 1:
+        optima, explained = _affine(white_layer, gaussians, degree)
+    elif normal_equations.is_small(r, degree):
+        optima, second = normal_equations.solve(
+            components, lambda p: _dense(white_layer, gaussians[p][1], degree), degree
+        )
+        explained = second - second[0]
+    elif degree == 2:
+        optima, explained = _affine(white_layer, gaussians, 1)
+        _check_size(layer.d_out, r)
+        moments = _moments(white_layer, gaussians, components)
+        best, iterations, residual = conjugate_gradients.best_quadratic(
+            moments, components, tolerance, max_iterations
+        )
+        optima.append([best.constant, best.linear, best.matrix])
+        gained = (best.dot(moments) - moments.constant.square()).sum()
+        explained = torch.cat([explained, gained[None]])
+    else:
+        raise InvalidInputError(
+            f"degree {degree} in {r} dimensions has {normal_equations.feature_count(r, degree):,} "
+            f"monomials, more than the {normal_equations.MAX_FEATURES:,} whose normal equations "
+            "are formed; use degree <= 2, fewer input dimensions, or scope='neuron'"
+        )
+    return DensePolynomial(
+        optima,
+        single.mean,
+        whiten,
+        explained,
+        weights=layer,
+        inputs=mixture,
+        iterations=iterations,
+        residual=residual,
+        dtype=weights.dtype,
+    )
+
+
+def _along(layer: MLPWeights | GLUWeights, outputs: Tensor | None) -> MLPWeights | GLUWeights:
+    """The layer read out along the columns of outputs."""
+    if outputs is None:
+        return layer
+    U = torch.as_tensor(outputs, device=layer.device).detach().double()
+    if U.dim() != 2 or len(U) != layer.d_out or not U.shape[1] or not torch.isfinite(U).all():
+        raise InvalidInputError(
+            f"outputs must be finite columns [{layer.d_out}, k], got {tuple(U.shape)}"
+        )
+    b_out = None if layer.b_out is None else layer.b_out @ U
+    return replace(layer, W_out=layer.W_out @ U, b_out=b_out)
+
+
+def _in_coordinates(
+    layer: MLPWeights | GLUWeights, center: Tensor, color: Tensor
+) -> MLPWeights | GLUWeights:
+    """The layer as a function of xi, x = center + xi color."""
+
+    def moved(W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor]:
+        shift = center @ W
+        return color @ W, shift if b is None else shift + b
+
+    W_in, b_in = moved(layer.W_in, layer.b_in)
+    if isinstance(layer, MLPWeights):
+        return replace(layer, W_in=W_in, b_in=b_in)
+    W_gate, b_gate = moved(layer.W_gate, layer.b_gate)
+    return replace(layer, W_in=W_in, b_in=b_in, W_gate=W_gate, b_gate=b_gate)
+
+
+def _sandwich(whiten: Tensor, cov: Tensor) -> Tensor:
+    half = cov[:, None] * whiten if cov.dim() == 1 else cov @ whiten
+    product = whiten.T @ half
+    return (product + product.T) / 2
+
+
+def _constant(value: Tensor, degree: int) -> list[Tensor]:
+    """Coefficient tensors in no variables at all."""
+    return [value, *(value.new_zeros(len(value), *[0] * k) for k in range(1, degree + 1))]
+
+
+def _affine(
+    layer: MLPWeights | GLUWeights, gaussians: list[tuple[float, Gaussian]], degree: int
+) -> tuple[list[list[Tensor]], Tensor]:
+    """Degree 0 and 1, by the law of total covariance; mean 0 and covariance I overall."""
+    mean = beta = torch.zeros((), dtype=torch.float64, device=layer.device)
+    for weight, gaussian in gaussians:
+        slope, intercept = fit_gaussian(layer, gaussian, 1).linear()
+        local = gaussian.mean @ slope + intercept
+        mean = mean + weight * local
+        covariance = gaussian.cov_matmul(slope)
+        beta = beta + weight * (covariance + gaussian.mean[:, None] * local)
+    optima = [[mean], [mean, beta.T.contiguous()]]
+    explained = torch.stack([mean.new_zeros(()), beta.square().sum()])
+    return optima[: degree + 1], explained[: degree + 1]
+
+
+def _dense(layer: MLPWeights | GLUWeights, gaussian: Gaussian, degree: int) -> list[Tensor]:
+    """Coefficient tensors of a component's optimum, some outputs at a time."""
+    step = max(1, DENSE_BYTES // (8 * layer.d_in ** max(degree - 1, 1) * layer.d_mlp))
+    pieces = []
+    poly = fit_gaussian(layer, gaussian, degree)
+    for i in range(0, layer.d_out, step):
+        poly.W_out = layer.W_out[:, i : i + step]
+        poly.b_out = None if layer.b_out is None else layer.b_out[i : i + step]
+        pieces.append(poly.to_dense(max_bytes=1 << 62))
+    return [torch.cat(parts) for parts in zip(*pieces, strict=True)]
+
+
+def _moments(
+    layer: MLPWeights | GLUWeights,
+    gaussians: list[tuple[float, Gaussian]],
+    components: list[Component],
+) -> Quadratic:
+    """Products of the layer with 1, xi and xi xi^T under the mixture."""
+    parts = (
+        conjugate_gradients.moments_of(Quadratic(*_dense(layer, gaussian, 2)), [component])
+        for (_, gaussian), component in zip(gaussians, components, strict=True)
+    )
+    total = next(parts)
+    one = torch.ones_like(total.constant)
+    for part in parts:
+        total.axpy(one, part)
+    return total
+
+
+def _check_size(d_out: int, r: int) -> None:
+    size = 8 * d_out * r * r
+    if size > MAX_QUADRATIC_BYTES:
+        raise InvalidInputError(
+            f"quadratic forms of {d_out} output directions in {r} dimensions take {size:,} bytes, "
+            f"and conjugate gradients hold seven times that; choose directions with outputs=U "
+            f"[{d_out}, k]"
+        )
