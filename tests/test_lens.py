@@ -178,7 +178,7 @@ def test_nan_activations_name_the_layer():
 
 
 def test_not_a_model():
-    with pytest.raises(polylens.UnsupportedModel, match="HookedTransformer and TransformerBridge"):
+    with pytest.raises(polylens.UnsupportedModel, match="MLP"):
         attach(torch.nn.Linear(3, 3))
 
 

@@ -49,7 +49,7 @@ class TinyHost:
     device = torch.device("cpu")
 
     def __init__(self, flat: bool = False) -> None:
-        self.model = TinyModel().eval()
+        self.model = self.module = TinyModel().eval()
         self.flat = flat
         self.observers: dict = {}
         self.functions: dict = {}

@@ -35,7 +35,7 @@ def measured_inputs(
         InvalidInputError: unusable tokens, or NaN activations (which layer, how many features).
     """
     tokens, attention_mask = validate_tokens(tokens, attention_mask)
-    require_deterministic(host.model)
+    require_deterministic(host.module)
     moments = {layer: Moments() for layer in sites}
     mask = torch.empty(0)
 

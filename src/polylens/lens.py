@@ -22,13 +22,17 @@ from polylens.report import Report, measure
 _LENSES: "WeakValueDictionary[int, Lens]" = WeakValueDictionary()
 
 
-def find_mlps(model: Any) -> list[MLPSite]:
+def find_mlps(model: Any, example_inputs: Any = None) -> list[MLPSite]:
     """Every MLP and GLU of the model that has a normal form, verified by a tiny forward pass.
+
+    Args:
+        model: as in `attach`.
+        example_inputs: as in `attach`.
 
     Raises:
         UnsupportedModel: an unknown kind of model, or one in which no layer can be read.
     """
-    sites, refused = host_for(model).sites()
+    sites, refused = host_for(model, example_inputs).sites()
     _require_sites(sites, refused, model)
     return sites
 
@@ -44,6 +48,7 @@ def attach(
     exclude_first: bool = True,
     batch_size: int = 8,
     seed: int = 0,
+    example_inputs: Any = None,
     progress: bool = True,
 ) -> "Lens":
     """Fit a polynomial to every MLP of the model and add it as hook points.
@@ -53,7 +58,8 @@ def attach(
     `lens.replaced()` lets the polynomials flow on.
 
     Args:
-        model: a HookedTransformer or a TransformerBridge.
+        model: a HookedTransformer or a TransformerBridge, an nnsight model, a Hugging Face or
+            any other torch module.
         tokens: [batch, pos] token ids whose activations define each layer's Gaussian. Without
             tokens (and inputs) 32 x 128 tokens are sampled from the model itself.
         inputs: instead of tokens, a Gaussian (for all layers or by layer), or "norm" for the
@@ -65,6 +71,7 @@ def attach(
             `replaced`: language models park attention there, far from all other inputs.
         batch_size: sequences per forward pass.
         seed: of the text sampled when there are no tokens.
+        example_inputs: what a torch module is called with, where that cannot be guessed.
         progress: show progress bars.
 
     Returns:
@@ -78,7 +85,7 @@ def attach(
     Cost: one forward pass over the tokens, d_in^2 float64 of memory per layer, and one product
     cov @ W per layer. If anything fails nothing stays attached.
     """
-    host = host_for(model)
+    host = host_for(model, example_inputs)
     if attached(model) is not None:
         raise AttachmentError(
             "this model has a lens already: polylens.attached(model); detach() it first, or use "
@@ -86,7 +93,7 @@ def attach(
         )
     if tokens is not None and inputs is not None:
         raise InvalidInputError("give tokens= or inputs=, not both: each defines the input model")
-    calibration.require_deterministic(host.model)
+    calibration.require_deterministic(host.module)
     found, refused = host.sites()
     _require_sites(found, refused, model)
     sites = _chosen(found, refused, layers)
@@ -150,7 +157,7 @@ class Lens:
     @property
     def model_name(self) -> str:
         config = getattr(self.host.model, "cfg", None)
-        return str(getattr(config, "model_name", None) or type(self.host.model).__name__)
+        return str(getattr(config, "model_name", None) or type(self.host.module).__name__)
 
     @property
     def is_attached(self) -> bool:
@@ -260,6 +267,26 @@ class Lens:
                 loss=loss,
                 progress=progress,
             )
+
+    @contextmanager
+    def cache(
+        self, layers: Iterable[int] | int | None = None, names: Iterable[str] | None = None
+    ) -> Iterator[dict[tuple[str, int], Tensor]]:
+        """Within the context, {(name, layer): tensor} of the latest forward pass.
+
+        For torch and nnsight hosts; TransformerLens has `run_with_cache`. Names are those of
+        the hook points without `hook_poly_`: "in", "out", "error", "degree_k"; all by default.
+
+        Raises:
+            InvalidInputError: unknown layer. AttachmentError: detached, or a TransformerLens host.
+        """
+        self._require_attached()
+        if not hasattr(self.host, "cache"):
+            raise AttachmentError(
+                f"a {self.host.name} has run_with_cache; read hook_poly_* from its cache"
+            )
+        with self.host.cache(self._check_layers(layers), names) as found:  # type: ignore
+            yield found
 
     def detach(self) -> None:
         """Take everything off the model; it is exactly as before `attach`.

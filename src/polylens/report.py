@@ -189,7 +189,7 @@ def measure(
     chosen = _check_layers(layers, lens)
     d_vocab = getattr(getattr(lens.host.model, "cfg", None), "d_vocab", None)
     tokens, mask = validate_tokens(tokens, attention_mask, d_vocab=d_vocab)
-    require_deterministic(lens.host.model)
+    require_deterministic(lens.host.module)
     device = lens.host.device
     steps = list(batches(tokens.to(device), None if mask is None else mask.to(device), batch_size))
     passes = len(steps) * (1 + (loss and 1 + 2 * len(_groups(chosen))))

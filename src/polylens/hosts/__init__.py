@@ -2,24 +2,37 @@
 
 from typing import Any
 
+from torch import nn
+
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Host
 
 
-def host_for(model: Any) -> Host:
+def host_for(model: Any, example_inputs: Any = None) -> Host:
     """The host adapter for a model.
 
+    Args:
+        example_inputs: what the model is called with, for a torch module whose inputs cannot be
+            guessed; TransformerLens models take tokens.
+
     Raises:
-        UnsupportedModel: what was got, and how to get it into a supported framework.
+        UnsupportedModel: what was got, and what is supported.
     """
     kinds = {cls.__name__ for cls in type(model).__mro__}
     if kinds & {"HookedTransformer", "TransformerBridge"}:
         from polylens.hosts.transformer_lens import TransformerLensHost
 
         return TransformerLensHost(model)
+    if "Envoy" in kinds:
+        from polylens.hosts.nnsight import NNsightHost
+
+        return NNsightHost(model, example_inputs)
+    if isinstance(model, nn.Module):
+        from polylens.hosts.torch import TorchHost
+
+        return TorchHost(model, example_inputs)
     raise UnsupportedModel(
         f"cannot attach to a {type(model).__module__}.{type(model).__name__}; supported are "
-        "TransformerLens' HookedTransformer and TransformerBridge. For a Hugging Face model: "
-        "transformer_lens.model_bridge.sources.build_bridge_from_module(model, "
-        "type(model).__name__, hf_config=model.config, tokenizer=tokenizer)"
+        "TransformerLens' HookedTransformer and TransformerBridge, nnsight models, and any "
+        "torch or Hugging Face module"
     )

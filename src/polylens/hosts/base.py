@@ -80,6 +80,7 @@ class Host(Protocol):
 
     name: str
     model: Any
+    module: Any  # the torch module itself, where `model` wraps one
 
     @property
     def device(self) -> torch.device: ...

@@ -23,7 +23,7 @@ class TransformerLensHost:
     """Implements `hosts.base.Host` for both of TransformerLens' model classes."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
+        self.model = self.module = model
         self.is_bridge = hasattr(model, "_hook_registry")
         self.name = "TransformerBridge" if self.is_bridge else "HookedTransformer"
         self._wirings: dict[int, Wiring] = {}

@@ -1,0 +1,55 @@
+"""A polynomial in a class of its own that needs nothing but torch where it is sent."""
+
+import torch
+from torch import Tensor, nn
+
+
+class InlinePolynomial(nn.Module):
+    """h = P(t) + z Q(t) per neuron, f(x) = h W_out + b_out; [..., d_in] -> [..., d_out].
+
+    Args:
+        tensors: W_in, W_out and those of W_gate, b_gate, b_in, b_out that there are.
+        m, s: [d_mlp] mean and standard deviation of the activated preactivation.
+        P: [degree + 1, d_mlp] Hermite coefficients in t = (y - m) / s.
+        Q: [degree, d_mlp] those of the factor of the linear branch z, or None for an MLP.
+    """
+
+    W_in: Tensor
+    W_out: Tensor
+    W_gate: Tensor
+    b_in: Tensor | None
+    b_out: Tensor | None
+    shift: Tensor
+    scale: Tensor
+    P: Tensor
+    Q: Tensor | None
+
+    def __init__(
+        self, tensors: dict[str, Tensor], m: Tensor, s: Tensor, P: Tensor, Q: Tensor | None
+    ) -> None:
+        nn.Module.__init__(self)  # sent by source, where super() has no class to refer to
+        dtype = torch.promote_types(tensors["W_in"].dtype, torch.float32)
+        gate_bias = tensors.get("b_in" if Q is None else "b_gate")
+        shift = -m.double() if gate_bias is None else gate_bias.double() - m.double()
+        scale = torch.where(s == 0, 0.0, 1 / torch.where(s == 0, 1.0, s))
+        own = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
+        own |= {"shift": shift.to(dtype), "scale": scale.to(dtype), "P": P.to(dtype)}
+        own |= {} if Q is None else {"Q": Q.to(dtype)}
+        for name in ("W_in", "W_out", "W_gate", "b_in", "b_out", "shift", "scale", "P", "Q"):
+            self.register_buffer(name, own.get(name))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x @ (self.W_in if self.Q is None else self.W_gate)
+        t = (y.to(self.P.dtype) + self.shift) * self.scale
+        hermite = [torch.ones_like(t), t]
+        for k in range(1, len(self.P) - 1):
+            hermite.append(t * hermite[k] - k * hermite[k - 1])
+        h = torch.zeros_like(t)
+        for p, he in zip(self.P, hermite, strict=False):
+            h = h + p * he
+        if self.Q is not None:
+            z = x @ self.W_in if self.b_in is None else x @ self.W_in + self.b_in
+            for q, he in zip(self.Q, hermite, strict=False):
+                h = h + z * q * he
+        out = h.to(self.W_out.dtype) @ self.W_out
+        return out if self.b_out is None else out + self.b_out

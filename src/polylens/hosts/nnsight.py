@@ -1,0 +1,165 @@
+"""nnsight models (0.8 or newer): the polynomial as a traceable child of each MLP."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, NoReturn
+
+from torch import Tensor, nn
+
+from polylens.errors import AttachmentError, UnsupportedModel
+from polylens.hosts.base import Emitter, MLPSite
+from polylens.hosts.dataflow import Block
+from polylens.hosts.inline import InlinePolynomial
+from polylens.hosts.splice import Installed, PolyPoint, Splice, require_free
+from polylens.hosts.torch import TorchHost
+
+_CHILD = "poly"
+
+
+class NNsightHost(TorchHost):
+    """Implements `hosts.base.Host` for `nnsight.NNsight` and its subclasses.
+
+    Each site's component `mlp` gets a child `mlp.poly`, to be read in a trace after the true
+    output (which stays `mlp.output`; where the component adds a residual or a normalisation,
+    and where there is no component, that of the out-projection):
+
+        with model.trace(tokens):
+            true = mlp.output.save()
+            by_degree = mlp.poly.degree_2.output.save()
+            polynomial = mlp.poly.output.save()
+            error = mlp.poly.error.output.save()
+
+    `mlp.poly.x.output` is the polynomial's input; requests follow the order x, degree_0 ...,
+    poly, error. Writing to `mlp.poly.output` while replaced changes what flows on.
+
+    Args:
+        model: the root of an nnsight model; dispatched here if its weights are not loaded yet.
+        example_inputs: as for TorchHost.
+
+    Raises:
+        UnsupportedModel: not a root, or older than nnsight 0.8.
+    """
+
+    def __init__(self, model: Any, example_inputs: Any = None) -> None:
+        if not hasattr(getattr(model, "interleaver", None), "interleaving"):
+            raise UnsupportedModel(
+                f"{type(model).__name__} is not a model of nnsight >= 0.8; polylens reads "
+                "nnsight.NNsight, TransformersModel and what derives from them"
+            )
+        if getattr(model, "parent", None) is not None:
+            raise UnsupportedModel(
+                f"{model.path} is a part of an nnsight model; give the model itself, and layers="
+            )
+        if not getattr(model, "dispatched", True):
+            model.dispatch()  # would make a new module tree later, without what was attached
+        super().__init__(model._module, example_inputs)
+        self.model = model
+        self.name = "nnsight"
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model._module if hasattr(self.model, "_module") else self.model
+
+    def _end(self, block: Block) -> nn.Module:
+        return block.exit
+
+    def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
+        block = self._block(site.layer)
+        require_free(block.owner, site.path, site.layer)
+        if hasattr(block.owner, _CHILD):
+            raise AttachmentError(
+                f"layer {site.layer} ({site.path}) has an attribute {_CHILD!r} of its own, which "
+                "is where polylens would put the polynomial"
+            )
+        owner = next(e for e in self.model.modules() if e._module is block.owner)
+        child = TraceablePoint(_CHILD)
+        points: dict[str, PolyPoint] = {"out": child}
+        for name in emitter.point_names:
+            if name != "out":
+                label = "x" if name == "in" else name
+                points[name] = TraceablePoint(label)
+                child.add_module(label, points[name])
+        with ExitStack() as undo:
+            undo.callback(_detach, owner, block.owner)
+            setattr(owner, _CHILD, child)
+            taps = _Taps(points, self.model.interleaver, f"{owner.path}.{_CHILD}.")
+            undo.callback(Splice(block, self._end(block), Installed(emitter, taps)).remove)
+            self._points[site.layer] = points
+            undo.callback(self._points.pop, site.layer, None)
+            return undo.pop_all().close
+
+    def inline(self, polynomial: Any) -> InlinePolynomial:
+        """A function of x that belongs to no model and travels with a remote trace.
+
+            f = host.inline(lens[3])
+            lens.detach()
+            with model.trace(tokens, remote=True):
+                mlp.output = f(mlp.input)
+
+        polylens need not be installed where the trace runs: the code is sent along.
+        """
+        import nnsight
+
+        nnsight.register(InlinePolynomial.__module__)
+        weights, degree = polynomial.weights, polynomial.degree
+        tensors = {name: t for name, t in vars(weights).items() if isinstance(t, Tensor)}
+        Q = None if polynomial.Q is None else polynomial.Q[degree]
+        return InlinePolynomial(tensors, polynomial.m, polynomial.s, polynomial.P[degree], Q)
+
+
+class TraceablePoint(PolyPoint):
+    """A point that refuses to be referred to in a request to another machine."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_persistent_id":  # nnsight names the modules that it does not send
+            value = _NotRemote()
+        super().__setattr__(name, value)
+
+    def __getstate__(self) -> dict:
+        return {k: v for k, v in self.__dict__.items() if k != "_persistent_id"}
+
+
+class _NotRemote:
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise AttachmentError(
+            "a lens is attached to this model, and the model on the remote machine has none: "
+            "detach() first; lens.host.inline(lens[layer]) gives a function that travels, as in "
+            "mlp.output = f(mlp.input)"
+        )
+
+
+class _Taps:
+    """hosts.base.Tap over points that a trace may ask for."""
+
+    def __init__(self, points: dict[str, PolyPoint], interleaver: Any, prefix: str) -> None:
+        self.points = points
+        self.interleaver = interleaver
+        self.prefix = prefix
+
+    def __getstate__(self) -> dict:
+        # a run in progress cannot be copied; the copy computes all that may be asked for
+        return {**self.__dict__, "interleaver": None}
+
+    def wants(self, name: str) -> bool:
+        return self.points[name].listened or self._traced()
+
+    def _traced(self) -> bool:
+        run = self.interleaver
+        if run is None:
+            return True
+        if not run.interleaving:
+            return False
+        # workers ask in the order of execution: what they want here they wait for by now
+        return any(
+            place.startswith(self.prefix)
+            for places in (run.parked, run.observers)
+            for place in places
+        )
+
+    def __call__(self, name: str, value: Tensor) -> Tensor:
+        return self.points[name](value)
+
+
+def _detach(envoy: Any, module: nn.Module) -> None:
+    if module._modules.pop(_CHILD, None) is not None:
+        envoy._update(module)

@@ -1,0 +1,267 @@
+"""What flows through a model's linear maps and activations in one forward pass."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polylens.errors import UnsupportedModel
+
+_NOT_ACTIVATIONS = (
+    "dropout",
+    "droppath",
+    "identity",
+    "norm",
+    "embedding",
+    "rotary",
+    "flatten",
+    "point",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """A module that computes x @ W + b, or the half of its output columns that is meant.
+
+    Attributes:
+        module: with a matrix `weight` and perhaps a vector `bias`.
+        out_first: the matrix is [out, in] (Linear), not [in, out] (Conv1D).
+        part: 0 for all output columns, 1 and 2 for the first and second half.
+    """
+
+    module: nn.Module
+    out_first: bool
+    part: int = 0
+
+    def weight(self) -> Tensor:
+        """[d_in, d_out], a view of the module's own matrix."""
+        matrix: Any = self.module.weight
+        weight = matrix.detach()
+        return half(weight.T if self.out_first else weight, self.part)
+
+    def bias(self) -> Tensor | None:
+        """[d_out] or None."""
+        bias = getattr(self.module, "bias", None)
+        return half(bias.detach(), self.part) if isinstance(bias, Tensor) else None
+
+
+@dataclass(eq=False)
+class Call:
+    """One call of a module: x [..., d_in] -> y [..., d_out], as they were then."""
+
+    order: int
+    path: str
+    module: nn.Module
+    x: Tensor
+    y: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """x as [rows, d_in]."""
+        return self.x.reshape(-1, self.x.shape[-1])
+
+
+@dataclass
+class Recording:
+    """Calls by kind, each in order of execution."""
+
+    projections: list[Call]
+    activations: list[Call]
+    containers: list[Call]
+
+
+def half(t: Tensor, part: int) -> Tensor:
+    """All of the last axis, or its first or second half, as a view."""
+    if part == 0:
+        return t
+    width = t.shape[-1] // 2
+    return t[..., (part - 1) * width : part * width]
+
+
+def record(model: nn.Module, run: Callable[[], object]) -> Recording:
+    """Calls of every linear map, activation and container in one run.
+
+    Temporary hooks only; training flags, hooks and the RNG are as before, also when run raises.
+    """
+    recording = Recording([], [], [])
+    linear: set[nn.Module] = set()
+    counter = iter(range(1 << 62))
+    with ExitStack() as stack:
+        for path, module in model.named_modules():
+            if module in linear:
+                continue
+            if is_projection(module):
+                linear.update(module.modules())
+                calls = recording.projections
+            elif _may_activate(module):
+                calls = recording.activations
+            elif any(True for _ in module.children()):
+                calls = recording.containers
+            else:
+                continue
+            for handle in _watch(module, path, calls, counter):
+                stack.callback(handle.remove)
+        with quiet(model):
+            run()
+    return recording
+
+
+def _watch(module: nn.Module, path: str, calls: list[Call], counter: Iterator[int]) -> list:
+    # x is copied before the module runs: activations may work in place
+    pending: list[Tensor | None] = []
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
+        pending.append(None if x is None or not x.is_floating_point() else x.detach().clone())
+
+    def after(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
+        x = pending.pop() if pending else None
+        if x is not None and isinstance(out, Tensor) and x.dim() and out.dim():
+            calls.append(Call(next(counter), path, module, x, out.detach().clone()))
+
+    return [
+        module.register_forward_pre_hook(before, with_kwargs=True),
+        module.register_forward_hook(after, with_kwargs=True),
+    ]
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; training flags and RNG states come back."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if any(t.is_meta for t in tensors):
+        raise UnsupportedModel("the model's weights are on the meta device; load them first")
+    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
+    training = [(m, m.training) for m in model.modules()]
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            for module, _ in training:
+                module.training = False
+            yield
+        finally:
+            for module, flag in training:
+                module.training = flag
+
+
+@contextmanager
+def probing(
+    outputs: dict[nn.Module, list[tuple[int, Tensor]]], seen: dict[nn.Module, Tensor]
+) -> Iterator[None]:
+    """Within the context, parts of these modules' outputs are overwritten with given values,
+    and the first input of each module in `seen` is put there."""
+
+    def overwrite(changes: list[tuple[int, Tensor]], module: nn.Module, args: tuple, out: Tensor):
+        out = out.clone()
+        for part, values in changes:
+            target = half(out, part)
+            target.copy_(_filled(values, target))
+        return out
+
+    def keep(module: nn.Module, args: tuple) -> None:
+        if not seen[module].numel() and args:
+            seen[module] = args[0].detach().clone()
+
+    with ExitStack() as stack:
+        for module, changes in outputs.items():
+            hook = partial(overwrite, changes)
+            stack.callback(module.register_forward_hook(hook).remove)
+        for module in seen:
+            stack.callback(module.register_forward_pre_hook(keep).remove)
+        yield
+
+
+def _filled(values: Tensor, like: Tensor) -> Tensor:
+    """The values over and over, in the shape of `like`; thinned evenly if there is no room."""
+    n = like.numel()
+    if n < len(values):
+        values = values[torch.linspace(0, len(values) - 1, n).long()]
+    repeated = values.repeat(-(-n // len(values)))[:n]
+    return repeated.reshape(like.shape).to(like)
+
+
+def is_projection(module: nn.Module) -> bool:
+    """Whether the module stands for a linear map, readable or not (quantised, adapted)."""
+    name = type(module).__name__.lower()
+    if isinstance(module, nn.Linear) or (name.startswith("conv1d") and hasattr(module, "nf")):
+        return True
+    leaf = not any(True for _ in module.children())
+    weight = getattr(module, "weight", None)
+    if leaf and isinstance(weight, nn.Parameter) and weight.dim() == 2:
+        return not isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.Bilinear)
+    return hasattr(module, "in_features") and hasattr(module, "out_features") and "linear" in name
+
+
+def _may_activate(module: nn.Module) -> bool:
+    name = type(module).__name__.lower()
+    leaf = not any(True for _ in module.children())
+    scalars = all(p.numel() <= 1 for p in module.parameters())
+    return leaf and scalars and not any(word in name for word in _NOT_ACTIVATIONS)
+
+
+def read_projection(call: Call) -> Projection:
+    """How the called module's matrix is laid out, found by recomputing the call.
+
+    Raises:
+        UnsupportedModel: quantised, sharded or adapted weights, or not a linear map at all.
+    """
+    module, label = call.module, f"{call.path} ({type(call.module).__name__})"
+    weight: Any = getattr(module, "weight", None)
+    bias = getattr(module, "bias", None)
+    plain = type(weight) in (Tensor, nn.Parameter) and type(bias) in (
+        Tensor,
+        nn.Parameter,
+        type(None),
+    )
+    if not plain or weight.dim() != 2 or weight.dtype not in TOLERANCE:
+        raise UnsupportedModel(
+            f"{label} has no plain floating-point matrix: quantised, sharded or wrapped by an "
+            "adapter; dequantise it, or merge the adapter, first"
+        )
+    if type(module) is nn.Linear:
+        return Projection(module, out_first=True)
+    x, y = call.rows.to(weight.dtype), call.y.reshape(-1, call.y.shape[-1])
+    tolerance = TOLERANCE[weight.dtype] * float(y.abs().max().clamp(min=1e-30))
+    for out_first in (True, False):
+        found = Projection(module, out_first)
+        matrix, offset = found.weight(), found.bias()
+        if tuple(matrix.shape) == (x.shape[-1], y.shape[-1]):
+            out = x @ matrix if offset is None else x @ matrix + offset
+            if float((out - y).abs().max()) <= tolerance:
+                return found
+    raise UnsupportedModel(
+        f"{label} does not compute x @ W + b with its own matrix: quantised or wrapped by an "
+        "adapter; dequantise it, or merge the adapter, first"
+    )
+
+
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+
+def position(path: str) -> tuple[str, int] | None:
+    """(what is repeated, which of it): the part of a path before its first number, and that."""
+    names = path.split(".")
+    for i, name in enumerate(names):
+        if name.isdigit():
+            return ".".join(names[:i]), int(name)
+    return None
+
+
+def common_path(*paths: str) -> str:
+    """The longest dotted path that all of these are inside of."""
+    split = [path.split(".") for path in paths]
+    shared: list[str] = []
+    for names in zip(*split, strict=False):
+        if len(set(names)) > 1:
+            break
+        shared.append(names[0])
+    if any(len(names) == len(shared) for names in split):
+        shared = shared[:-1]
+    return ".".join(shared)
+
+
+def within(path: str, place: str) -> bool:
+    return not place or path == place or path.startswith(place + ".")

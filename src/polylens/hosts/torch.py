@@ -1,0 +1,331 @@
+"""Any torch module: Hugging Face models, classifiers, custom transformers."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polylens.errors import InvalidInputError, UnsupportedModel
+from polylens.hosts.base import Emitter, MLPSite, Norm
+from polylens.hosts.dataflow import Block, find_blocks
+from polylens.hosts.guessing import Inputs, accepted, guessed_inputs
+from polylens.hosts.recording import quiet
+from polylens.hosts.splice import Function, Installed, PolyPoint, Splice, Taps, require_free
+
+
+class TorchHost:
+    """Implements `hosts.base.Host` with torch hooks only.
+
+    Hook points are modules `hook_poly_<name>` under the site's path. In a classifier with
+    several hidden layers neighbouring sites share a linear map: the out-projection of one is
+    the in-projection of the next.
+
+    Args:
+        model: any torch module.
+        example_inputs: arguments of one small forward pass: a mapping of keywords, a tuple of
+            positional arguments, or one tensor. Guessed where None.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
+        self.model = model
+        self.name = "Hugging Face" if _is_hugging_face(model) else "torch"
+        self._examples: Inputs | None = None
+        if isinstance(example_inputs, Mapping):
+            self._examples = dict(example_inputs)
+        elif example_inputs is not None:
+            single = isinstance(example_inputs, Tensor)
+            self._examples = (example_inputs,) if single else tuple(example_inputs)
+        self._blocks: dict[int, Block] = {}
+        self._points: dict[int, dict[str, PolyPoint]] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        """The torch module that is hooked and called."""
+        return self.model
+
+    @property
+    def device(self) -> torch.device:
+        parameter = next(self.module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def sites(self) -> tuple[list[MLPSite], dict[int, str]]:
+        blocks, refused = self._found()
+        self._blocks = {block.layer: block for block in blocks}
+        return [_site(block) for block in blocks], refused
+
+    def _found(self) -> tuple[list[Block], dict[int, str]]:
+        guesses = guessed_inputs(self.module) if self._examples is None else [self._examples]
+        problem: Exception | None = None
+        for inputs in guesses:
+            try:
+                found = find_blocks(self.module, partial(self._example_run, inputs))
+            except _ForwardFailed as failure:
+                problem = failure.__cause__  # type: ignore[assignment]
+            else:
+                self._examples = inputs
+                return found
+        raise UnsupportedModel(
+            f"{type(self.module).__name__} needs inputs that polylens cannot guess"
+            f"{'' if problem is None else f' ({type(problem).__name__}: {problem})'}; give "
+            "example_inputs=, the arguments of one small forward pass: a mapping, a tuple or a "
+            "tensor"
+        ) from problem
+
+    def _example_run(self, inputs: Inputs) -> None:
+        try:
+            self._call(self.module, inputs)
+        except Exception as error:
+            raise _ForwardFailed from error
+
+    def _call(self, module: nn.Module, inputs: Inputs) -> Any:
+        floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+        dtype = next(floating, torch.float32)
+
+        def moved(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(self.device, dtype if value.is_floating_point() else None)
+
+        if isinstance(inputs, dict):
+            return module(**{name: moved(value) for name, value in inputs.items()})
+        return module(*(moved(value) for value in inputs))
+
+    def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[batch, pos] token ids (or a float tensor, for models of images or features)."""
+        out = self._call(self.module, self._inputs(self.module, tokens, attention_mask))
+        if isinstance(out, Tensor):
+            return out
+        return out.logits if hasattr(out, "logits") else out[0]
+
+    def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+        trunk = self._trunk()
+        self._call(trunk, self._inputs(trunk, tokens, attention_mask))
+
+    def _trunk(self) -> nn.Module:
+        """The model without its head, where every block is in it."""
+        trunk = getattr(self.module, "base_model", None) if self.name != "torch" else None
+        if not isinstance(trunk, nn.Module) or "input_ids" not in accepted(trunk):
+            return self.module
+        inside = set(trunk.modules())
+        return trunk if all(b.owner in inside for b in self._blocks.values()) else self.module
+
+    def _inputs(self, module: nn.Module, tokens: Tensor, mask: Tensor | None) -> Inputs:
+        if not _is_hugging_face(module):
+            return (tokens,)
+        main = getattr(module, "main_input_name", "input_ids")
+        names = accepted(module)
+        inputs: dict[str, Any] = {"input_ids" if not tokens.is_floating_point() else main: tokens}
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        if "use_cache" in names:
+            inputs["use_cache"] = False
+        encoder_decoder = getattr(module.config, "is_encoder_decoder", False)
+        if encoder_decoder and "decoder_input_ids" in names:
+            inputs["decoder_input_ids"] = self._decoder_tokens(tokens)
+        return inputs
+
+    def _decoder_tokens(self, tokens: Tensor) -> Tensor:
+        """What the decoder reads beside these: the same, or the example for other inputs."""
+        known = self._examples if isinstance(self._examples, dict) else {}
+        given = known.get("decoder_input_ids")
+        if not tokens.is_floating_point():
+            return tokens
+        if given is None:
+            raise UnsupportedModel(
+                f"{type(self.module).__name__} also needs decoder_input_ids; give them in "
+                "example_inputs="
+            )
+        return given[:1].expand(len(tokens), -1)
+
+    def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
+        model: Any = self.module
+        if not (hasattr(model, "can_generate") and model.can_generate()):
+            raise UnsupportedModel(
+                f"{type(model).__name__} cannot generate text to calibrate on; give tokens="
+            )
+        text = model.config.get_text_config()
+        bos = getattr(text, "bos_token_id", None)
+        seq_len = min(seq_len, getattr(text, "max_position_embeddings", None) or seq_len)
+        with quiet(model):
+            torch.manual_seed(seed)
+            if isinstance(bos, int):
+                start = torch.full((n_seq, 1), bos)
+            else:
+                start = torch.randint(text.vocab_size, (n_seq, 1))
+            try:
+                out = model.generate(
+                    start.to(self.device),
+                    attention_mask=torch.ones_like(start).to(self.device),
+                    max_new_tokens=seq_len - 1,
+                    min_new_tokens=seq_len - 1,
+                    do_sample=True,
+                    top_k=0,
+                    top_p=1.0,
+                    temperature=1.0,
+                    num_beams=1,
+                    pad_token_id=getattr(text, "pad_token_id", None) or 0,
+                )
+            except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+                raise UnsupportedModel(
+                    f"{type(model).__name__} could not generate text to calibrate on ({error}); "
+                    "give tokens="
+                ) from error
+        return out
+
+    @contextmanager
+    def observe(self, observers: Mapping[int, Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
+        with self._splices(observers):
+            yield
+
+    @contextmanager
+    def substitute(
+        self, functions: Mapping[int, Callable[[Tensor, Tensor], Tensor]]
+    ) -> Iterator[None]:
+        with self._splices(functions):
+            yield
+
+    @contextmanager
+    def _splices(self, functions: Mapping[int, Function]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for layer, function in functions.items():
+                block = self._block(layer)
+                splice = Splice(block, self._end(block), function, first=True)
+                stack.callback(splice.remove)
+            yield
+
+    def _block(self, layer: int) -> Block:
+        if layer not in self._blocks:
+            self.sites()
+        return self._blocks[layer]
+
+    def _end(self, block: Block) -> nn.Module:
+        """The module whose output a polynomial replaces."""
+        return block.out.module
+
+    def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
+        block = self._block(site.layer)
+        require_free(block.owner, site.path, site.layer)
+        points = {name: PolyPoint(f"hook_poly_{name}") for name in emitter.point_names}
+        with ExitStack() as undo:
+            for point in points.values():
+                block.owner.add_module(point.name, point)
+                undo.callback(block.owner._modules.pop, point.name, None)
+            installed = Installed(emitter, Taps(points))
+            undo.callback(Splice(block, self._end(block), installed).remove)
+            self._points[site.layer] = points
+            undo.callback(self._points.pop, site.layer, None)
+            return undo.pop_all().close
+
+    @contextmanager
+    def cache(
+        self, layers: Iterable[int] | None = None, names: Iterable[str] | None = None
+    ) -> Iterator[dict[tuple[str, int], Tensor]]:
+        """Within the context, values at the hook points are collected as the model runs.
+
+        Args:
+            layers: attached layers; all by default.
+            names: "in", "out", "error", "degree_k"; all by default.
+
+        Yields:
+            {(name, layer): [batch, pos, d]}, of the latest pass through each point.
+
+        Raises:
+            InvalidInputError: a layer that is not attached, or an unknown name.
+        """
+        values: dict[tuple[str, int], Tensor] = {}
+
+        def keep(key: tuple[str, int], module: nn.Module, args: tuple, out: Tensor) -> None:
+            values[key] = out
+
+        wanted = None if names is None else list(names)
+        with ExitStack() as stack:
+            for layer in self._points if layers is None else layers:
+                if layer not in self._points:
+                    raise InvalidInputError(
+                        f"no layer {layer!r} is attached; there are {sorted(self._points)}"
+                    )
+                points = self._points[layer]
+                for name in points if wanted is None else wanted:
+                    if name not in points:
+                        raise InvalidInputError(
+                            f"no hook point {name!r}; there are {', '.join(points)}"
+                        )
+                    handle = points[name].register_forward_hook(partial(keep, (name, layer)))
+                    stack.callback(handle.remove)
+            yield values
+
+    def norm(self, site: MLPSite) -> Norm:
+        block = self._block(site.layer)
+        passed: list[tuple[nn.Module, Tensor, Tensor]] = []
+        read: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple, out: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+                passed.append((module, args[0].detach().clone(), out.detach().clone()))
+
+        with ExitStack() as stack:
+            for module in self.module.modules():
+                if "norm" in type(module).__name__.lower() or isinstance(module, nn.LayerNorm):
+                    stack.callback(module.register_forward_hook(keep).remove)
+            stack.enter_context(
+                self.observe({block.layer: lambda x, y: read.append(x.detach().clone())})
+            )
+            stack.enter_context(quiet(self.module))
+            assert self._examples is not None
+            self._call(self.module, self._examples)
+        for module, before, after in reversed(passed):
+            if after.numel() == read[0].numel() and torch.equal(
+                after.reshape(read[0].shape), read[0]
+            ):
+                norm = _normalisation(module, before.double(), after.double())
+                if norm is not None:
+                    return norm
+        raise UnsupportedModel(
+            f"layer {site.layer} ({site.path}) does not read the output of a LayerNorm or RMSNorm, "
+            "so inputs='norm' says nothing about it; give tokens="
+        )
+
+
+class _ForwardFailed(Exception):
+    """The example inputs do not fit the model."""
+
+
+def _is_hugging_face(module: Any) -> bool:
+    return hasattr(module, "config") and hasattr(module, "main_input_name")
+
+
+def _site(block: Block) -> MLPSite:
+    tensors = block.tensors()
+    return MLPSite(
+        layer=block.layer,
+        path=block.path,
+        kind=block.kind,
+        activation=block.activation,
+        d_in=tensors["W_in"].shape[0],
+        d_mlp=tensors["W_in"].shape[1],
+        d_out=tensors["W_out"].shape[1],
+        error=block.error,
+        tensors=block.tensors,
+        weights=block.weights,
+    )
+
+
+def _normalisation(module: nn.Module, before: Tensor, after: Tensor) -> Norm | None:
+    """LayerNorm or RMSNorm with the module's weight w (or 1 + w) and bias, if that is it."""
+    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+    offset = bias.detach() if isinstance(bias, Tensor) else None
+    scales = [None]
+    if isinstance(weight, Tensor):
+        scales = [weight.detach(), 1 + weight.detach()]  # type: ignore[list-item]
+    for centred in (True, False):
+        plain = before - before.mean(-1, keepdim=True) if centred else before
+        plain = plain / plain.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+        for w in scales:
+            out = plain if w is None else plain * w.double()
+            out = out if offset is None else out + offset.double()
+            if (out - after).norm() <= 2e-2 * after.norm():
+                return Norm(centred, w, offset)
+    return None

@@ -1,0 +1,312 @@
+"""nnsight: the polynomial as a traceable child, exact detach, and what may travel."""
+
+import copy
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import torch
+
+import polylens
+from polylens.errors import AttachmentError, UnsupportedModel
+from tests.hf_models import D_VOCAB, build
+
+nnsight = pytest.importorskip("nnsight", minversion="0.8")
+
+from polylens.hosts.nnsight import NNsightHost  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
+
+TOKENS = torch.randint(3, D_VOCAB, (4, 12), generator=torch.Generator().manual_seed(3))
+# an ordinary mlp module; none; one that spans two modules; a residual inside; a shared one
+MODELS = ["gpt2", "llama", "phi3", "opt", "bert", "bloom", "albert"]
+DEGREE = 2
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return nnsight.NNsight(build(request.param))
+
+
+@cache
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(D_VOCAB)}
+    inner = Tokenizer(models.WordLevel(words, unk_token="w3"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="w0", bos_token="w1", eos_token="w2", unk_token="w3"
+    )
+
+
+def language_model():
+    return nnsight.TransformersModel(build("gpt2"), tokenizer=tokenizer())
+
+
+def attach(model, **options):
+    return polylens.attach(model, TOKENS, progress=False, **{"degree": DEGREE, **options})
+
+
+def logits(model):
+    with torch.no_grad():
+        return NNsightHost(model).logits(TOKENS)
+
+
+def snapshot(model):
+    """Envoys and torch modules with their hooks, by identity."""
+    envoys = [
+        (e.path, id(e), id(e._module), list(e._child_map), [id(c) for c in e._children])
+        for e in model.modules()
+    ]
+    modules = [
+        (name, id(m), list(m._forward_hooks), list(m._forward_pre_hooks), m.training)
+        for name, m in model._module.named_modules()
+    ]
+    return envoys, modules, list(model._module.state_dict())
+
+
+def envoys(model, lens, layer=0):
+    """(where the true output is, where the child `poly` is)"""
+    end = lens.host._end(lens.host._blocks[layer])
+    by_module = {e._module: e for e in model.modules()}
+    return by_module[end], by_module[lens.host._blocks[layer].owner]
+
+
+def test_observing_changes_nothing_and_detach_restores_everything(model):
+    before, reference = snapshot(model), logits(model)
+    lens = attach(model)
+    assert lens.refused == {}
+    assert torch.equal(logits(model), reference)
+    assert list(model._module.state_dict()) == before[2]
+    with model.trace(TOKENS):
+        out = model.output.logits.save()
+    assert torch.equal(out, reference)
+    lens.detach()
+    assert snapshot(model) == before
+    assert torch.equal(logits(model), reference)
+    assert not any(hasattr(e, "poly") for e in model.modules())
+
+
+def test_a_trace_reads_the_true_output_and_the_polynomial(model):
+    lens = attach(model)
+    end, owner = envoys(model, lens)
+    with model.trace(TOKENS):
+        true = end.output.save()
+        x = owner.poly.x.output.save()
+        degrees = nnsight.save([])
+        degrees.append(owner.poly.degree_0.output)
+        degrees.append(owner.poly.degree_1.output)
+        degrees.append(owner.poly.degree_2.output)
+        poly = owner.poly.output.save()
+        error = owner.poly.error.output.save()
+    torch.testing.assert_close(sum(degrees), poly, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(lens[0](x), poly, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close((poly + error).reshape(true.shape), true, atol=1e-5, rtol=1e-4)
+
+
+def test_replaced_decides_what_flows_on_and_the_true_output_stays_readable(model):
+    lens = attach(model)
+    end, owner = envoys(model, lens)
+    reference = logits(model)
+    with model.trace(TOKENS):
+        true = end.output.save()
+    with lens.replaced():
+        flowing = logits(model)
+        with model.trace(TOKENS):
+            still = end.output.save()
+            owner.poly.output.save()
+            out = model.output.logits.save()
+        with model.trace(TOKENS):
+            owner.poly.output = torch.zeros(4, 12, 24)
+            zeroed = model.output.logits.save()
+    assert torch.equal(still, true)
+    assert not torch.equal(flowing, reference)
+    torch.testing.assert_close(out, flowing, atol=1e-5, rtol=1e-4)
+    assert (zeroed - flowing).abs().max() > 1e-3
+    assert torch.equal(logits(model), reference)
+
+
+def test_the_polynomial_is_computed_only_when_a_trace_asks_for_it():
+    model = nnsight.NNsight(build("gpt2"))
+    lens = attach(model)
+    calls = []
+    for layer in lens:
+        lens[layer].register_forward_hook(lambda *args: calls.append(1))
+        lens._emitters[layer]._sum_of_parts = lambda x, *args: calls.append(1) or x
+    model._module(TOKENS)
+    with model.trace(TOKENS):
+        model.transformer.h[0].mlp.output.save()
+    assert calls == []
+    with model.trace(TOKENS):
+        model.transformer.h[1].mlp.poly.output.save()
+    assert len(calls) == 1
+
+
+def test_tracer_cache_records_the_points():
+    model = nnsight.NNsight(build("llama"))
+    lens = attach(model)
+    with model.trace(TOKENS) as tracer:
+        cached = tracer.cache()
+    path = "model.model.layers.1.mlp"
+    poly = cached[f"{path}.poly"].output
+    torch.testing.assert_close(lens[1](cached[f"{path}.poly.x"].output), poly)
+    error = cached[f"{path}.poly.error"].output
+    torch.testing.assert_close(poly + error, cached[path].output)
+
+
+def test_gradients_reach_the_polynomial_inside_a_trace():
+    model = nnsight.NNsight(build("gpt2"))
+    lens = attach(model)
+    with lens.replaced():
+        with model.trace(TOKENS):
+            poly = model.transformer.h[0].mlp.poly.output
+            loss = model.output.logits.square().sum()
+            with loss.backward():
+                gradient = poly.grad.save()
+        with lens.host.cache([0], ["out"]) as cached:
+            out = lens.host.logits(TOKENS)
+        expected = torch.autograd.grad(out.square().sum(), cached["out", 0])[0]
+    torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
+
+
+def test_several_invokes_see_their_own_rows():
+    model = language_model()
+    lens = attach(model)
+    with model.trace() as tracer:
+        with tracer.invoke("w5 w6 w7"):
+            first = model.transformer.h[0].mlp.poly.output.save()
+        with tracer.invoke("w8 w9 w10"):
+            second = model.transformer.h[0].mlp.poly.output.save()
+    assert len(first) == len(second) == 1
+    assert not torch.equal(first, second)
+    lens.detach()
+
+
+def test_generation_is_replaced_at_every_step():
+    model = language_model()
+    with attach(model) as lens:
+        with lens.replaced():
+            with model.generate("w5 w6 w7 w8", max_new_tokens=3, do_sample=False) as tracer:
+                shapes = nnsight.save([])
+                for _ in tracer.iter[:3]:
+                    shapes.append(model.transformer.h[1].mlp.poly.output.shape)
+    assert [shape[1] for shape in shapes] == [4, 1, 1]
+
+
+def test_models_without_weights_are_dispatched_first(tmp_path):
+    build("gpt2").save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = nnsight.TransformersModel(str(tmp_path), task="text-generation", tokenizer=tokenizer())
+    assert not model.dispatched
+    lens = attach(model)
+    assert model.dispatched
+    with model.trace("w5 w6 w7"):
+        poly = model.transformer.h[0].mlp.poly.output.save()
+    assert poly.shape == (1, 3, 24)
+    lens.detach()
+
+
+def test_copies_work_on_their_own():
+    model = nnsight.NNsight(build("gpt2"))
+    reference = logits(model)
+    lens = attach(model)
+    twin = copy.deepcopy(model._module)
+    lens.detach()
+    with torch.no_grad():
+        assert torch.equal(twin(TOKENS).logits, reference)
+
+
+def test_remote_traces_are_refused_while_attached():
+    from nnsight.intervention.serialization import dumps
+
+    model = nnsight.NNsight(build("gpt2"))
+    lens = attach(model)
+    with pytest.raises(AttachmentError, match="detach"):
+        dumps(model)
+    copy.deepcopy(model._module)
+    lens.detach()
+    assert dumps(model)
+
+
+ELSEWHERE = """
+import sys
+sys.modules["polylens"] = None  # not installed here
+import nnsight, torch, transformers
+from nnsight.intervention.serialization import loads
+folder, path = sys.argv[1:]
+function, tokens = loads(open(f"{folder}/payload", "rb").read())
+model = nnsight.NNsight(transformers.AutoModelForCausalLM.from_pretrained(folder))
+mlp = model.get(path)
+with model.trace(tokens):
+    mlp.output = function(mlp.input)
+    out = model.output.logits.save()
+torch.save(out.detach(), f"{folder}/out")
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [("gpt2", "transformer.h.0.mlp"), ("llama", "model.layers.0.mlp")]
+)
+def test_the_inline_function_travels_to_where_polylens_is_not_installed(tmp_path, name, path):
+    from nnsight.intervention.serialization import dumps
+
+    model = nnsight.NNsight(build(name))
+    with attach(model, exclude_first=False) as lens:
+        function = lens.host.inline(lens[0])
+        with lens.replaced(layers=0):
+            expected = logits(model)
+    model._module.save_pretrained(tmp_path)
+    (tmp_path / "payload").write_bytes(dumps((function, TOKENS)))
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    command = [sys.executable, str(tmp_path / "elsewhere.py"), str(tmp_path), path]
+    subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
+    out = torch.load(tmp_path / "out")
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_name_that_is_taken_is_refused_and_nothing_stays_attached():
+    model = nnsight.NNsight(build("gpt2"))
+    model._module.transformer.h[1].mlp.poly = torch.nn.Identity()
+    before = snapshot(model)
+    with pytest.raises(AttachmentError, match="'poly'"):
+        attach(model)
+    assert snapshot(model) == before
+
+
+def test_a_lens_from_another_host_on_the_same_module_is_refused():
+    module = build("gpt2")
+    lens = polylens.attach(module, TOKENS, progress=False)
+    model = nnsight.NNsight(module)
+    with pytest.raises(AttachmentError, match="already"):
+        attach(model)
+    lens.detach()
+    attach(model).detach()
+
+
+def test_a_part_of_a_model_is_refused():
+    model = nnsight.NNsight(build("gpt2"))
+    with pytest.raises(UnsupportedModel, match="give the model itself"):
+        NNsightHost(model.transformer)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_nothing_stays_behind_if_attaching_fails(monkeypatch, layer):
+    from polylens.hosts import nnsight as module
+
+    model = nnsight.NNsight(build("gpt2"))
+    host = NNsightHost(model)
+    host.sites()
+    before, splice = snapshot(model), module.Splice
+
+    def failing(block, *args):
+        if block.layer == layer:
+            raise RuntimeError("no more hooks")
+        return splice(block, *args)
+
+    monkeypatch.setattr(module, "Splice", failing)
+    with pytest.raises(RuntimeError, match="no more hooks"):
+        attach(model)
+    assert snapshot(model) == before
