@@ -5,7 +5,7 @@ import torch
 
 import polylens
 from polylens import AttachmentError, Gaussian, InvalidInputError, demo
-from tests.models import BRIDGES, D_VOCAB
+from tests.models import BRIDGES, D_VOCAB, hooked
 
 TOKENS = demo.batches(demo.texts()[0], 8, 64)
 HELD_OUT = demo.batches(demo.texts()[1], 8, 64)
@@ -67,6 +67,12 @@ def test_without_tokens_the_model_is_sampled(model):
         sampled = lens.report(HELD_OUT, loss=False, progress=False)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert sampled[1].r2[2] > 0.5
+
+
+def test_a_hooked_transformer_is_sampled_too():
+    model = hooked()
+    with polylens.attach(model, layers=1, progress=False) as lens:
+        assert "sampled from the model" in lens.inputs_summary
 
 
 def test_the_norm_alone_needs_no_data(model):

@@ -8,6 +8,11 @@ import torch
 
 import polylens
 from polylens.hosts import host_for
+from tests.host_contract import (
+    HostContract,
+    test_assert_close_fails_on_what_is_not,  # noqa: F401
+    test_snapshot_notices_each_kind_of_leftover,  # noqa: F401
+)
 from tests.models import BRIDGES, D_VOCAB, HOSTS, bridge, hooked
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning")
@@ -335,3 +340,86 @@ def test_both_hosts_of_the_same_weights_agree():
             reports.append(lens.report(TOKENS, loss=False, progress=False))
     for layer in (0, 1):
         assert reports[0][layer].r2 == pytest.approx(reports[1][layer].r2, abs=1e-4)
+
+
+class TestHost(HostContract):
+    tokens = TOKENS
+
+    @pytest.fixture(autouse=True, params=HOSTS)
+    def _model(self, request):
+        self._make = HOSTS[request.param]
+
+    def make_model(self):
+        return self._make()
+
+
+def causal(name):
+    return name != "bridge-bert"
+
+
+@pytest.mark.parametrize("name", filter(causal, HOSTS))
+def test_sampled_tokens_are_the_seeds_and_leave_the_generator_alone(name):
+    host, state = host_for(HOSTS[name]()), torch.get_rng_state()
+    first, again = host.sample_tokens(3, 9, seed=1), host.sample_tokens(3, 9, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.shape == (3, 9)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, host.sample_tokens(3, 9, seed=2))
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_hooked_sampling_draws_from_the_model_itself(rotary, monkeypatch):
+    kind = dict(positional_embedding_type="rotary", rotary_dim=6) if rotary else {}
+    host = host_for(hooked(**kind))
+    drawn = []
+
+    def multinomial(p, n):
+        drawn.append(p)
+        return p.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    tokens = host.sample_tokens(2, 8, seed=0)
+    with torch.no_grad():
+        expected = host.logits(tokens)[:, :-1].softmax(-1)
+    assert torch.allclose(torch.stack(drawn, 1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_norm_in_front_of_the_mlp(name):
+    host = host_for(HOSTS[name]())
+    site = host.sites()[0][1]
+    if "olmo2" in name:
+        with pytest.raises(polylens.UnsupportedModel, match="LayerNorm or RMSNorm"):
+            host.norm(site)
+        return
+    seen = []
+    with host.observe({1: lambda x, y: seen.append(x.detach().double())}):
+        host.run(TOKENS)
+    norm = host.norm(site)
+    plain = seen[0] if norm.bias is None else seen[0] - norm.bias.double()
+    plain = plain if norm.weight is None else plain / norm.weight.double()
+    size = plain.square().mean(-1)
+    assert torch.allclose(size, torch.ones_like(size), atol=3e-2)
+    if norm.centred:
+        assert float(plain.mean(-1).abs().max()) < 5e-2
+
+
+def test_a_residual_inside_the_mlp_module_is_left_out():
+    model = bridge("MptConfig", "MptForCausalLM", d_model=24, n_heads=4, n_layers=2, max_seq_len=48)
+    sites, refused = host_for(model).sites()
+    assert refused == {}
+    assert max(site.error for site in sites) < 1e-4
+
+
+def test_meta_weights_are_refused_by_layer():
+    sites, refused = host_for(BRIDGES["llama"]().to("meta")).sites()
+    assert sites == []
+    assert set(refused) == {0, 1}
+    assert "meta device" in refused[1]
+
+
+def test_an_encoder_decoder_is_refused_with_the_reason():
+    sizes = dict(d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4)
+    model = bridge("T5Config", "T5ForConditionalGeneration", **sizes)
+    with pytest.raises(polylens.UnsupportedModel, match="encoder-decoder"):
+        host_for(model).sites()

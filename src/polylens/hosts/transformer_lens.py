@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
+from math import inf
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from polylens.weights import GLUWeights, MLPWeights
 
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 _ROLES = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
-_ACTIVATIONS = ("act", "act_fn", "activation_fn", "activation", "gelu_impl")
+_ACTIVATIONS = ("act", "act_fn", "activation_fn", "activation", "gelu_impl", "intermediate_act_fn")
+_SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=1.0, stop_at_eos=False)
+_SAMPLING |= dict(prepend_bos=False, return_type="tokens", verbose=False)
 
 
 class TransformerLensHost:
@@ -43,24 +47,13 @@ class TransformerLensHost:
         return self.model(tokens.to(self.device), return_type=return_type, **extra)
 
     def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices), torch.no_grad():
-            torch.manual_seed(seed)
+        with _seeded(seed, self.device), torch.no_grad():
             seq_len = min(seq_len, getattr(self.model.cfg, "n_ctx", None) or seq_len)
             start = self._first_token(n_seq)
             try:
                 if not self.is_bridge:
                     return self._continue(start, seq_len)
-                return self.model.generate(
-                    start,
-                    max_new_tokens=seq_len - 1,
-                    stop_at_eos=False,
-                    do_sample=True,
-                    temperature=1.0,
-                    prepend_bos=False,
-                    return_type="tokens",
-                    verbose=False,
-                )
+                return self.model.generate(start, max_new_tokens=seq_len - 1, **_SAMPLING)
             except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
                 raise UnsupportedModel(
                     f"{self.name} could not generate text to calibrate on ({error}); give tokens="
@@ -68,44 +61,48 @@ class TransformerLensHost:
 
     def _continue(self, tokens: Tensor, seq_len: int) -> Tensor:
         # HookedTransformer.generate (3.9) shifts positions twice when it uses its cache
-        from transformer_lens import HookedTransformerKeyValueCache  # type: ignore
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
-        cache = HookedTransformerKeyValueCache.init_cache(self.model.cfg, self.device, len(tokens))
+        cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, len(tokens))
         while tokens.shape[1] < seq_len:
-            logits = self.model(tokens[:, -1:], past_kv_cache=cache)[:, -1]
-            new = torch.multinomial(logits.float().softmax(-1), 1)
+            last = tokens[:, -1:]
+            # without a mask it wants a tokenizer that knows the padding
+            logits = self.model(last, past_kv_cache=cache, attention_mask=torch.ones_like(last))
+            new = torch.multinomial(logits[:, -1].float().softmax(-1), 1)
             tokens = torch.cat([tokens, new], dim=1)
         return tokens
 
     def _first_token(self, n_seq: int) -> Tensor:
         bos = getattr(getattr(self.model, "tokenizer", None), "bos_token_id", None)
-        if bos is None:
-            return torch.randint(self.model.cfg.d_vocab, (n_seq, 1)).to(self.device)
-        return torch.full((n_seq, 1), bos, device=self.device)
+        drawn = torch.randint(self.model.cfg.d_vocab, (n_seq, 1))
+        return (drawn if bos is None else torch.full_like(drawn, bos)).to(self.device)
 
     def sites(self) -> tuple[list[MLPSite], dict[int, str]]:
         candidates: dict[int, list[Wiring]] = {}
         refused: dict[int, str] = {}
-        for layer, block in enumerate(self.model.blocks):
+        blocks = getattr(self.model, "blocks", None)
+        if blocks is None:
+            raise UnsupportedModel(f"{self.name} has no single stack of blocks (encoder-decoder?)")
+        for layer, block in enumerate(blocks):
             mlp = getattr(block, "mlp", None)
             if mlp is None:
                 refused[layer] = f"layer {layer}: block has no MLP"
+            elif any(p.is_meta for p in block.parameters()):
+                refused[layer] = f"layer {layer}: weights are on the meta device; load them first"
             else:
                 candidates[layer] = self._candidate_wirings(block, mlp)
-        captured = self._capture(candidates)
-        sites = []
+        captured = self._capture(candidates) if candidates else {}
+        sites: list[MLPSite] = []
         for layer, wirings in candidates.items():
             path = f"blocks.{layer}.mlp"
             try:
-                site, wiring = self._verified(layer, path, wirings, captured[layer])
+                site, self._wirings[layer] = self._verified(layer, path, wirings, captured[layer])
+                sites.append(site)
             except PolylensError as error:
                 refused[layer] = f"layer {layer} ({path}): {error}"
-            else:
-                sites.append(site)
-                self._wirings[layer] = wiring
         return sites, refused
 
-    def _candidate_wirings(self, block: Any, mlp: Any) -> list[Wiring]:
+    def _candidate_wirings(self, block: nn.Module, mlp: Any) -> list[Wiring]:
         if not self.is_bridge:
             return [Wiring(block, mlp, None, mlp, block, "mlp")]
         found = []
@@ -114,38 +111,45 @@ class TransformerLensHost:
         first: Any = getattr(mlp, "in", None)
         last: Any = getattr(mlp, "out", None)
         if hasattr(first, "hook_in") and hasattr(last, "hook_out"):
-            # containerless MLPs, and containers that add the residual inside
-            found.append(Wiring(block, first, first.hook_in, last.hook_out, last, "hook_out"))
+            # Containerless MLPs, and containers that add the residual inside. A container may
+            # fire `in.hook_in` before it calls `in`, so the pass starts at the container.
+            entry = mlp if found else first
+            found.append(Wiring(block, entry, first.hook_in, last.hook_out, last, "hook_out"))
         return found
 
     def _capture(self, candidates: dict[int, list[Wiring]]) -> dict[int, list[Any]]:
         """(x, y) at every candidate wiring, from one tiny forward pass."""
-        captured: dict[int, list[Any]] = {
-            layer: [None] * len(wirings) for layer, wirings in candidates.items()
-        }
+        captured: dict[int, list[Any]] = {n: [None] * len(c) for n, c in candidates.items()}
 
         def keep(layer: int, i: int, x: Tensor, y: Tensor) -> None:
             captured[layer][i] = (x.detach().clone(), y.detach().clone())
 
-        if any(p.is_meta for p in self.model.parameters()):
-            raise UnsupportedModel("the model's weights are on the meta device; load them first")
-        d_vocab = self.model.cfg.d_vocab
-        tokens = (torch.arange(16).reshape(2, 8) * 37 + 11) % d_vocab
-        training = {m: m.training for m in self.model.modules()}
         with ExitStack() as stack:
             for layer, wirings in candidates.items():
                 for i, wiring in enumerate(wirings):
-                    junction = Junction(wiring, partial(keep, layer, i), first=True)
-                    stack.callback(junction.remove)
-            for module in training:
-                module.training = False
+                    _join(stack, wiring, partial(keep, layer, i), first=True)
+            self._probe()
+        return captured
+
+    def _probe(self) -> None:
+        """A tiny forward pass in eval mode, which leaves training flags and RNG as they were."""
+        tokens = (torch.arange(16).reshape(2, 8) * 37 + 11) % self.model.cfg.d_vocab
+        training = {m: m.training for m in self.model.modules()}
+        with _seeded(0, self.device), torch.no_grad():
             try:
-                with torch.no_grad():
-                    self.run(tokens)
+                for module in training:
+                    module.training = False
+                self.run(tokens)
+            except PolylensError:
+                raise
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise UnsupportedModel(
+                    f"{self.name} does not run on token ids alone ({error}), and polylens verifies "
+                    "what it reads by one tiny forward pass"
+                ) from error
             finally:
                 for module, flag in training.items():
                     module.training = flag
-        return captured
 
     def _verified(
         self, layer: int, path: str, wirings: list[Wiring], captured: list[Any]
@@ -153,14 +157,9 @@ class TransformerLensHost:
         mlp = self.model.blocks[layer].mlp
         reader = Reader(mlp, self._activation(mlp), gated_bias_after=not self.is_bridge)
         weights = reader.weights()
-        best, chosen = float("inf"), None
-        for wiring, pair in zip(wirings, captured, strict=True):
-            if pair is None or pair[0].shape[-1] != weights.d_in:
-                continue
-            error = _relative_error(weights, *pair)
-            if error < best:
-                best, chosen = error, wiring
-        if chosen is None:
+        errors = [_relative_error(weights, pair) for pair in captured]
+        best = min(errors, default=inf)
+        if best == inf:
             raise UnsupportedModel("no hook point carries its input and output")
         tolerance = TOLERANCE.get(weights.dtype, 1e-4)
         if not best <= tolerance:
@@ -180,46 +179,43 @@ class TransformerLensHost:
             tensors=reader.tensors,
             weights=reader.weights,
         )
-        return site, chosen
+        return site, wirings[errors.index(best)]
 
     def _activation(self, mlp: Any) -> Activation:
         original = getattr(mlp, "original_component", None)
-        places = [mlp, original, getattr(original, "intermediate", None)]
-        for place in places:
-            for name in (*_ACTIVATIONS, "intermediate_act_fn"):
-                candidate: Any = getattr(place, name, None)
-                if callable(candidate):
-                    return activation(candidate)
+        places = (mlp, original, getattr(original, "intermediate", None))
+        for place, name in product(places, _ACTIVATIONS):
+            candidate: Any = getattr(place, name, None)
+            if callable(candidate):
+                return activation(candidate)  # type: ignore[arg-type]
         return activation(str(self.model.cfg.act_fn))
 
     @contextmanager
-    def observe(self, observers: Mapping[int, Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
-        with self._junctions(observers):
-            yield
-
-    @contextmanager
-    def substitute(
-        self, functions: Mapping[int, Callable[[Tensor, Tensor], Tensor]]
-    ) -> Iterator[None]:
-        with self._junctions(functions):
-            yield
-
-    @contextmanager
-    def _junctions(self, functions: Mapping[int, Function]) -> Iterator[None]:
+    def observe(self, observers: Mapping[int, Function]) -> Iterator[None]:
         with ExitStack() as stack:
+            for layer, observer in observers.items():
+                _join(stack, self._wiring(layer), partial(_watch, observer), first=True)
+            yield
+
+    @contextmanager
+    def substitute(self, functions: Mapping[int, Function]) -> Iterator[None]:
+        with ExitStack() as stack:
+            true: dict[int, Tensor] = {}
             for layer, function in functions.items():
-                junction = Junction(self._wiring(layer), function, first=True)
-                stack.callback(junction.remove)
+                # the true y comes before every other junction, the last word after them
+                see = partial(lambda layer, x, y: true.update({layer: y}), layer)
+                put = partial(lambda layer, f, x, y: f(x, true.pop(layer, y)), layer, function)
+                _join(stack, self._wiring(layer), see, first=True)
+                _join(stack, self._wiring(layer), put, first=False)
             yield
 
     def _wiring(self, layer: int) -> Wiring:
-        if layer not in self._wirings:
-            self.sites()
+        if layer not in self._wirings and layer in (refused := self.sites()[1]):
+            raise UnsupportedModel(refused[layer])
         return self._wirings[layer]
 
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
         mlp = self.model.blocks[site.layer].mlp
-        names = {name: f"hook_poly_{name}" for name in emitter.point_names}
         present = [name for name in mlp._modules if name.startswith("hook_poly_")]
         if present:
             raise AttachmentError(
@@ -228,64 +224,57 @@ class TransformerLensHost:
             )
         from transformer_lens.hook_points import HookPoint
 
-        points: dict[str, nn.Module] = {name: HookPoint() for name in names}
+        points = {name: HookPoint() for name in emitter.point_names}
         undo = ExitStack()
         try:
             for name, point in points.items():
-                self._add_point(mlp, site.path, names[name], point, undo)
-            junction = Junction(self._wiring(site.layer), _Installed(emitter, _Taps(points)))
-            undo.callback(junction.remove)
+                self._add_point(site, name, point, undo)
+            emit = partial(_emit, emitter, _Taps(points))
+            _join(undo, self._wiring(site.layer), emit, first=False)
         except BaseException:
             undo.close()
             raise
         return undo.close
 
-    def _add_point(
-        self, mlp: nn.Module, path: str, name: str, point: nn.Module, undo: ExitStack
-    ) -> None:
-        full = f"{path}.{name}"
+    def _add_point(self, site: MLPSite, name: str, point: nn.Module, undo: ExitStack) -> None:
+        mlp, name = self.model.blocks[site.layer].mlp, f"hook_poly_{name}"
+        full = f"{site.path}.{name}"
         point.name = full  # type: ignore[assignment]
         mlp.add_module(name, point)
         undo.callback(mlp._modules.pop, name, None)
-        if self.is_bridge:
-            registries = [self.model._hook_registry]
-        else:
-            registries = [self.model.mod_dict, self.model.hook_dict]
-        for registry in registries:
+        for registry in self._registries():
             registry[full] = point
         undo.callback(self._forget, full)
 
     def _forget(self, full: str) -> None:
-        # looked up anew: weight processing and setup() make new dictionaries
+        for registry in self._registries():
+            registry.pop(full, None)
         if self.is_bridge:
-            self.model._hook_registry.pop(full, None)
             self.model._block_alias_cache = None
-        else:
-            self.model.mod_dict.pop(full, None)
-            self.model.hook_dict.pop(full, None)
+
+    def _registries(self) -> list[dict[str, nn.Module]]:
+        # looked up anew every time: weight processing and setup() make new dictionaries
+        if self.is_bridge:
+            return [self.model._hook_registry]
+        return [self.model.mod_dict, self.model.hook_dict]
 
     def norm(self, site: MLPSite) -> Norm:
         block = self.model.blocks[site.layer]
-        modules = {n: m for n in ("ln2", "ln1") if (m := getattr(block, n, None)) is not None}
-        seen: dict[str, tuple[Tensor, Tensor]] = {}
+        calls: list[tuple[nn.Module, Tensor, Tensor]] = []
         inputs: list[Tensor] = []
 
-        def keep(name: str, module: nn.Module, args: tuple, out: Tensor) -> None:
-            seen[name] = (args[0].detach().double(), out.detach().double())
+        def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
+            calls.append((module, _rows(args[0]), _rows(out)))
 
         with ExitStack() as stack:
-            for name, module in modules.items():
-                stack.callback(module.register_forward_hook(partial(keep, name)).remove)
-            stack.enter_context(
-                self.observe({site.layer: lambda x, y: inputs.append(x.detach().double())})
-            )
-            with torch.no_grad():
-                self.run((torch.arange(16).reshape(2, 8) * 37 + 11) % self.model.cfg.d_vocab)
-        for name, (before, after) in seen.items():
-            if after.shape == inputs[0].shape and torch.allclose(after, inputs[0], atol=1e-5):
-                norm = _matching_norm(modules[name], before, after)
-                if norm is not None:
-                    return norm
+            for module in filter(None, (getattr(block, name, None) for name in ("ln1", "ln2"))):
+                stack.callback(module.register_forward_hook(keep).remove)
+            stack.enter_context(self.observe({site.layer: lambda x, y: inputs.append(_rows(x))}))
+            self._probe()
+        for module, before, after in calls:
+            same = after.shape == inputs[0].shape and torch.allclose(after, inputs[0], atol=1e-5)
+            if same and (norm := _matching_norm(module, before, after)) is not None:
+                return norm
         raise UnsupportedModel(
             f"layer {site.layer} ({site.path}) does not read the output of a LayerNorm or RMSNorm, "
             "so inputs='norm' says nothing about it; give tokens="
@@ -307,7 +296,10 @@ class Reader:
     def tensors(self) -> dict[str, Tensor]:
         found = {}
         for role in _ROLES:
-            tensor = getattr(self.mlp, role, None)
+            try:
+                tensor = getattr(self.mlp, role, None)
+            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+                raise UnsupportedModel(f"{role} cannot be read: {error}") from error
             if isinstance(tensor, Tensor):
                 found[role] = tensor.detach()
         return found
@@ -330,55 +322,76 @@ class Reader:
         return GLUWeights(act=self.act, **tensors)
 
 
+def _join(stack: ExitStack, wiring: Wiring, function: Function, first: bool) -> None:
+    junction = Junction(wiring, function, first)
+    stack.callback(junction.remove)
+    # an exception in a later hook may end the pass before x is used
+    end = wiring.block.register_forward_hook(partial(_let_go, junction), always_call=True)
+    stack.callback(end.remove)
+
+
+def _let_go(junction: Junction, *args: object) -> None:
+    junction._x = None
+
+
+def _watch(observer: Callable[[Tensor, Tensor], object], x: Tensor, y: Tensor) -> None:
+    observer(x, y)  # whatever it returns must not replace y
+
+
+def _emit(emitter: Emitter, taps: "_Taps", x: Tensor, y: Tensor) -> Tensor | None:
+    out = emitter(x, y, taps)
+    return None if out is y else out
+
+
 class _Taps:
     """hosts.base.Tap over HookPoints."""
 
-    def __init__(self, points: dict[str, nn.Module]) -> None:
+    def __init__(self, points: Mapping[str, nn.Module]) -> None:
         self.points = points
 
     def wants(self, name: str) -> bool:
-        point = self.points[name]
-        return bool(
-            point._forward_hooks
-            or point._forward_pre_hooks
-            or point._backward_hooks
-            or point._backward_pre_hooks
-        )
+        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return any(getattr(self.points[name], hooks) for hooks in kinds)
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         return self.points[name](value)
 
 
-class _Installed:
-    def __init__(self, emitter: Emitter, taps: _Taps) -> None:
-        self.emitter, self.taps = emitter, taps
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
-        out = self.emitter(x, y, self.taps)
-        return None if out is y else out
-
-
-def _relative_error(weights: Weights, x: Tensor, y: Tensor) -> float:
+def _relative_error(weights: Weights, pair: tuple[Tensor, Tensor] | None) -> float:
+    if pair is None or pair[0].shape[-1] != weights.d_in:
+        return inf
     with torch.no_grad():
-        difference = (weights(x.to(weights.dtype)).double() - y.double()).abs().max()
-        return float(difference / y.double().abs().max().clamp(min=1e-30))
+        difference = (weights(pair[0].to(weights.dtype)).double() - pair[1].double()).abs().max()
+        return float(difference / pair[1].double().abs().max().clamp(min=1e-30))
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """The generators of the CPU and of this device are as before on exit; no other is touched."""
+    on_cuda = device.type == "cuda"
+    with torch.random.fork_rng([device] if on_cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if on_cuda:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        yield
+
+
+def _rows(t: Tensor) -> Tensor:
+    return t.detach().double().reshape(-1, t.shape[-1])
 
 
 def _matching_norm(module: nn.Module, before: Tensor, after: Tensor) -> Norm | None:
-    """The normalisation that takes `before` to `after`, by what it computes."""
+    # the size of each row is fitted, since eps shrinks rows that are small
     original = getattr(module, "original_component", None) or module
-    weight = next(
-        (w for n in ("weight", "w") if (w := getattr(original, n, None)) is not None), None
-    )
-    bias = next((b for n in ("bias", "b") if (b := getattr(original, n, None)) is not None), None)
-    weights = [None] if weight is None else [None, weight.detach(), 1 + weight.detach()]
-    for centred in (True, False):
-        plain = before - before.mean(-1, keepdim=True) if centred else before
-        plain = plain / plain.square().mean(-1, keepdim=True).add(1e-6).sqrt()
-        for w in weights:
-            b = bias.detach() if isinstance(bias, Tensor) and w is not None else None
-            out = plain if w is None else plain * w.double()
-            out = out if b is None else out + b.double()
-            if (out - after).norm() <= 2e-2 * after.norm():
-                return Norm(centred, w, b)
+    found = {name: p.detach() for name, p in original.named_parameters(recurse=False)}
+    weight, bias = found.get("weight", found.get("w")), found.get("bias", found.get("b"))
+    scales = [None] if weight is None else [None, weight, 1 + weight]
+    for centred, w in product((True, False), scales):
+        b = None if w is None else bias
+        shape = before - before.mean(-1, keepdim=True) if centred else before
+        shape = shape if w is None else shape * w.double()
+        target = after if b is None else after - b.double()
+        size = (target * shape).sum(-1, keepdim=True) / shape.square().sum(-1, keepdim=True)
+        if (size > 0).all() and (size * shape - target).norm() <= 1e-2 * target.norm():
+            return Norm(centred, w, b)
     return None
