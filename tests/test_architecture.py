@@ -25,7 +25,8 @@ LAYERS = (
     ("calibration", "emitter", "scoring", "rendering"),
     ("report",),
     ("lens",),
-    ("plots", "demo", "loading"),
+    ("analysis", "training"),
+    ("plots", "figures", "demo", "loading"),
     ("cli", "__main__", "__init__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

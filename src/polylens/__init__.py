@@ -44,10 +44,15 @@ _LAZY = {
     "attach": "polylens.lens",
     "attached": "polylens.lens",
     "find_mlps": "polylens.lens",
+    "trace_training": "polylens.training",
+    "TraceData": "polylens.training",
+    "Tracer": "polylens.training",
 }
 
 
 def __getattr__(name: str) -> Any:
+    if name == "analysis":
+        return import_module("polylens.analysis")
     if name not in _LAZY:
         raise AttributeError(f"module 'polylens' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

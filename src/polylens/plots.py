@@ -70,14 +70,14 @@ def _draw_unexplained(panel: "Axes", report: "Report") -> None:
         )
         if len(values):
             ends[k] = (values[-1], COLOURS[style])
-    _scale_r2(panel)
+    scale_r2(panel)
     panel.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
     panel.set_ylabel("held-out R²")
     panel.set_title(f"Variance explained by the polynomials\n{report.n_tokens:,} held-out tokens")
     _label_ends(panel, len(report.rows) - 1, ends)
 
 
-def _scale_r2(panel: "Axes") -> None:
+def scale_r2(panel: "Axes") -> None:
     """A reversed log axis of 1 - R2, labelled with R2; from R2 = 0 or below to 0.97 or above."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 

@@ -1,0 +1,29 @@
+"""What linear algebra says about a polynomial: features, interactions, directions, attacks.
+
+Everything works on the factors, in float64, on the device of the polynomial's weights.
+"""
+
+from polylens.analysis.adversarial import AttackRow as AttackRow
+from polylens.analysis.adversarial import Attacks as Attacks
+from polylens.analysis.adversarial import evaluate_attacks as evaluate_attacks
+from polylens.analysis.adversarial import linear_attack as linear_attack
+from polylens.analysis.adversarial import singular_attack as singular_attack
+from polylens.analysis.adversarial import transfer as transfer
+from polylens.analysis.directions import OutputDirections as OutputDirections
+from polylens.analysis.directions import degree_energy as degree_energy
+from polylens.analysis.directions import output_directions as output_directions
+from polylens.analysis.features import EigenFeatures as EigenFeatures
+from polylens.analysis.features import RestrictedQuadratic as RestrictedQuadratic
+from polylens.analysis.features import eigenfeatures as eigenfeatures
+from polylens.analysis.features import quadratic_energy as quadratic_energy
+from polylens.analysis.interactions import Interactions as Interactions
+from polylens.analysis.interactions import interactions as interactions
+from polylens.analysis.interactions import through_norm as through_norm
+from polylens.analysis.linear import SingularFeatures as SingularFeatures
+from polylens.analysis.linear import singular_features as singular_features
+from polylens.analysis.readout import embedding_scores as embedding_scores
+from polylens.analysis.readout import single_token as single_token
+from polylens.analysis.readout import token_direction as token_direction
+from polylens.analysis.readout import top_tokens as top_tokens
+from polylens.analysis.readout import unembedding_scores as unembedding_scores
+from polylens.analysis.writers import residual_writers as residual_writers

@@ -1,0 +1,137 @@
+"""The polynomial's output along one direction, split over pairs of what writes the input."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from polylens.analysis.features import second_order
+from polylens.analysis.metric import check_inputs, direction
+from polylens.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """f_2(x) . u = constant + sum_a linear_a + sum_ab pairs_ab for the input x = sum_a writers_a.
+
+    Attributes:
+        names: of the writers.
+        constant: float.
+        linear: [n] first-order term of each writer.
+        pairs: [n, n] symmetric; pairs[a, a] is a writer with itself, and two writers a != b
+            interact by pairs[a, b] + pairs[b, a].
+    """
+
+    names: tuple[str, ...]
+    constant: float
+    linear: Tensor
+    pairs: Tensor
+
+    @property
+    def total(self) -> float:
+        """The polynomial's output along u."""
+        return self.constant + float(self.linear.sum() + self.pairs.sum())
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def top(self, k: int = 10) -> list[tuple[str, str, float]]:
+        """The k largest terms by absolute value, as (writer, writer or "", contribution).
+
+        A first-order term has "" for its second writer; a pair holds both orders.
+        """
+        terms = [(name, "", float(v)) for name, v in zip(self.names, self.linear, strict=True)]
+        values = self.pairs.tolist()
+        for a, name in enumerate(self.names):
+            terms.append((name, name, values[a][a]))
+            terms += [(name, self.names[b], 2 * values[a][b]) for b in range(a)]
+        return sorted(terms, key=lambda term: -abs(term[2]))[:k]
+
+    def plot(self, k: int = 16) -> "Figure":
+        """Heat map of the k writers that take part most."""
+        from polylens.figures import interactions_figure
+
+        return interactions_figure(self, k)
+
+
+@torch.no_grad()
+def interactions(
+    polynomial: Any, writers: Tensor, u: Tensor, names: Sequence[str] | None = None
+) -> Interactions:
+    """Split the degree 2 optimum along u over the writers of one input.
+
+    With y_a = w_a W: pairs_ab = sum_i p_i (W_out u)_i y_ai y_bi for an MLP, the symmetrised
+    gate-linear products as well for a GLU. Exact: the terms sum to the polynomial's output.
+
+    Args:
+        polynomial: of degree 2 or more.
+        writers: [n, d_in], summing to what the layer reads. What a norm in front does is for
+            `through_norm` or `residual_writers` to account for.
+        u: [d_out] output direction.
+        names: one per writer; numbers by default.
+
+    Raises:
+        InvalidInputError: sizes that do not fit, u zero, no writers, names of another number.
+
+    Cost: O(n d_in d_mlp + n^2 d_mlp) and no d_in x d_in matrix.
+    """
+    device = next(iter(polynomial.buffers())).device
+    u = direction(u, polynomial.d_out, device)
+    writers = check_inputs(writers, polynomial.d_in, device)
+    if writers.dim() != 2 or not len(writers):
+        raise InvalidInputError(
+            f"writers must be [n, {polynomial.d_in}] with n >= 1, got {tuple(writers.shape)}; "
+            "interactions are about one position at a time"
+        )
+    names = tuple(str(i) for i in range(len(writers))) if names is None else tuple(names)
+    if len(names) != len(writers):
+        raise InvalidInputError(f"{len(names)} names for {len(writers)} writers")
+    constant, linear, form = second_order(polynomial, u)
+    y = writers @ form.W.double()
+    pairs = (y * form.p) @ y.T
+    if form.V is not None and form.q is not None:
+        mixed = (y * form.q) @ (writers @ form.V.double()).T / 2
+        pairs = pairs + mixed + mixed.T
+    return Interactions(names, constant, writers @ linear, pairs)
+
+
+def through_norm(
+    writers: Tensor,
+    scale: float | Tensor,
+    *,
+    centred: bool,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """Writers of the residual stream as writers of the normalised input, the scale frozen.
+
+    w -> ((w - mean(w)) / scale) * weight, without the mean for an RMSNorm: linear in w once the
+    scale is a number, so the results still sum to the normed input less `bias`.
+
+    Args:
+        writers: [n, d_model] before the norm.
+        scale: what the norm divided by at this position.
+        centred: True for LayerNorm.
+        weight, bias: [d_model] or None. A bias becomes one more writer, the last.
+
+    Returns:
+        [n, d_model] float64, [n + 1, d_model] with a bias.
+
+    Raises:
+        InvalidInputError: a scale that is not one positive number.
+    """
+    divisor = torch.as_tensor(scale).detach().double()
+    if divisor.numel() != 1 or not divisor.isfinite().all() or not (divisor > 0).all():
+        raise InvalidInputError(f"scale must be one positive number, got {scale!r}")
+    out = writers.detach().double()
+    if centred:
+        out = out - out.mean(1, keepdim=True)
+    out = out / divisor.to(out.device).reshape(())
+    if weight is not None:
+        out = out * weight.detach().double()
+    return out if bias is None else torch.cat([out, bias.detach().double()[None]])

@@ -1,0 +1,66 @@
+"""Singular features of the linear part."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polylens.analysis.metric import MetricLike, check_count, metric_of
+from polylens.errors import InvalidInputError
+
+
+@dataclass(frozen=True)
+class SingularFeatures:
+    """L^T beta = sum_i values_i q_i outputs_i^T, L L^T the metric on inputs.
+
+    Attributes:
+        values: [k], falling.
+        vectors: [d_in, k] reading directions: x beta = sum_i (x . vectors_i) values_i outputs_i
+            on the support of the metric.
+        patterns: [d_in, k], metric @ vectors; the vectors themselves under the plain metric.
+        outputs: [d_out, k], orthonormal.
+        share: [k] cumulative share of the sum of all squared singular values; under a covariance
+            metric, of the variance of the linear part.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    patterns: Tensor
+    outputs: Tensor
+    share: Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@torch.no_grad()
+def singular_features(
+    polynomial: Any, k: int | None = None, *, metric: MetricLike = None
+) -> SingularFeatures:
+    """The k largest singular triples of beta, the linear map of the degree 1 optimum.
+
+    Args:
+        polynomial: of degree 1 or more.
+        k: how many; all of non-zero value by default.
+        metric: as in `eigenfeatures`. With "covariance" the values are standard deviations of
+            the output, and outputs the principal components of the linear part.
+
+    Raises:
+        InvalidInputError: k above the rank, an indefinite metric, a linear part that is zero.
+
+    Cost: one SVD of [d_in, d_out]. Source: Belrose & Rigg 2025.
+    """
+    beta, _ = polynomial.linear()
+    in_metric = metric_of(polynomial, metric)
+    weighted = in_metric.into(beta)
+    Q, values, outputs = torch.linalg.svd(weighted, full_matrices=False)
+    cutoff = values[0] * max(weighted.shape) * torch.finfo(torch.float64).eps
+    rank = int((values > cutoff).sum())
+    if not rank:
+        raise InvalidInputError("the linear part is zero, so it has no singular features")
+    k = check_count(rank if k is None else k, rank, "the rank of the linear part")
+    share = values.square().cumsum(0) / values.square().sum()
+    outputs = outputs[:k].T
+    vectors = beta @ outputs / values[:k]
+    return SingularFeatures(values[:k], vectors, in_metric.out_of(Q[:, :k]), outputs, share[:k])

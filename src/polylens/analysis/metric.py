@@ -1,0 +1,155 @@
+"""Checks and changes of coordinates that the analyses share."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polylens.errors import InvalidInputError
+from polylens.inputs import Gaussian
+from polylens.mixture import GaussianMixture
+
+# Eigenvalues of a covariance below this share of the largest are rounding.
+RANK_TOLERANCE = 1e-12
+
+MetricLike = str | Tensor | Gaussian | GaussianMixture | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A factor L of a metric L L^T on inputs; x = mean + L z with z white.
+
+    Attributes:
+        L: [d_in, rank], a diagonal [d_in], or None for the plain inner product.
+        d_in: size of the inputs.
+    """
+
+    L: Tensor | None
+    d_in: int
+
+    @property
+    def rank(self) -> int:
+        return self.d_in if self.L is None or self.L.dim() == 1 else self.L.shape[1]
+
+    def out_of(self, z: Tensor) -> Tensor:
+        """L z for z [rank, n]: from white coordinates to input space."""
+        if self.L is None:
+            return z
+        return self.L[:, None] * z if self.L.dim() == 1 else self.L @ z
+
+    def into(self, v: Tensor) -> Tensor:
+        """L^T v for v [d_in, n]: a reading direction in white coordinates."""
+        if self.L is None:
+            return v
+        return self.L[:, None] * v if self.L.dim() == 1 else self.L.T @ v
+
+
+def gaussian_of(inputs: Any) -> Gaussian | None:
+    """Mean and covariance of an input model where it has them, else None."""
+    if isinstance(inputs, GaussianMixture):
+        return inputs.gaussian()
+    return inputs if isinstance(inputs, Gaussian) else None
+
+
+def metric_of(polynomial: Any, metric: MetricLike) -> Metric:
+    """The metric that `metric` names.
+
+    Args:
+        metric: None (plain), "covariance" (that of the polynomial's input model), an input model,
+            or a positive semidefinite tensor [d_in, d_in] or [d_in].
+
+    Raises:
+        InvalidInputError: an unknown name, no covariance to take, a wrong size, an indefinite
+            metric, or one that is zero.
+    """
+    d_in, device = polynomial.d_in, _device(polynomial)
+    if metric is None:
+        return Metric(None, d_in)
+    if isinstance(metric, str):
+        if metric != "covariance":
+            raise InvalidInputError(
+                f"metric={metric!r} is unknown; None, 'covariance', an input model or a tensor "
+                f"[{d_in}, {d_in}] are possible"
+            )
+        gaussian = gaussian_of(polynomial.inputs)
+        if gaussian is None:
+            raise InvalidInputError(
+                "metric='covariance' needs an input model with a covariance, this polynomial has "
+                f"{type(polynomial.inputs).__name__}; pass metric=Gaussian.from_samples(x)"
+            )
+    elif isinstance(metric, Tensor):
+        if metric.shape not in ((d_in, d_in), (d_in,)):
+            raise InvalidInputError(
+                f"metric must be [{d_in}, {d_in}] or a diagonal [{d_in}], got {tuple(metric.shape)}"
+            )
+        try:
+            gaussian = Gaussian(torch.zeros(d_in, device=metric.device), metric)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"metric: {error}") from error
+    else:
+        gaussian = gaussian_of(metric)
+        if gaussian is None or gaussian.d_in != d_in:
+            got = type(metric).__name__ if gaussian is None else f"{gaussian.d_in} features"
+            raise InvalidInputError(f"metric must be an input model of {d_in} features, got {got}")
+    return Metric(_factor(gaussian.to(device).cov), d_in)
+
+
+def direction(u: Any, size: int, device: torch.device, name: str = "u") -> Tensor:
+    """u as a float64 vector.
+
+    Raises:
+        InvalidInputError: another size, not finite, or zero.
+    """
+    u = torch.as_tensor(u, device=device).detach()
+    if tuple(u.shape) != (size,):
+        raise InvalidInputError(
+            f"{name} must be one direction of shape ({size},), got {tuple(u.shape)}; a class or "
+            "token is a column of the matrix that reads it out"
+        )
+    u = u.double()
+    if not torch.isfinite(u).all():
+        raise InvalidInputError(
+            f"{name} has {int((~torch.isfinite(u)).sum())} NaN or infinite entries"
+        )
+    if not u.any():
+        raise InvalidInputError(f"{name} is the zero vector, so it has no features")
+    return u
+
+
+def check_count(k: Any, most: int, what: str) -> int:
+    """k itself.
+
+    Raises:
+        InvalidInputError: not an integer in 1 ... most.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= most:
+        raise InvalidInputError(f"k must be an integer in 1 ... {most}, {what}; got {k!r}")
+    return k
+
+
+def check_inputs(x: Any, d_in: int, device: torch.device) -> Tensor:
+    """x [..., d_in] as float64 on the device."""
+    x = torch.as_tensor(x, device=device).detach()
+    if x.shape[-1:] != (d_in,) or not x.is_floating_point():
+        raise InvalidInputError(
+            f"x must be floating point [..., {d_in}], got {x.dtype} {tuple(x.shape)}"
+        )
+    return x.double()
+
+
+def _device(polynomial: Any) -> torch.device:
+    return next(iter(polynomial.buffers())).device
+
+
+def _factor(cov: Tensor) -> Tensor:
+    if not cov.any():
+        raise InvalidInputError("the metric is zero: no direction has any variance under it")
+    if cov.dim() == 1:
+        return cov.sqrt()
+    L, info = torch.linalg.cholesky_ex(cov)
+    if not info and L.diagonal().min() ** 2 > RANK_TOLERANCE * L.diagonal().max() ** 2:
+        return L
+    values, vectors = torch.linalg.eigh(cov)
+    kept = values > RANK_TOLERANCE * values[-1]
+    return vectors[:, kept] * values[kept].sqrt()
