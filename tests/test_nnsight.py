@@ -294,7 +294,7 @@ def test_a_part_of_a_model_is_refused():
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_nothing_stays_behind_if_attaching_fails(monkeypatch, layer):
-    from polylens.hosts import nnsight as module
+    from polylens.hosts import torch as module
 
     model = nnsight.NNsight(build("gpt2"))
     host = NNsightHost(model)

@@ -8,7 +8,7 @@ from torch import nn
 
 import polylens
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
-from polylens.hosts.splice import PolyPoint
+from polylens.hosts.passage import PolyPoint
 from polylens.hosts.torch import TorchHost
 from tests.hf_models import ARCHITECTURES, D_VOCAB, build
 
@@ -318,3 +318,33 @@ def test_all_hosts_agree_on_r2(name):
         values.append([row.r2 for row in report.rows])
     for other in values[1:]:
         torch.testing.assert_close(torch.tensor(values[0]), torch.tensor(other), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("outer", ["observe", "substitute"])
+def test_observers_see_the_true_output_and_substitutes_have_the_last_word(outer):
+    model = build("gpt2")
+    host = TorchHost(model)
+    _, true = record(host)
+    with attach(model) as lens, lens.replaced(), torch.no_grad():
+        seen = []
+        contexts = {
+            "observe": lambda: host.observe({1: lambda x, y: seen.append(y) or y + 1}),
+            "substitute": lambda: host.substitute({0: lambda x, y: torch.zeros_like(y)}),
+        }
+        inner = "substitute" if outer == "observe" else "observe"
+        with contexts[outer](), contexts[inner](), host.substitute({1: lambda x, y: y * 0}):
+            zeroed = logits(model)
+        with host.substitute({0: lambda x, y: y * 0, 1: lambda x, y: y * 0}):
+            assert torch.equal(logits(model), zeroed)
+    assert not torch.equal(seen[0], torch.zeros_like(seen[0]))
+    with torch.no_grad(), host.substitute({0: lambda x, y: y * 0}):
+        assert torch.equal(seen[0], record(host)[1])
+    assert not torch.equal(seen[0], true)
+
+
+def record(host):
+    """(x, y) of layer 1 in one pass."""
+    kept = []
+    with torch.no_grad(), host.observe({1: lambda x, y: kept.append((x, y))}):
+        host.logits(TOKENS)
+    return kept[0]

@@ -6,8 +6,7 @@ from torch import Tensor
 from polylens.errors import StalePolynomialError
 from polylens.hosts.base import MLPSite, Tap, Weights
 from polylens.polynomial import Polynomial
-
-_ROLES = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
+from polylens.weights import ROLES
 
 
 class SiteEmitter:
@@ -110,7 +109,7 @@ class SiteEmitter:
 def fingerprint(weights: Weights) -> dict[str, tuple[float, float, float]]:
     """Sum, square sum and a position-dependent sum of each weight, in float64."""
     found = {}
-    for name in _ROLES:
+    for name in ROLES:
         tensor = getattr(weights, name, None)
         if tensor is not None:
             rows = tensor.detach().double().reshape(len(tensor), -1)

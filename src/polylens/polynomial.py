@@ -9,13 +9,12 @@ from torch import Tensor, nn
 from polylens.errors import InvalidInputError
 from polylens.hermite import hermite_to_monomial
 from polylens.quadratic import QuadraticForm
-from polylens.weights import GLUWeights, MLPWeights
+from polylens.weights import ROLES, GLUWeights, MLPWeights
 
 # Elements of one elementwise block on a CPU: three float32 blocks stay in a core's cache.
 BLOCK = 1 << 16
 
 _COEFFICIENTS = ("m", "s", "P", "Q")
-_WEIGHTS = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
 
 
 class Polynomial(nn.Module):
@@ -60,7 +59,7 @@ class Polynomial(nn.Module):
         self.weights_type = type(weights)
         self.act = weights.act
         self.inputs = inputs
-        for name in _WEIGHTS:
+        for name in ROLES:
             tensor = getattr(weights, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach())
         for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q), strict=True):
@@ -86,7 +85,7 @@ class Polynomial(nn.Module):
     @property
     def weights(self) -> MLPWeights | GLUWeights:
         """The layer that this approximates."""
-        roles = {name: getattr(self, name) for name in _WEIGHTS}
+        roles = {name: getattr(self, name) for name in ROLES}
         if self.weights_type is MLPWeights:
             del roles["W_gate"], roles["b_gate"]
         return self.weights_type(act=self.act, **roles)
@@ -249,7 +248,7 @@ class Polynomial(nn.Module):
         poly = Polynomial.__new__(Polynomial)
         nn.Module.__init__(poly)
         poly.weights_type, poly.act, poly.inputs = self.weights_type, self.act, self.inputs
-        for name in _WEIGHTS:
+        for name in ROLES:
             poly.register_buffer(name, getattr(self, name))
         poly.b_out = b_out
         for name, tensor in zip(_COEFFICIENTS, (self.m, self.s, P, Q), strict=True):

@@ -9,6 +9,8 @@ from torch import Tensor
 from polylens.activations import Activation, activation
 from polylens.errors import InvalidInputError
 
+ROLES = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
+
 
 @dataclass(frozen=True)
 class _Weights:

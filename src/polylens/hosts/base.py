@@ -12,6 +12,8 @@ from polylens.activations import Activation
 from polylens.weights import GLUWeights, MLPWeights
 
 Weights = MLPWeights | GLUWeights
+# Of a recomputed output, relative to its largest entry.
+TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from torch import Tensor, nn
 
 from polylens.activations import Activation, activation
 from polylens.errors import PolylensError, UnsupportedActivation, UnsupportedModel
-from polylens.hosts.base import Weights
+from polylens.hosts.base import TOLERANCE, Weights
 from polylens.hosts.functional import functional_matches
 from polylens.hosts.recording import (
-    TOLERANCE,
     Call,
     Projection,
     Recording,

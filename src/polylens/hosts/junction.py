@@ -1,14 +1,12 @@
-"""Torch hooks that see an MLP's input and output and may change what flows on."""
+"""Passages between two hook points of a TransformerLens model, or through one module."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from polylens.errors import AttachmentError
-
-Function = Callable[[Tensor, Tensor], Tensor | None]
+from polylens.hosts.passage import Function, Passage
 
 
 @dataclass(frozen=True)
@@ -31,11 +29,8 @@ class Wiring:
     y_name: str
 
 
-class Junction:
-    """Calls function(x, y) in every forward pass; a returned tensor replaces y.
-
-    x and y are [batch, pos, d] even where the host flattens them. Only bound methods are
-    registered, so a deep copy of the model carries an independent, working copy.
+class Junction(Passage):
+    """A passage along a wiring.
 
     Args:
         first: see y before other junctions change it.
@@ -43,43 +38,23 @@ class Junction:
 
     def __init__(self, wiring: Wiring, function: Function, first: bool = False) -> None:
         self.wiring = wiring
-        self.function = function
-        self._x: Tensor | None = None
-        self._shape: tuple[int, ...] = ()
+        self._first = first
         self._grab_id: int | None = None
-        self._handles: list[Any] = []
-        point = wiring.y_point
-        try:
-            self._add(wiring.block.register_forward_pre_hook(self._note_shape, with_kwargs=True))
-            if wiring.x_point is None:
-                self._add(point.register_forward_hook(self._at_module, prepend=first))
-            else:
-                self._add(wiring.entry.register_forward_pre_hook(self._start))
-                grab = wiring.x_point.register_forward_hook(self._grab)
-                self._grab_id = grab.id
-                self._add(grab)
-                self._add(point.register_forward_pre_hook(self._at_point, prepend=first))
-        except BaseException:
-            self.remove()
-            raise
+        super().__init__(function)
 
-    def __getstate__(self) -> dict:
-        # Handles belong to the hooks of the original; a copy's hooks came with its modules.
-        return {**self.__dict__, "_handles": [], "_x": None}
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self._x = [], None
-
-    def _add(self, handle: Any) -> None:
-        self._handles.append(handle)
-
-    def _note_shape(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.dim() == 3:
-                self._shape = tuple(value.shape[:2])
-                return
+    def _register(self) -> None:
+        wiring, first = self.wiring, self._first
+        self._add(wiring.block.register_forward_pre_hook(self._note_shape, with_kwargs=True))
+        if wiring.x_point is None:
+            self._add(wiring.y_point.register_forward_hook(self._at_module, prepend=first))
+        else:
+            self._add(wiring.entry.register_forward_pre_hook(self._start))
+            grab = wiring.x_point.register_forward_hook(self._grab)
+            self._grab_id = grab.id
+            self._add(grab)
+            self._add(wiring.y_point.register_forward_pre_hook(self._at_point, prepend=first))
+        # an exception in a later hook may end the pass before x is used
+        self._add(wiring.block.register_forward_hook(self._let_go, always_call=True))
 
     def _start(self, module: nn.Module, args: tuple) -> None:
         self._x = None
@@ -107,10 +82,5 @@ class Junction:
     def _at_module(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
         return self._call(args[0], out)
 
-    def _call(self, x: Tensor, y: Tensor) -> Tensor | None:
-        shape = self._shape
-        flat = x.dim() == 2 and len(shape) == 2 and x.shape[0] == shape[0] * shape[1]
-        if not flat:
-            return self.function(x, y)
-        new = self.function(x.reshape(*shape, -1), y.reshape(*shape, -1))
-        return None if new is None else new.reshape(y.shape)
+    def _let_go(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self._x = None

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from polylens.activations import Activation, activation
 from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
-from polylens.hosts.base import MLPSite
-from polylens.hosts.recording import TOLERANCE, half, quiet
+from polylens.hosts.base import TOLERANCE, MLPSite
+from polylens.hosts.recording import half, quiet
 from polylens.weights import GLUWeights
 
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")

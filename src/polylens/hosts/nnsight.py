@@ -10,7 +10,7 @@ from polylens.errors import AttachmentError, UnsupportedModel
 from polylens.hosts.base import Emitter, MLPSite
 from polylens.hosts.dataflow import Block
 from polylens.hosts.inline import InlinePolynomial
-from polylens.hosts.splice import Installed, PolyPoint, Splice, require_free
+from polylens.hosts.passage import PolyPoint, Taps, emitting, require_free
 from polylens.hosts.torch import TorchHost
 
 _CHILD = "poly"
@@ -83,7 +83,7 @@ class NNsightHost(TorchHost):
             undo.callback(_detach, owner, block.owner)
             setattr(owner, _CHILD, child)
             taps = _Taps(points, self.model.interleaver, f"{owner.path}.{_CHILD}.")
-            undo.callback(Splice(block, self._end(block), Installed(emitter, taps)).remove)
+            undo.callback(self._join(site.layer, emitting(emitter, taps), False).remove)
             self._points[site.layer] = points
             undo.callback(self._points.pop, site.layer, None)
             return undo.pop_all().close
@@ -128,11 +128,11 @@ class _NotRemote:
         )
 
 
-class _Taps:
-    """hosts.base.Tap over points that a trace may ask for."""
+class _Taps(Taps):
+    """Taps over points that a trace may ask for too."""
 
     def __init__(self, points: dict[str, PolyPoint], interleaver: Any, prefix: str) -> None:
-        self.points = points
+        super().__init__(points)
         self.interleaver = interleaver
         self.prefix = prefix
 
@@ -141,7 +141,7 @@ class _Taps:
         return {**self.__dict__, "interleaver": None}
 
     def wants(self, name: str) -> bool:
-        return self.points[name].listened or self._traced()
+        return super().wants(name) or self._traced()
 
     def _traced(self) -> bool:
         run = self.interleaver
@@ -155,9 +155,6 @@ class _Taps:
             for places in (run.parked, run.observers)
             for place in places
         )
-
-    def __call__(self, name: str, value: Tensor) -> Tensor:
-        return self.points[name](value)
 
 
 def _detach(envoy: Any, module: nn.Module) -> None:

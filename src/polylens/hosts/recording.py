@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polylens.errors import UnsupportedModel
+from polylens.hosts.base import TOLERANCE
 
 _NOT_ACTIVATIONS = (
     "dropout",
@@ -236,9 +237,6 @@ def read_projection(call: Call) -> Projection:
         f"{label} does not compute x @ W + b with its own matrix: quantised or wrapped by an "
         "adapter; dequantise it, or merge the adapter, first"
     )
-
-
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 
 
 def position(path: str) -> tuple[str, int] | None:

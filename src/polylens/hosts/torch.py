@@ -1,7 +1,7 @@
 """Any torch module: Hugging Face models, classifiers, custom transformers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -12,8 +12,17 @@ from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Emitter, MLPSite, Norm
 from polylens.hosts.dataflow import Block, find_blocks
 from polylens.hosts.guessing import Inputs, accepted, guessed_inputs
+from polylens.hosts.passage import (
+    Function,
+    PolyPoint,
+    Taps,
+    emitting,
+    observing,
+    require_free,
+    substituting,
+)
 from polylens.hosts.recording import quiet
-from polylens.hosts.splice import Function, Installed, PolyPoint, Splice, Taps, require_free
+from polylens.hosts.splice import Splice
 
 
 class TorchHost:
@@ -175,26 +184,15 @@ class TorchHost:
                 ) from error
         return out
 
-    @contextmanager
-    def observe(self, observers: Mapping[int, Callable[[Tensor, Tensor], None]]) -> Iterator[None]:
-        with self._splices(observers):
-            yield
+    def observe(self, observers: Mapping[int, Function]) -> AbstractContextManager[None]:
+        return observing(self._join, observers)
 
-    @contextmanager
-    def substitute(
-        self, functions: Mapping[int, Callable[[Tensor, Tensor], Tensor]]
-    ) -> Iterator[None]:
-        with self._splices(functions):
-            yield
+    def substitute(self, functions: Mapping[int, Function]) -> AbstractContextManager[None]:
+        return substituting(self._join, functions)
 
-    @contextmanager
-    def _splices(self, functions: Mapping[int, Function]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for layer, function in functions.items():
-                block = self._block(layer)
-                splice = Splice(block, self._end(block), function, first=True)
-                stack.callback(splice.remove)
-            yield
+    def _join(self, layer: int, function: Function, first: bool) -> Splice:
+        block = self._block(layer)
+        return Splice(block, self._end(block), function, first)
 
     def _block(self, layer: int) -> Block:
         if layer not in self._blocks:
@@ -213,8 +211,7 @@ class TorchHost:
             for point in points.values():
                 block.owner.add_module(point.name, point)
                 undo.callback(block.owner._modules.pop, point.name, None)
-            installed = Installed(emitter, Taps(points))
-            undo.callback(Splice(block, self._end(block), installed).remove)
+            undo.callback(self._join(site.layer, emitting(emitter, Taps(points)), False).remove)
             self._points[site.layer] = points
             undo.callback(self._points.pop, site.layer, None)
             return undo.pop_all().close

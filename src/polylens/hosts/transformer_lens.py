@@ -1,7 +1,7 @@
 """HookedTransformer (TransformerLens 3.9) and TransformerBridge (3.9 and 4)."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from itertools import product
 from math import inf
@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from polylens.activations import Activation, activation
-from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
-from polylens.hosts.base import Emitter, MLPSite, Norm, Weights
-from polylens.hosts.junction import Function, Junction, Wiring
-from polylens.weights import GLUWeights, MLPWeights
+from polylens.errors import PolylensError, UnsupportedModel
+from polylens.hosts.base import TOLERANCE, Emitter, MLPSite, Norm, Weights
+from polylens.hosts.junction import Junction, Wiring
+from polylens.hosts.passage import (
+    Function,
+    Taps,
+    emitting,
+    observing,
+    require_free,
+    substituting,
+)
+from polylens.weights import ROLES, GLUWeights, MLPWeights
 
-TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}
-_ROLES = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
 _ACTIVATIONS = ("act", "act_fn", "activation_fn", "activation", "gelu_impl", "intermediate_act_fn")
 _SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=1.0, stop_at_eos=False)
 _SAMPLING |= dict(prepend_bos=False, return_type="tokens", verbose=False)
@@ -127,7 +133,7 @@ class TransformerLensHost:
         with ExitStack() as stack:
             for layer, wirings in candidates.items():
                 for i, wiring in enumerate(wirings):
-                    _join(stack, wiring, partial(keep, layer, i), first=True)
+                    stack.callback(Junction(wiring, partial(keep, layer, i), first=True).remove)
             self._probe()
         return captured
 
@@ -190,24 +196,14 @@ class TransformerLensHost:
                 return activation(candidate)  # type: ignore[arg-type]
         return activation(str(self.model.cfg.act_fn))
 
-    @contextmanager
-    def observe(self, observers: Mapping[int, Function]) -> Iterator[None]:
-        with ExitStack() as stack:
-            for layer, observer in observers.items():
-                _join(stack, self._wiring(layer), partial(_watch, observer), first=True)
-            yield
+    def observe(self, observers: Mapping[int, Function]) -> AbstractContextManager[None]:
+        return observing(self._join, observers)
 
-    @contextmanager
-    def substitute(self, functions: Mapping[int, Function]) -> Iterator[None]:
-        with ExitStack() as stack:
-            true: dict[int, Tensor] = {}
-            for layer, function in functions.items():
-                # the true y comes before every other junction, the last word after them
-                see = partial(lambda layer, x, y: true.update({layer: y}), layer)
-                put = partial(lambda layer, f, x, y: f(x, true.pop(layer, y)), layer, function)
-                _join(stack, self._wiring(layer), see, first=True)
-                _join(stack, self._wiring(layer), put, first=False)
-            yield
+    def substitute(self, functions: Mapping[int, Function]) -> AbstractContextManager[None]:
+        return substituting(self._join, functions)
+
+    def _join(self, layer: int, function: Function, first: bool) -> Junction:
+        return Junction(self._wiring(layer), function, first)
 
     def _wiring(self, layer: int) -> Wiring:
         if layer not in self._wirings and layer in (refused := self.sites()[1]):
@@ -215,13 +211,7 @@ class TransformerLensHost:
         return self._wirings[layer]
 
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
-        mlp = self.model.blocks[site.layer].mlp
-        present = [name for name in mlp._modules if name.startswith("hook_poly_")]
-        if present:
-            raise AttachmentError(
-                f"layer {site.layer} ({site.path}) has {present[0]} already: this model, or the "
-                "one it was copied from, has a lens; detach that one first"
-            )
+        require_free(self.model.blocks[site.layer].mlp, site.path, site.layer)
         from transformer_lens.hook_points import HookPoint
 
         points = {name: HookPoint() for name in emitter.point_names}
@@ -229,8 +219,7 @@ class TransformerLensHost:
         try:
             for name, point in points.items():
                 self._add_point(site, name, point, undo)
-            emit = partial(_emit, emitter, _Taps(points))
-            _join(undo, self._wiring(site.layer), emit, first=False)
+            undo.callback(self._join(site.layer, emitting(emitter, Taps(points)), False).remove)
         except BaseException:
             undo.close()
             raise
@@ -295,7 +284,7 @@ class Reader:
 
     def tensors(self) -> dict[str, Tensor]:
         found = {}
-        for role in _ROLES:
+        for role in ROLES:
             try:
                 tensor = getattr(self.mlp, role, None)
             except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
@@ -320,41 +309,6 @@ class Reader:
                 b_out = tensors.get("b_out", torch.zeros_like(W_out[0])).double()
                 tensors["b_out"] = (b_out + b_in.double() @ W_out.double()).to(W_out.dtype)
         return GLUWeights(act=self.act, **tensors)
-
-
-def _join(stack: ExitStack, wiring: Wiring, function: Function, first: bool) -> None:
-    junction = Junction(wiring, function, first)
-    stack.callback(junction.remove)
-    # an exception in a later hook may end the pass before x is used
-    end = wiring.block.register_forward_hook(partial(_let_go, junction), always_call=True)
-    stack.callback(end.remove)
-
-
-def _let_go(junction: Junction, *args: object) -> None:
-    junction._x = None
-
-
-def _watch(observer: Callable[[Tensor, Tensor], object], x: Tensor, y: Tensor) -> None:
-    observer(x, y)  # whatever it returns must not replace y
-
-
-def _emit(emitter: Emitter, taps: "_Taps", x: Tensor, y: Tensor) -> Tensor | None:
-    out = emitter(x, y, taps)
-    return None if out is y else out
-
-
-class _Taps:
-    """hosts.base.Tap over HookPoints."""
-
-    def __init__(self, points: Mapping[str, nn.Module]) -> None:
-        self.points = points
-
-    def wants(self, name: str) -> bool:
-        kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return any(getattr(self.points[name], hooks) for hooks in kinds)
-
-    def __call__(self, name: str, value: Tensor) -> Tensor:
-        return self.points[name](value)
 
 
 def _relative_error(weights: Weights, pair: tuple[Tensor, Tensor] | None) -> float:
