@@ -194,3 +194,16 @@ def test_find_mlps(model):
         (layer, "mlp", "gelu") for layer in range(4)
     ]
     assert all(s.error < 1e-5 for s in sites)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma2"])
+def test_a_norm_weight_that_is_a_constant_is_not_taken_for_none(name):
+    model = BRIDGES[name]()
+    for block in model.blocks:
+        for norm in (block.ln1, block.ln2):
+            torch.nn.init.constant_(norm.original_component.weight, 0.5)
+    with polylens.attach(model, inputs="norm", layers=0, progress=False) as lens:
+        scale = 1.5 if name == "gemma2" else 0.5  # Gemma multiplies by 1 + weight
+        rank = 23 / 24 if name == "gpt2" else 1.0
+        expected = torch.full((24,), scale**2 * rank, dtype=torch.float64)
+        assert torch.allclose(lens[0].inputs.variances(), expected)

@@ -12,6 +12,7 @@ from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Emitter, MLPSite, Norm
 from polylens.hosts.dataflow import Block, find_blocks
 from polylens.hosts.guessing import Inputs, accepted, guessed_inputs
+from polylens.hosts.norms import Call, norm_read
 from polylens.hosts.passage import (
     Function,
     PolyPoint,
@@ -256,7 +257,7 @@ class TorchHost:
 
     def norm(self, site: MLPSite) -> Norm:
         block = self._block(site.layer)
-        passed: list[tuple[nn.Module, Tensor, Tensor]] = []
+        passed: list[Call] = []
         read: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple, out: Any) -> None:
@@ -273,17 +274,7 @@ class TorchHost:
             stack.enter_context(quiet(self.module))
             assert self._examples is not None
             self._call(self.module, self._examples)
-        for module, before, after in reversed(passed):
-            if after.numel() == read[0].numel() and torch.equal(
-                after.reshape(read[0].shape), read[0]
-            ):
-                norm = _normalisation(module, before.double(), after.double())
-                if norm is not None:
-                    return norm
-        raise UnsupportedModel(
-            f"layer {site.layer} ({site.path}) does not read the output of a LayerNorm or RMSNorm, "
-            "so inputs='norm' says nothing about it; give tokens="
-        )
+        return norm_read(site, passed, read[0])
 
 
 class _ForwardFailed(Exception):
@@ -308,21 +299,3 @@ def _site(block: Block) -> MLPSite:
         tensors=block.tensors,
         weights=block.weights,
     )
-
-
-def _normalisation(module: nn.Module, before: Tensor, after: Tensor) -> Norm | None:
-    """LayerNorm or RMSNorm with the module's weight w (or 1 + w) and bias, if that is it."""
-    weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
-    offset = bias.detach() if isinstance(bias, Tensor) else None
-    scales = [None]
-    if isinstance(weight, Tensor):
-        scales = [weight.detach(), 1 + weight.detach()]  # type: ignore[list-item]
-    for centred in (True, False):
-        plain = before - before.mean(-1, keepdim=True) if centred else before
-        plain = plain / plain.square().mean(-1, keepdim=True).add(1e-6).sqrt()
-        for w in scales:
-            out = plain if w is None else plain * w.double()
-            out = out if offset is None else out + offset.double()
-            if (out - after).norm() <= 2e-2 * after.norm():
-                return Norm(centred, w, offset)
-    return None

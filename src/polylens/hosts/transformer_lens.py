@@ -14,6 +14,7 @@ from polylens.activations import Activation, activation
 from polylens.errors import PolylensError, UnsupportedModel
 from polylens.hosts.base import TOLERANCE, Emitter, MLPSite, Norm, Weights
 from polylens.hosts.junction import Junction, Wiring
+from polylens.hosts.norms import Call, norm_read
 from polylens.hosts.passage import (
     Function,
     Taps,
@@ -249,25 +250,19 @@ class TransformerLensHost:
 
     def norm(self, site: MLPSite) -> Norm:
         block = self.model.blocks[site.layer]
-        calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+        calls: list[Call] = []
         inputs: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
-            calls.append((module, _rows(args[0]), _rows(out)))
+            calls.append((module, args[0].detach().clone(), out.detach().clone()))
 
         with ExitStack() as stack:
             for module in filter(None, (getattr(block, name, None) for name in ("ln1", "ln2"))):
                 stack.callback(module.register_forward_hook(keep).remove)
-            stack.enter_context(self.observe({site.layer: lambda x, y: inputs.append(_rows(x))}))
+            read = {site.layer: lambda x, y: inputs.append(x.detach().clone())}
+            stack.enter_context(self.observe(read))
             self._probe()
-        for module, before, after in calls:
-            same = after.shape == inputs[0].shape and torch.allclose(after, inputs[0], atol=1e-5)
-            if same and (norm := _matching_norm(module, before, after)) is not None:
-                return norm
-        raise UnsupportedModel(
-            f"layer {site.layer} ({site.path}) does not read the output of a LayerNorm or RMSNorm, "
-            "so inputs='norm' says nothing about it; give tokens="
-        )
+        return norm_read(site, calls, inputs[0])
 
 
 class Reader:
@@ -328,24 +323,3 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         if on_cuda:
             torch.cuda.default_generators[device.index].manual_seed(seed)
         yield
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t.detach().double().reshape(-1, t.shape[-1])
-
-
-def _matching_norm(module: nn.Module, before: Tensor, after: Tensor) -> Norm | None:
-    # the size of each row is fitted, since eps shrinks rows that are small
-    original = getattr(module, "original_component", None) or module
-    found = {name: p.detach() for name, p in original.named_parameters(recurse=False)}
-    weight, bias = found.get("weight", found.get("w")), found.get("bias", found.get("b"))
-    scales = [None] if weight is None else [None, weight, 1 + weight]
-    for centred, w in product((True, False), scales):
-        b = None if w is None else bias
-        shape = before - before.mean(-1, keepdim=True) if centred else before
-        shape = shape if w is None else shape * w.double()
-        target = after if b is None else after - b.double()
-        size = (target * shape).sum(-1, keepdim=True) / shape.square().sum(-1, keepdim=True)
-        if (size > 0).all() and (size * shape - target).norm() <= 1e-2 * target.norm():
-            return Norm(centred, w, b)
-    return None
