@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from polylens.errors import InvalidInputError
 from polylens.quadratic import QuadraticForm
+from polylens.selection import check_degree
 
 
 class DensePolynomial(nn.Module):
@@ -113,10 +114,7 @@ class DensePolynomial(nn.Module):
 
     def truncate(self, degree: int) -> "DensePolynomial":
         """The optimum of a lower degree, as fitted; the tensors are shared."""
-        if isinstance(degree, bool) or not isinstance(degree, int):
-            raise InvalidInputError(f"degree must be an integer, got {degree!r}")
-        if not 0 <= degree <= self.degree:
-            raise InvalidInputError(f"degree must be in 0 ... {self.degree}, got {degree}")
+        check_degree(degree, self.degree, "fit")
         return DensePolynomial(
             self.optima[: degree + 1],
             self.center,

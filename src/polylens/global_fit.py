@@ -63,25 +63,51 @@ def fit_global(
     kept = values > SUPPORT * values[-1].clamp(min=0)
     root, vectors = values[kept].clamp(min=0).sqrt(), vectors[:, kept]
     color, whiten = root[:, None] * vectors.T, vectors / root
-    r = len(root)
-    iterations = residual = None
-    if r == 0:
-        constant = layer(single.mean)
-        optima = [_constant(constant, k) for k in range(degree + 1)]
-        explained = constant.new_zeros(degree + 1)
-        return DensePolynomial(
-            optima,
-            single.mean,
-            whiten,
-            explained,
-            weights=layer,
-            inputs=mixture,
-            dtype=weights.dtype,
+    if len(root):
+        solution = _solve(
+            layer, mixture_here, single.mean, color, whiten, degree, tolerance, max_iterations
         )
-    white_layer = _in_coordinates(layer, single.mean, color)
+    else:
+        solution = _at_a_point(layer(single.mean), degree)
+    optima, explained, iterations, residual = solution
+    return DensePolynomial(
+        optima,
+        single.mean,
+        whiten,
+        explained,
+        weights=layer,
+        inputs=mixture,
+        iterations=iterations,
+        residual=residual,
+        dtype=weights.dtype,
+    )
+
+
+Solution = tuple[list[list[Tensor]], Tensor, int | None, float | None]
+
+
+def _at_a_point(constant: Tensor, degree: int) -> Solution:
+    """Optima, explained variances, iterations and residual where the inputs never vary."""
+    optima = [_constant(constant, k) for k in range(degree + 1)]
+    return optima, constant.new_zeros(degree + 1), None, None
+
+
+def _solve(
+    layer: MLPWeights | GLUWeights,
+    mixture: GaussianMixture,
+    mean: Tensor,
+    color: Tensor,
+    whiten: Tensor,
+    degree: int,
+    tolerance: float,
+    max_iterations: int,
+) -> Solution:
+    """Optima, explained variances, iterations and residual in whitened coordinates."""
+    r, iterations, residual = len(color), None, None
+    white_layer = _in_coordinates(layer, mean, color)
     gaussians = [
-        (weight, Gaussian((c.mean - single.mean) @ whiten, _sandwich(whiten, c.cov)))
-        for weight, c in mixture_here.weighted_components()
+        (weight, Gaussian((c.mean - mean) @ whiten, _sandwich(whiten, c.cov)))
+        for weight, c in mixture.weighted_components()
     ]
     components = [Component.of(weight, g.mean, g.cov) for weight, g in gaussians]
     if degree <= 1:
@@ -107,17 +133,7 @@ def fit_global(
             f"monomials, more than the {normal_equations.MAX_FEATURES:,} whose normal equations "
             "are formed; use degree <= 2, fewer input dimensions, or scope='neuron'"
         )
-    return DensePolynomial(
-        optima,
-        single.mean,
-        whiten,
-        explained,
-        weights=layer,
-        inputs=mixture,
-        iterations=iterations,
-        residual=residual,
-        dtype=weights.dtype,
-    )
+    return optima, explained, iterations, residual
 
 
 def _along(layer: MLPWeights | GLUWeights, outputs: Tensor | None) -> MLPWeights | GLUWeights:

@@ -10,6 +10,7 @@ from polylens.hermite import hermite_polynomials
 from polylens.polynomial import Polynomial
 from polylens.quadratic import QuadraticForm
 from polylens.samples import Samples, fit_samples
+from polylens.selection import check_degree
 from polylens.weights import GLUWeights, MLPWeights
 
 # Ridge strengths tried, in units of a feature's mean square; infinity keeps the per-neuron fit.
@@ -85,7 +86,8 @@ class JointPolynomial(nn.Module):
 
     def truncate(self, degree: int) -> "JointPolynomial":
         """The fit of a lower degree; the tensors are shared."""
-        corrections = [getattr(self, f"D{n}") for n in range(self.base._check_degree(degree) + 1)]
+        degree = check_degree(degree, self.degree, "fit")
+        corrections = [getattr(self, f"D{n}") for n in range(degree + 1)]
         return JointPolynomial(
             self.base.truncate(degree),
             self.center,

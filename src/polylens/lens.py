@@ -17,6 +17,7 @@ from polylens.hosts.base import Host, MLPSite
 from polylens.inputs import Gaussian
 from polylens.polynomial import Polynomial
 from polylens.report import Report, measure
+from polylens.selection import check_degree, check_layers
 
 # By id of the model; the installed emitters keep a lens alive as long as its model.
 _LENSES: "WeakValueDictionary[int, Lens]" = WeakValueDictionary()
@@ -96,7 +97,8 @@ def attach(
     calibration.require_deterministic(host.module)
     found, refused = host.sites()
     _require_sites(found, refused, model)
-    sites = _chosen(found, refused, layers)
+    sites = {site.layer: site for site in found}
+    sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
     summary, source = _input_models(
         host, sites, tokens, inputs, attention_mask, exclude_first, batch_size, seed, progress
     )
@@ -164,7 +166,7 @@ class Lens:
         return self._undo is not None
 
     def __getitem__(self, layer: int) -> Polynomial:
-        return self._emitters[self._check_layers([layer])[0]].polynomial
+        return self._emitters[self._chosen([layer])[0]].polynomial
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.layers)
@@ -206,8 +208,8 @@ class Lens:
             StalePolynomialError: weights changed since the fit.
         """
         self._require_attached()
-        chosen = self._check_layers(layers)
-        degree = self.check_degree(degree)
+        chosen = self._chosen(layers)
+        degree = self.degree if degree is None else check_degree(degree, self.degree, "attach")
         for layer in chosen:
             self._emitters[layer].refresh(contents=True)
         with self._flowing(dict.fromkeys(chosen, degree)):
@@ -253,14 +255,14 @@ class Lens:
             InvalidInputError, AttachmentError, StalePolynomialError: as `replaced`.
         """
         self._require_attached()
-        chosen = self._check_layers(layers)
+        chosen = self._chosen(layers)
         for layer in chosen:
             self._emitters[layer].refresh(contents=True)
         with self._flowing(dict.fromkeys(self.layers)):
             return measure(
                 self,
                 tokens,
-                degree=self.check_degree(degree),
+                degree=degree,
                 layers=chosen,
                 attention_mask=attention_mask,
                 batch_size=batch_size,
@@ -285,7 +287,7 @@ class Lens:
             raise AttachmentError(
                 f"a {self.host.name} has run_with_cache; read hook_poly_* from its cache"
             )
-        with self.host.cache(self._check_layers(layers), names) as found:  # type: ignore
+        with self.host.cache(self._chosen(layers), names) as found:  # type: ignore
             yield found
 
     def detach(self) -> None:
@@ -300,50 +302,12 @@ class Lens:
         assert undo is not None
         undo.close()
 
-    def check_degree(self, degree: int | None) -> int:
-        """The degree itself, or the fitted one for None; InvalidInputError out of range."""
-        if degree is None:
-            return self.degree
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
-            raise InvalidInputError(f"degree must be an integer >= 0, got {degree!r}")
-        if degree > self.degree:
-            raise InvalidInputError(
-                f"degree {degree} was asked of a lens fitted to degree {self.degree}; "
-                f"attach with degree={degree}"
-            )
-        return degree
-
     def _require_attached(self) -> None:
         if not self.is_attached:
             raise AttachmentError("this lens is detached; attach again to use it")
 
-    def _check_layers(self, layers: Iterable[int] | int | None) -> list[int]:
-        if layers is None:
-            return list(self.sites)
-        return _check_layers(layers, self.sites, self.refused)
-
-
-def _check_layers(
-    layers: Iterable[int] | int, sites: Mapping[int, MLPSite], refused: Mapping[int, str]
-) -> list[int]:
-    chosen = [layers] if isinstance(layers, int) else list(layers)
-    if not chosen:
-        raise InvalidInputError(f"layers is empty; there are {sorted(sites)}")
-    for layer in chosen:
-        if layer in refused:
-            raise UnsupportedModel(refused[layer])
-        if isinstance(layer, bool) or layer not in sites:
-            raise InvalidInputError(f"no layer {layer!r}; there are {sorted(sites)}")
-    return sorted(set(chosen))
-
-
-def _chosen(
-    found: list[MLPSite], refused: dict[int, str], layers: Iterable[int] | int | None
-) -> dict[int, MLPSite]:
-    sites = {site.layer: site for site in found}
-    if layers is None:
-        return sites
-    return {layer: sites[layer] for layer in _check_layers(layers, sites, refused)}
+    def _chosen(self, layers: Iterable[int] | int | None) -> list[int]:
+        return check_layers(layers, self.sites, self.refused, " in this lens")
 
 
 def _require_sites(sites: list[MLPSite], refused: dict[int, str], model: Any) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from polylens.errors import InvalidInputError
 from polylens.hermite import hermite_to_monomial
 from polylens.quadratic import QuadraticForm
+from polylens.selection import check_degree
 from polylens.weights import ROLES, GLUWeights, MLPWeights
 
 # Elements of one elementwise block on a CPU: three float32 blocks stay in a core's cache.
@@ -140,7 +141,7 @@ class Polynomial(nn.Module):
         Raises:
             InvalidInputError: a degree outside 0 ... self.degree.
         """
-        n = self._check_degree(degree)
+        n = check_degree(degree, self.degree, "fit")
         Q = None if self.Q is None else self.Q[: n + 1, :n]
         return self._with_coefficients(self.P[: n + 1, : n + 1], Q, self.b_out)
 
@@ -150,7 +151,7 @@ class Polynomial(nn.Module):
         The parts of degree 0 ... n sum to the optimum of degree n; part 0 is a constant and
         holds b_out. Under a Gaussian, parts of different degree are uncorrelated.
         """
-        n = self._check_degree(degree)
+        n = check_degree(degree, self.degree, "fit")
         if n == 0:
             return self.truncate(0)
         P = torch.zeros_like(self.P[: n + 1, : n + 1])
@@ -255,16 +256,6 @@ class Polynomial(nn.Module):
             poly.register_buffer(name, tensor)
         poly._horner_cache = {}
         return poly
-
-    def _check_degree(self, degree: int) -> int:
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
-            raise InvalidInputError(f"degree must be an integer >= 0, got {degree!r}")
-        if degree > self.degree:
-            raise InvalidInputError(
-                f"degree {degree} was asked of a polynomial fitted to degree {self.degree}; "
-                f"fit with degree={degree}"
-            )
-        return degree
 
     def _require_degree(self, degree: int, what: str) -> None:
         if self.degree < degree:

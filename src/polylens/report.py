@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from polylens import rendering
 from polylens.calibration import require_deterministic
-from polylens.errors import InvalidInputError, UnsupportedModel
+from polylens.errors import InvalidInputError
 from polylens.scoring import ResidualSums, score
+from polylens.selection import check_degree, check_layers
 from polylens.tokens import batches, counted, validate_tokens
 
 if TYPE_CHECKING:
@@ -185,8 +186,8 @@ def measure(
             that are not finite (which layer).
         UnsupportedModel: a layer that was refused.
     """
-    degree = _check_degree(degree, lens.degree)
-    chosen = _check_layers(layers, lens)
+    degree = lens.degree if degree is None else check_degree(degree, lens.degree, "attach")
+    chosen = check_layers(layers, lens.layers, lens.refused, " in this lens")
     d_vocab = getattr(getattr(lens.host.model, "cfg", None), "d_vocab", None)
     tokens, mask = validate_tokens(tokens, attention_mask, d_vocab=d_vocab)
     require_deterministic(lens.host.module)
@@ -313,28 +314,6 @@ def _constant(mean: Tensor, shape: torch.Size, keep_first: bool):
 def _groups(layers: Sequence[int]) -> list[tuple[int, ...]]:
     """Each layer alone, then all at once (which for one layer is the same)."""
     return list(dict.fromkeys([*((layer,) for layer in layers), tuple(layers)]))
-
-
-def _check_degree(degree: int | None, fitted: int) -> int:
-    degree = fitted if degree is None else degree
-    if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= fitted:
-        raise InvalidInputError(
-            f"degree must be an integer from 0 to {fitted}, the fitted degree, got {degree!r}; "
-            "attach with a higher degree= to measure one"
-        )
-    return degree
-
-
-def _check_layers(layers: Iterable[int] | int | None, lens: "Lens") -> list[int]:
-    asked = list(lens.layers if layers is None else [layers] if isinstance(layers, int) else layers)
-    for layer in asked:
-        if layer in lens.refused:
-            raise UnsupportedModel(lens.refused[layer])
-    unknown = [layer for layer in asked if isinstance(layer, bool) or layer not in lens.layers]
-    if unknown or not asked:
-        what = f"no layer {unknown[0]!r} in this lens" if unknown else "layers is empty"
-        raise InvalidInputError(f"{what}; there are {list(lens.layers)}")
-    return sorted(set(asked))
 
 
 def _row(data: dict[str, Any]) -> LayerRow:
