@@ -37,9 +37,8 @@ class SiteEmitter:
         )
         self._parts: list[Polynomial] = []
         self._truncated: dict[int, Polynomial] = {polynomial.degree: polynomial}
-        weights = site.weights()
         self._identity = _identity(site.tensors())
-        self._fingerprint = fingerprint(weights)
+        self._fingerprint = fingerprint(polynomial)
 
     def __getstate__(self) -> dict:
         # A copy of the model gets its own emitters, but the lens stays with the original.
@@ -106,7 +105,7 @@ class SiteEmitter:
         return torch.stack(values).sum(0)
 
 
-def fingerprint(weights: Weights) -> dict[str, tuple[float, float, float]]:
+def fingerprint(weights: Weights | Polynomial) -> dict[str, tuple[float, float, float]]:
     """Sum, square sum and a position-dependent sum of each weight, in float64."""
     found = {}
     for name in ROLES:
