@@ -236,35 +236,46 @@ import sys
 sys.modules["polylens"] = None  # not installed here
 import nnsight, torch, transformers
 from nnsight.intervention.serialization import loads
-folder, path = sys.argv[1:]
+folder, path, keep_first = sys.argv[1:]
 function, tokens = loads(open(f"{folder}/payload", "rb").read())
 model = nnsight.NNsight(transformers.AutoModelForCausalLM.from_pretrained(folder))
 mlp = model.get(path)
 with model.trace(tokens):
-    mlp.output = function(mlp.input)
+    x = mlp.input
+    mlp.output = function(x, *([mlp.output] if keep_first == "True" else []))
     out = model.output.logits.save()
 torch.save(out.detach(), f"{folder}/out")
 """
 
 
 @pytest.mark.parametrize(
-    ("name", "path"), [("gpt2", "transformer.h.0.mlp"), ("llama", "model.layers.0.mlp")]
+    ("name", "path", "keep_first", "degree"),
+    [("gpt2", "transformer.h.0.mlp", False, 2), ("llama", "model.layers.0.mlp", True, 1)],
 )
-def test_the_inline_function_travels_to_where_polylens_is_not_installed(tmp_path, name, path):
+def test_the_inline_function_travels_to_where_polylens_is_not_installed(
+    tmp_path, name, path, keep_first, degree
+):
     from nnsight.intervention.serialization import dumps
 
     model = nnsight.NNsight(build(name))
-    with attach(model, exclude_first=False) as lens:
-        function = lens.host.inline(lens[0])
-        with lens.replaced(layers=0):
+    with attach(model, exclude_first=keep_first) as lens:
+        function = lens.inline(0, degree)
+        with lens.replaced(layers=0, degree=degree):
             expected = logits(model)
     model._module.save_pretrained(tmp_path)
     (tmp_path / "payload").write_bytes(dumps((function, TOKENS)))
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
     command = [sys.executable, str(tmp_path / "elsewhere.py"), str(tmp_path), path]
+    command.append(str(keep_first))
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     out = torch.load(tmp_path / "out")
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_only_what_can_trace_remotely_has_an_inline_function():
+    lens = polylens.attach(build("gpt2"), TOKENS, progress=False)
+    with pytest.raises(AttachmentError, match="no remote traces"):
+        lens.inline(0)
 
 
 def test_a_name_that_is_taken_is_refused_and_nothing_stays_attached():

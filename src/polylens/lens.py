@@ -6,6 +6,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor
+from torch.nn import Module
 from tqdm.auto import tqdm
 
 from polylens import calibration
@@ -289,6 +290,30 @@ class Lens:
             )
         with self.host.cache(self._chosen(layers), names) as found:  # type: ignore
             yield found
+
+    def inline(self, layer: int, degree: int | None = None) -> Module:
+        """The layer's polynomial as a module f(x, y=None) that travels with a remote trace.
+
+            f = lens.inline(3)
+            lens.detach()
+            with model.trace(tokens, remote=True):
+                mlp.output = f(mlp.input)  # or f(mlp.input, mlp.output): position 0 stays true
+
+        It belongs to no model, has its own copy of the layer's weights, and needs only torch
+        where it runs: its code is sent along. For nnsight; also usable on a detached lens.
+
+        Args:
+            degree: 0 ... fitted degree (default), by truncation.
+
+        Raises:
+            InvalidInputError: unknown layer or degree. AttachmentError: another host.
+        """
+        if not hasattr(self.host, "inline"):
+            raise AttachmentError(
+                f"a {self.host.name} has no remote traces; use lens[layer], or lens.replaced()"
+            )
+        degree = self.degree if degree is None else check_degree(degree, self.degree, "attach")
+        return self.host.inline(self[layer].truncate(degree))  # type: ignore
 
     def detach(self) -> None:
         """Take everything off the model; it is exactly as before `attach`.

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 class InlinePolynomial(nn.Module):
     """h = P(t) + z Q(t) per neuron, f(x) = h W_out + b_out; [..., d_in] -> [..., d_out].
 
+    Called as f(x, y) with the true output y [batch, pos, d_out], position 0 of each sequence
+    stays true; a sequence of one position is a continuation and is all polynomial.
+
     Args:
         tensors: W_in, W_out and those of W_gate, b_gate, b_in, b_out that there are.
         m, s: [d_mlp] mean and standard deviation of the activated preactivation.
@@ -38,9 +41,9 @@ class InlinePolynomial(nn.Module):
         for name in ("W_in", "W_out", "W_gate", "b_in", "b_out", "shift", "scale", "P", "Q"):
             self.register_buffer(name, own.get(name))
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x @ (self.W_in if self.Q is None else self.W_gate)
-        t = (y.to(self.P.dtype) + self.shift) * self.scale
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        pre = x @ (self.W_in if self.Q is None else self.W_gate)
+        t = (pre.to(self.P.dtype) + self.shift) * self.scale
         hermite = [torch.ones_like(t), t]
         for k in range(1, len(self.P) - 1):
             hermite.append(t * hermite[k] - k * hermite[k - 1])
@@ -52,4 +55,7 @@ class InlinePolynomial(nn.Module):
             for q, he in zip(self.Q, hermite, strict=False):
                 h = h + z * q * he
         out = h.to(self.W_out.dtype) @ self.W_out
-        return out if self.b_out is None else out + self.b_out
+        out = out if self.b_out is None else out + self.b_out
+        if y is None or out.shape[-2] == 1:
+            return out
+        return torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2)

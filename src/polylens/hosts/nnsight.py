@@ -89,15 +89,7 @@ class NNsightHost(TorchHost):
             return undo.pop_all().close
 
     def inline(self, polynomial: Any) -> InlinePolynomial:
-        """A function of x that belongs to no model and travels with a remote trace.
-
-            f = host.inline(lens[3])
-            lens.detach()
-            with model.trace(tokens, remote=True):
-                mlp.output = f(mlp.input)
-
-        polylens need not be installed where the trace runs: the code is sent along.
-        """
+        """`Lens.inline`: sent by value, so polylens need not be installed where it runs."""
         import nnsight
 
         nnsight.register(InlinePolynomial.__module__)
@@ -123,7 +115,7 @@ class _NotRemote:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise AttachmentError(
             "a lens is attached to this model, and the model on the remote machine has none: "
-            "detach() first; lens.host.inline(lens[layer]) gives a function that travels, as in "
+            "detach() first; f = lens.inline(layer) is a function that travels, as in "
             "mlp.output = f(mlp.input)"
         )
 
