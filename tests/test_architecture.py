@@ -13,7 +13,7 @@ LIMIT = 400
 # Lowest first; a module may import from its own row and from rows above it here.
 LAYERS = (
     ("errors", "hermite"),
-    ("activations", "inputs", "tokens", "selection"),
+    ("activations", "inputs", "tokens", "selection", "storage"),
     ("custom",),
     ("weights", "quadratic"),
     ("preactivation", "polynomial", "dense"),

@@ -18,7 +18,9 @@ from polylens.activations import activation as activation
 from polylens.activations import known_activations as known_activations
 from polylens.custom import register_activation as register_activation
 from polylens.dense import DensePolynomial as DensePolynomial
+from polylens.errors import ArtifactError as ArtifactError
 from polylens.errors import AttachmentError as AttachmentError
+from polylens.errors import ConvergenceError as ConvergenceError
 from polylens.errors import InvalidInputError as InvalidInputError
 from polylens.errors import NumericalWarning as NumericalWarning
 from polylens.errors import PolylensError as PolylensError

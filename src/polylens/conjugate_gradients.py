@@ -6,11 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from polylens.errors import PolylensError
-
-
-class ConvergenceError(PolylensError, ArithmeticError):
-    """An iterative solver did not reach the residual it was asked for."""
+from polylens.errors import ConvergenceError
 
 
 class Quadratic(NamedTuple):

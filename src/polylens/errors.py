@@ -25,5 +25,13 @@ class StalePolynomialError(AttachmentError):
     """The weights changed after the polynomial was fitted to them."""
 
 
+class ArtifactError(PolylensError, ValueError):
+    """A file that cannot be saved or loaded: damaged, of another kind, or from a later version."""
+
+
+class ConvergenceError(PolylensError, ArithmeticError):
+    """An iterative solver did not reach the residual it was asked for."""
+
+
 class NumericalWarning(UserWarning):
     """The result is right, but the data or the matrix behind it was degenerate."""
