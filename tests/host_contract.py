@@ -1,52 +1,45 @@
-"""What every `hosts.base.Host` must do, as tests to inherit.
+"""What every host must do with an attached lens, as tests to inherit.
 
-A subclass sets `tokens` and defines `make_model()`.
+A subclass defines the fixture `model` (parametrised over its models, each with layers 0 and 1
+and weights that are not zero) and overrides what its framework does differently.
 """
 
 import copy
-from typing import Any, ClassVar
+from contextlib import ExitStack, contextmanager
+from itertools import count
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from polylens.errors import AttachmentError
+import polylens
+from polylens.errors import AttachmentError, UnsupportedModel
 from polylens.hosts import host_for
+from tests.hf_models import D_VOCAB
 
-POINTS = ("in", "out")
-
-
-class Watching:
-    """Passes x and y through its points; y itself flows on."""
-
-    point_names = POINTS
-
-    def __call__(self, x: Tensor, y: Tensor, tap: Any) -> Tensor:
-        for name, value in (("in", x), ("out", y)):
-            if tap.wants(name):
-                tap(name, value)
-        return y
+TOKENS = torch.randint(3, D_VOCAB, (4, 12), generator=torch.Generator().manual_seed(3))
+DEGREE = 3
+POINTS = ("in", "out", "error", *(f"degree_{k}" for k in range(DEGREE + 1)))
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class Replacing:
-    """0.5 x goes through its points and flows on instead of y."""
-
-    point_names = POINTS
-
-    def __call__(self, x: Tensor, y: Tensor, tap: Any) -> Tensor:
-        return tap("out", 0.5 * tap("in", x))
+def attach(model: Any, **options: Any) -> polylens.Lens:
+    return polylens.attach(model, TOKENS, progress=False, **{"degree": DEGREE, **options})
 
 
-def snapshot(model: Any) -> tuple:
-    """Modules, hooks, hook names in order, and state: all that an undo must bring back."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    modules = dict(model.named_modules())
+def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
+    with torch.no_grad():
+        return host_for(model).logits(tokens)
+
+
+def module_snapshot(module: nn.Module) -> tuple:
+    """Modules, hooks, training flags, state and parameters: all that must come back."""
     return (
-        {name: id(m) for name, m in modules.items()},
-        {name: [len(getattr(m, h)) for h in hooks] for name, m in modules.items()},
-        [(name, id(point)) for name, point in model.hook_dict.items()],
-        list(model.state_dict()),
-        {name: id(p) for name, p in model.named_parameters()},
+        [(name, id(m), m.training) for name, m in module.named_modules()],
+        [[list(getattr(m, hooks)) for hooks in HOOKS] for m in module.modules()],
+        list(module.state_dict()),
+        [(name, id(p)) for name, p in module.named_parameters()],
     )
 
 
@@ -58,191 +51,297 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert error <= tolerance * scale, f"differ by {error / scale:.2g} of the largest"
 
 
+class NoMoreHooks(Exception):
+    pass
+
+
 class HostContract:
-    tokens: ClassVar[Tensor]
+    def snapshot(self, model: Any) -> tuple:
+        return module_snapshot(host_for(model).module)
 
-    def make_model(self) -> Any:
-        raise NotImplementedError
+    def point(self, lens: polylens.Lens, layer: int, name: str) -> nn.Module:
+        return lens.host.module.get_submodule(f"{lens.sites[layer].path}.hook_poly_{name}")
 
-    @pytest.fixture
-    def host(self):
-        model = self.make_model()
-        with torch.no_grad():
-            model.run_with_cache(self.tokens)  # bridges wire hooks of their own lazily
-        return host_for(model)
+    def generate(self, model: Any) -> Tensor:
+        """Five tokens after the first sequence; skips if the model cannot."""
+        module = host_for(model).module
+        if not module.can_generate():
+            pytest.skip("an encoder")
+        options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
+        return module.generate(TOKENS[:1], attention_mask=torch.ones_like(TOKENS[:1]), **options)
 
-    def logits(self, host: Any) -> Tensor:
-        with torch.no_grad():
-            return host.logits(self.tokens)
+    @contextmanager
+    def hooked(self, lens: polylens.Lens, names: tuple[str, ...], hook: Any):
+        """Within the context hook(layer, name, value) runs at points of all layers."""
+        with ExitStack() as stack:
+            for layer in lens.layers:
+                for name in names:
+                    handle = self.point(lens, layer, name).register_forward_hook(
+                        lambda m, args, out, layer=layer, name=name: hook(layer, name, out)
+                    )
+                    stack.callback(handle.remove)
+            yield
 
-    def install(self, host: Any, emitter: Any) -> list:
-        return [host.install(site, emitter) for site in host.sites()[0]]
+    def record(self, lens: polylens.Lens, tokens: Tensor = TOKENS) -> dict[tuple, Tensor]:
+        """{(layer, name): value} of one pass, the true output as name "true"."""
+        values: dict[tuple, Tensor] = {}
 
-    def undo(self, undos: list) -> None:
-        for undo in reversed(undos):
-            undo()
+        def keep(layer: int, name: str, value: Tensor) -> None:
+            values[layer, name] = value
 
-    def test_sites_are_verified_and_leave_no_trace(self, host):
-        host.model.train()
-        before, rng = snapshot(host.model), torch.get_rng_state()
+        def observer(layer: int):
+            return lambda x, y: keep(layer, "true", y)
+
+        observers = {layer: observer(layer) for layer in lens.layers}
+        with self.hooked(lens, POINTS, keep), lens.host.observe(observers), torch.no_grad():
+            lens.host.logits(tokens)
+        return values
+
+    def test_sites_are_verified_and_leave_no_trace(self, model):
+        host = host_for(model)
+        host.module.train()
+        before, rng = self.snapshot(model), torch.get_rng_state()
         sites, refused = host.sites()
-        assert [site.layer for site in sites] == [0, 1]
         assert refused == {}
         for site in sites:
             assert site.error <= (4e-2 if site.weights().dtype == torch.bfloat16 else 1e-4)
-        assert snapshot(host.model) == before
+        assert self.snapshot(model) == before
         assert torch.equal(torch.get_rng_state(), rng)
-        assert all(m.training for m in host.model.modules() if hasattr(m, "hook_in"))
 
-    def test_observers_see_the_normal_form_also_under_substitution(self, host):
-        sites, _ = host.sites()
-        seen: dict[int, tuple] = {}
-        observers = {s.layer: lambda x, y, n=s.layer: seen.update({n: (x, y)}) for s in sites}
-        zeros = {s.layer: lambda x, y: torch.zeros_like(y) for s in sites}
-        for outer, inner in (("observe", "substitute"), ("substitute", "observe")):
-            functions = {"observe": observers, "substitute": zeros}
-            undos = self.install(host, Replacing())
-            with getattr(host, outer)(functions[outer]), getattr(host, inner)(functions[inner]):
-                self.logits(host)
-            self.undo(undos)
-            for site in sites:
-                x, y = seen[site.layer]
-                assert x.shape[:2] == y.shape[:2] == self.tokens.shape
-                assert_close(y, site.weights()(x))
+    def test_attached_changes_nothing_and_detach_restores_everything(self, model):
+        before, reference = self.snapshot(model), logits(model)
+        lens = attach(model)
+        assert lens.refused == {}
+        assert torch.equal(logits(model), reference)
+        self.record(lens)
+        assert torch.equal(logits(model), reference)
+        assert list(lens.host.module.state_dict()) == before[2]
+        assert [name for name, _ in lens.host.module.named_parameters()] == [
+            name for name, _ in before[3]
+        ]
+        lens.detach()
+        assert self.snapshot(model) == before
+        assert torch.equal(logits(model), reference)
 
-    def test_an_observer_cannot_change_what_flows_on(self, host):
-        reference = self.logits(host)
-        with host.observe({0: lambda x, y: torch.zeros_like(y)}):
-            assert torch.equal(self.logits(host), reference)
+    def test_degrees_and_error_add_up_to_the_true_output(self, model):
+        lens = attach(model)
+        values = self.record(lens)
+        for layer in lens.layers:
+            out, error, true = (values[layer, name] for name in ("out", "error", "true"))
+            assert out.shape[:2] == TOKENS.shape
+            assert_close(sum(values[layer, f"degree_{k}"] for k in range(DEGREE + 1)), out)
+            assert_close(out + error, true)
+            assert_close(out, lens[layer](values[layer, "in"]))
+            assert bool(error.any())
 
-    def test_a_substitute_gets_the_true_output_and_has_the_last_word(self, host):
-        reference = self.logits(host)
-        undos = self.install(host, Replacing())
-        with host.substitute({0: lambda x, y: y, 1: lambda x, y: y}):
-            assert torch.equal(self.logits(host), reference)
-        assert not torch.equal(self.logits(host), reference)
-        self.undo(undos)
-        with host.substitute({0: lambda x, y: torch.zeros_like(y)}):
-            assert not torch.equal(self.logits(host), reference)
-        assert torch.equal(self.logits(host), reference)
+    def test_replaced_flows_on_nests_and_comes_back(self, model):
+        reference = logits(model)
+        with attach(model) as lens:
+            with lens.replaced():
+                all_layers = logits(model)
+                with lens.replaced(0, degree=1):
+                    assert not torch.equal(logits(model), all_layers)
+                assert torch.equal(logits(model), all_layers)
+            with lens.replaced(layers=[0]):
+                one = logits(model)
+            assert torch.equal(logits(model), reference)
+            assert not torch.equal(all_layers, reference)
+            assert not torch.equal(one, reference)
 
-    def test_watching_changes_nothing_and_undo_is_exact(self, host):
-        before, reference = snapshot(host.model), self.logits(host)
-        undos = self.install(host, Watching())
-        assert list(host.model.state_dict()) == before[3]
-        with torch.no_grad():
-            logits, cache = host.model.run_with_cache(self.tokens)
-        assert torch.equal(logits, reference)
-        for site in host.sites()[0]:
-            x, y = (cache[f"poly_{name}", site.layer, "mlp"] for name in POINTS)
-            assert_close(y, site.weights()(x))
-        with pytest.raises(AttachmentError, match="hook_poly_in"):
-            host.install(host.sites()[0][0], Watching())
-        self.undo(undos)
-        assert snapshot(host.model) == before
-        assert torch.equal(self.logits(host), reference)
+    @pytest.mark.parametrize("name", ["in", "out", "degree_1"])
+    def test_edits_at_a_point_flow_on_while_replaced(self, model, name):
+        with attach(model) as lens:
+            reference = logits(model)
+            with self.hooked(lens, (name,), lambda layer, name, value: torch.zeros_like(value)):
+                assert torch.equal(logits(model), reference)
+                with lens.replaced():
+                    edited = logits(model)
+            with lens.replaced():
+                assert not torch.equal(logits(model), edited)
 
-    def test_replacing_flows_on_and_its_hooks_are_effective(self, host):
-        reference = self.logits(host)
-        undos = self.install(host, Replacing())
-        replaced = self.logits(host)
-        assert not torch.equal(replaced, reference)
+    def test_an_exception_at_any_module_leaves_nothing(self, model):
+        before, reference = self.snapshot(model), logits(model)
+        lens = attach(model)
 
-        def zero(value, hook):
-            return torch.zeros_like(value)
-
-        for name in ("mlp.hook_poly_in", "mlp.hook_poly_out", "hook_mlp_out"):
-            with torch.no_grad():
-                edited = host.model.run_with_hooks(
-                    self.tokens, fwd_hooks=[(f"blocks.0.{name}", zero)]
-                )
-            assert not torch.equal(edited, replaced), name
-        self.undo(undos)
-
-    def test_undo_is_exact_after_an_exception_at_every_hook_point(self, host):
-        before, reference = snapshot(host.model), self.logits(host)
-        undos = self.install(host, Replacing())
-
-        def fail(value, hook):
+        def fail(*args):
             raise KeyError("injected")
 
         failed = 0
-        for name in host.model.hook_dict:
+        for name, module in list(lens.host.module.named_modules()):
+            handle = module.register_forward_hook(fail)
             try:
-                with torch.no_grad():
-                    host.model.run_with_hooks(self.tokens, fwd_hooks=[(name, fail)])
+                with lens.replaced():
+                    logits(model)
             except KeyError:
                 failed += 1
-            except ValueError as error:
-                if "Cannot add hook" not in str(error):  # a point that is switched off
-                    raise
-            host.model.reset_hooks()
-            kept = [
-                name
-                for name, m in host.model.named_modules()
+            handle.remove()
+            passages = {
+                hook.__self__
+                for m in lens.host.module.modules()
                 for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
-                if getattr(getattr(hook, "__self__", None), "_x", None) is not None
-            ]
-            assert kept == [], name
+                if hasattr(hook, "__self__")
+            }
+            assert not any(getattr(p, "_x", None) is not None for p in passages), name
         assert failed > 8
-        self.undo(undos)
-        assert snapshot(host.model) == before
-        assert torch.equal(self.logits(host), reference)
+        assert torch.equal(logits(model), reference)
+        lens.detach()
+        assert self.snapshot(model) == before
+        with pytest.raises(KeyError, match="injected"), attach(model):
+            fail()
+        assert self.snapshot(model) == before
 
-    def test_gradients_flow_through_a_replacement(self, host):
-        undos = self.install(host, Replacing())
-        grads = []
+    def test_a_failure_at_any_step_of_attaching_leaves_nothing(self, model, monkeypatch):
+        before, left, installing = self.snapshot(model), 0, False
+        install = type(host_for(model)).install
 
-        def grab(value, hook):
-            value = value.detach().requires_grad_(True)
-            value.register_hook(grads.append)
-            return value
+        def noted(self, site, emitter):
+            nonlocal installing
+            installing = True
+            return install(self, site, emitter)
 
-        with host.model.hooks(fwd_hooks=[("blocks.1.mlp.hook_poly_in", grab)]):
-            host.model(self.tokens).square().mean().backward()
-        self.undo(undos)
-        assert torch.isfinite(grads[0]).all()
-        assert grads[0].abs().max() > 0
+        def limited(register):
+            def wrapper(module, *args, **kwargs):
+                nonlocal left
+                if installing and left == 0:
+                    raise NoMoreHooks
+                left -= installing
+                return register(module, *args, **kwargs)
 
-    def test_a_deep_copy_is_independent(self, host):
-        undos = self.install(host, Replacing())
-        replaced = self.logits(host)
-        twin = host_for(copy.deepcopy(host.model))
-        self.undo(undos)
+            return wrapper
+
+        monkeypatch.setattr(type(host_for(model)), "install", noted)
+        for name in ("register_forward_hook", "register_forward_pre_hook"):
+            monkeypatch.setattr(nn.Module, name, limited(getattr(nn.Module, name)))
+        for steps in count():
+            left, installing = steps, False
+            try:
+                lens = attach(model, degree=1)
+            except NoMoreHooks:
+                assert self.snapshot(model) == before
+                assert polylens.attached(model) is None
+            else:
+                break
+        assert steps >= 2 * len(lens)
+
+    def test_gradients_flow_through_a_replacement(self, model):
+        lens = attach(model)
+        values: dict[int, Tensor] = {}
+        with (
+            lens.replaced(),
+            self.hooked(lens, ("out",), lambda layer, name, value: values.update({layer: value})),
+        ):
+            out = lens.host.logits(TOKENS)
+            gradients = torch.autograd.grad(out.square().mean(), list(values.values()))
+        assert all(bool(torch.isfinite(g).all() and g.any()) for g in gradients)
+
+    def test_generation_is_replaced_at_every_step(self, model):
+        plain = self.generate(model)
+        lengths: list[int] = []
+
+        def note(layer, name, out):
+            if layer == lens.layers[-1]:  # where there is an encoder, it runs but once
+                lengths.append(out.shape[1])
+
+        with attach(model) as lens:
+            assert torch.equal(self.generate(model), plain)
+            with lens.replaced(), self.hooked(lens, ("out",), note):
+                assert self.generate(model).shape == plain.shape
+        assert lengths.count(1) >= 4
+
+    def test_a_deep_copy_is_independent(self, model):
+        lens = attach(model)
+        with lens.replaced():
+            replaced = logits(model)
+            twin = copy.deepcopy(lens.host.module)
+        with pytest.raises(AttachmentError, match="already"):
+            attach(twin)
+        lens.detach()
         with torch.no_grad():
-            for parameter in host.model.parameters():
+            for parameter in lens.host.module.parameters():
                 parameter.zero_()
-        assert_close(self.logits(twin), replaced)
+        assert_close(logits(twin), replaced)
 
-    def test_padding_on_the_right_is_ignored(self, host):
-        mask = torch.ones_like(self.tokens)
+    def test_observers_see_the_normal_form_also_under_substitution(self, model):
+        lens = attach(model)
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def observer(layer):
+            return lambda x, y: seen.update({layer: (x, y)})
+
+        contexts = {
+            "observe": {layer: observer(layer) for layer in lens},
+            "substitute": {layer: lambda x, y: torch.zeros_like(y) for layer in lens},
+        }
+        for outer, inner in (tuple(contexts), tuple(contexts)[::-1]):
+            host = lens.host
+            with (
+                lens.replaced(),
+                getattr(host, outer)(contexts[outer]),
+                getattr(host, inner)(contexts[inner]),
+            ):
+                logits(model)
+            for layer, (x, y) in seen.items():
+                assert x.shape[:2] == y.shape[:2] == TOKENS.shape
+                assert_close(y, lens.sites[layer].weights()(x))
+            assert seen.keys() == set(lens)
+            seen.clear()
+
+    def test_an_observer_cannot_change_what_flows_on(self, model):
+        reference, host = logits(model), host_for(model)
+        with host.observe({0: lambda x, y: torch.zeros_like(y)}):
+            assert torch.equal(logits(model), reference)
+
+    def test_a_substitute_gets_the_true_output_and_has_the_last_word(self, model):
+        reference = logits(model)
+        with attach(model) as lens, lens.replaced():
+            with lens.host.substitute({layer: lambda x, y: y for layer in lens}):
+                assert torch.equal(logits(model), reference)
+            with lens.host.substitute({layer: lambda x, y: 0 * y for layer in lens}):
+                zeroed = logits(model)
+            assert not torch.equal(logits(model), zeroed)
+        assert not torch.equal(zeroed, reference)
+        assert torch.equal(logits(model), reference)
+
+    def test_padding_on_the_right_is_ignored(self, model):
+        host, mask, other = host_for(model), torch.ones_like(TOKENS), TOKENS.clone()
         mask[:, -3:] = 0
-        other = self.tokens.clone()
-        other[:, -3:] = 1
+        other[:, -3:] = 5
         with torch.no_grad():
-            a, b = host.logits(self.tokens, mask), host.logits(other, mask)
+            a, b = host.logits(TOKENS, mask), host.logits(other, mask)
         assert_close(a[:, :-3], b[:, :-3])
 
+    def test_a_second_lens_is_refused(self, model):
+        with attach(model):
+            for again in (model, host_for(model).module):
+                with pytest.raises(AttachmentError, match="already"):
+                    attach(again)
+        attach(model).detach()
 
-def test_snapshot_notices_each_kind_of_leftover():
-    class Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = torch.nn.Linear(2, 2)
-            self.hook_dict = {"a": self.layer, "b": self.layer}
+    def test_weights_that_are_not_loaded_are_refused_by_name(self, model):
+        host_for(model).module.to("meta")
+        before = self.snapshot(model)
+        with pytest.raises(UnsupportedModel, match="meta device"):
+            attach(model)
+        assert self.snapshot(model) == before
 
-    model = Model()
-    before = snapshot(model)
-    assert snapshot(model) == before
-    handle = model.layer.register_forward_hook(lambda *args: None)
-    assert snapshot(model) != before
-    handle.remove()
-    model.hook_dict = dict(reversed(model.hook_dict.items()))
-    assert snapshot(model) != before
-    model.hook_dict = dict(reversed(model.hook_dict.items()))
-    assert snapshot(model) == before
-    model.add_module("extra", torch.nn.Identity())
-    assert snapshot(model) != before
+
+def test_the_snapshot_notices_each_kind_of_leftover():
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    before = module_snapshot(model)
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        handle = getattr(model[0], register)(lambda *args: None)
+        assert module_snapshot(model) != before
+        handle.remove()
+    assert module_snapshot(model) == before
+    model[0].training = False
+    assert module_snapshot(model) != before
+    model[0].training = True
+    weight, model[0].weight = model[0].weight, nn.Parameter(model[0].weight.detach())
+    assert module_snapshot(model) != before
+    model[0].weight = weight
+    assert module_snapshot(model) == before
+    model.add_module("extra", nn.Identity())
+    assert module_snapshot(model) != before
 
 
 def test_assert_close_fails_on_what_is_not():

@@ -15,6 +15,7 @@ from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.fit import fit
 from polylens.hosts import host_for
 from polylens.hosts.base import Host, MLPSite
+from polylens.hosts.passage import require_free
 from polylens.inputs import Gaussian
 from polylens.polynomial import Polynomial
 from polylens.report import Report, measure
@@ -93,6 +94,7 @@ def attach(
             "this model has a lens already: polylens.attached(model); detach() it first, or use "
             "lens.replaced(degree=...) for a lower degree"
         )
+    require_free(host.module)
     if tokens is not None and inputs is not None:
         raise InvalidInputError("give tokens= or inputs=, not both: each defines the input model")
     calibration.require_deterministic(host.module)

@@ -81,6 +81,3 @@ class Junction(Passage):
 
     def _at_module(self, module: nn.Module, args: tuple, out: Tensor) -> Tensor | None:
         return self._call(args[0], out)
-
-    def _let_go(self, module: nn.Module, args: tuple, out: Any) -> None:
-        self._x = None

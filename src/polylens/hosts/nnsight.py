@@ -10,7 +10,7 @@ from polylens.errors import AttachmentError, UnsupportedModel
 from polylens.hosts.base import Emitter, MLPSite
 from polylens.hosts.dataflow import Block
 from polylens.hosts.inline import InlinePolynomial
-from polylens.hosts.passage import PolyPoint, Taps, emitting, require_free
+from polylens.hosts.passage import PolyPoint, Taps, emitting
 from polylens.hosts.torch import TorchHost
 
 _CHILD = "poly"
@@ -65,7 +65,6 @@ class NNsightHost(TorchHost):
 
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
         block = self._block(site.layer)
-        require_free(block.owner, site.path, site.layer)
         if hasattr(block.owner, _CHILD):
             raise AttachmentError(
                 f"layer {site.layer} ({site.path}) has an attribute {_CHILD!r} of its own, which "

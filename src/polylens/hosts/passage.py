@@ -54,6 +54,9 @@ class Passage:
                 self._shape = tuple(value.shape[:2])
                 return
 
+    def _let_go(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self._x = None
+
     def _call(self, x: Tensor, y: Tensor) -> Tensor | None:
         shape = self._shape
         if x.dim() != 2 or len(shape) != 2 or x.shape[0] != shape[0] * shape[1]:
@@ -131,11 +134,11 @@ class Taps:
         return self.points[name](value)
 
 
-def require_free(owner: nn.Module, path: str, layer: int) -> None:
-    """AttachmentError if hook points of any lens are on the module already."""
-    for name, module in owner.named_children():
-        if name.startswith("hook_poly_") or isinstance(module, PolyPoint):
+def require_free(model: nn.Module) -> None:
+    """AttachmentError if hook points of any lens are on the model already."""
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2].startswith("hook_poly_") or isinstance(module, PolyPoint):
             raise AttachmentError(
-                f"layer {layer} ({path}) has {name} already: this model, or the one it was "
-                "copied from, has a lens; detach that one first"
+                f"this model has {path} already: it, or the one it was copied from, has a lens; "
+                "detach that one first"
             )

@@ -28,6 +28,8 @@ class Splice(Passage):
             self._add(block.owner.register_forward_pre_hook(self._note_shape, with_kwargs=True))
         self._add(block.source.module.register_forward_pre_hook(self._grab, with_kwargs=True))
         self._add(self._end.register_forward_hook(self._at_end, prepend=self._first))
+        # an exception in between may end the pass before x is used
+        self._add(block.owner.register_forward_hook(self._let_go, always_call=True))
 
     def _require_in_place(self) -> None:
         for parent, name, module in self._held:

@@ -19,7 +19,6 @@ from polylens.hosts.passage import (
     Taps,
     emitting,
     observing,
-    require_free,
     substituting,
 )
 from polylens.hosts.recording import quiet
@@ -206,7 +205,6 @@ class TorchHost:
 
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
         block = self._block(site.layer)
-        require_free(block.owner, site.path, site.layer)
         points = {name: PolyPoint(f"hook_poly_{name}") for name in emitter.point_names}
         with ExitStack() as undo:
             for point in points.values():

@@ -20,7 +20,6 @@ from polylens.hosts.passage import (
     Taps,
     emitting,
     observing,
-    require_free,
     substituting,
 )
 from polylens.weights import ROLES, GLUWeights, MLPWeights
@@ -212,7 +211,6 @@ class TransformerLensHost:
         return self._wirings[layer]
 
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
-        require_free(self.model.blocks[site.layer].mlp, site.path, site.layer)
         from transformer_lens.hook_points import HookPoint
 
         points = {name: HookPoint() for name in emitter.point_names}
