@@ -46,6 +46,7 @@ class TinyHost:
     """The least that a Host can be; `flat` hands the MLPs [batch * pos, d], as OPT does."""
 
     name = "tiny"
+    reads_tokens = True
     device = torch.device("cpu")
 
     def __init__(self, flat: bool = False) -> None:
@@ -444,7 +445,7 @@ def test_mask_that_leaves_nothing_to_measure(tokens):
     only_first = torch.zeros(5, 9)
     only_first[:, 0] = 1
     lens = TinyLens(TinyHost())
-    with pytest.raises(InvalidInputError, match="fewer than 2 tokens"):
+    with pytest.raises(InvalidInputError, match="fewer than 2 activations"):
         measure(lens, tokens, attention_mask=only_first, progress=False)
     lens.exclude_first = False
     with pytest.raises(InvalidInputError, match="no loss"):

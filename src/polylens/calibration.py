@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
 from polylens.hosts.base import Host, MLPSite, Norm
 from polylens.inputs import Gaussian, Moments
-from polylens.tokens import batches, counted, validate_tokens
+from polylens.tokens import batches, kept_rows, rows, validate_inputs
 
 SAMPLED_SEQUENCES, SAMPLED_LENGTH = 32, 128
 
@@ -34,23 +34,21 @@ def measured_inputs(
     Raises:
         InvalidInputError: unusable tokens, or NaN activations (which layer, how many features).
     """
-    tokens, attention_mask = validate_tokens(tokens, attention_mask)
+    tokens, attention_mask = validate_inputs(tokens, attention_mask, reads_tokens=host.reads_tokens)
     require_deterministic(host.module)
     moments = {layer: Moments() for layer in sites}
-    mask = torch.empty(0)
+    kept: Tensor | None = None
 
     def observer(layer: int):
         def observe(x: Tensor, y: Tensor) -> None:
-            rows = x.reshape(-1, x.shape[-1])
-            moments[layer].update(rows if kept is None else rows[kept.to(rows.device)])
+            moments[layer].update(rows(x, kept))
 
         return observe
 
     steps = list(batches(tokens, attention_mask, batch_size))
     with torch.no_grad(), host.observe({layer: observer(layer) for layer in sites}):
         for batch, batch_mask in tqdm(steps, desc="calibrating", disable=not progress):
-            mask = counted(batch, batch_mask, exclude_first=exclude_first).reshape(-1)
-            kept = None if bool(mask.all()) else mask.nonzero().squeeze(1)
+            kept = kept_rows(batch, batch_mask, exclude_first=exclude_first)
             host.run(batch, batch_mask)
     for layer, site in sites.items():
         yield layer, moments.pop(layer).gaussian(f"layer {layer} ({site.path})")

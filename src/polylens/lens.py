@@ -64,14 +64,16 @@ def attach(
         model: a HookedTransformer or a TransformerBridge, an nnsight model, a Hugging Face or
             any other torch module.
         tokens: [batch, pos] token ids whose activations define each layer's Gaussian. Without
-            tokens (and inputs) 32 x 128 tokens are sampled from the model itself.
+            tokens (and inputs) 32 x 128 tokens are sampled from the model itself. For a model
+            that reads no token ids, the floats [batch, ...] it reads: images, features.
         inputs: instead of tokens, a Gaussian (for all layers or by layer), or "norm" for the
             data-free model that the preceding normalisation implies.
         degree: fitted degree, 0 ... 12; lower ones come with it.
         layers: which layers; all that can be read by default.
         attention_mask: [batch, pos], 0 at padding, which is left out of the moments.
         exclude_first: leave position 0 out of the moments and R2, and true under
-            `replaced`: language models park attention there, far from all other inputs.
+            `replaced`: language models park attention there, far from all other inputs. Of
+            models that read no token ids nothing is left out.
         batch_size: sequences per forward pass.
         seed: of the text sampled when there are no tokens.
         example_inputs: what a torch module is called with, where that cannot be guessed.
@@ -102,6 +104,7 @@ def attach(
     _require_sites(found, refused, model)
     sites = {site.layer: site for site in found}
     sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
+    exclude_first = exclude_first and host.reads_tokens
     summary, source = _input_models(
         host, sites, tokens, inputs, attention_mask, exclude_first, batch_size, seed, progress
     )
@@ -246,7 +249,8 @@ class Lens:
         Always against the true model: an enclosing `replaced` is suspended meanwhile.
 
         Args:
-            tokens: [batch, pos] token ids, best disjoint from those of `attach`.
+            tokens: [batch, pos] token ids, best disjoint from those of `attach`; floats
+                [batch, ...] for a model that reads those, which has no loss columns.
             degree: of the replacement whose loss is measured; fitted degree by default.
             layers: which rows; all attached layers by default.
             attention_mask: [batch, pos], 0 at padding.
@@ -368,6 +372,8 @@ def _input_models(
         tokens = host.sample_tokens(calibration.SAMPLED_SEQUENCES, calibration.SAMPLED_LENGTH, seed)
         origin = "tokens sampled from the model"
     count = int(tokens.numel()) if attention_mask is None else int((attention_mask != 0).sum())
+    if not host.reads_tokens:
+        count, origin = len(tokens), "inputs"
     summary = f"Gaussian, {count} {origin}" + (", position 0 excluded" if exclude_first else "")
     source = calibration.measured_inputs(
         host,

@@ -73,7 +73,9 @@ def _draw_unexplained(panel: "Axes", report: "Report") -> None:
     scale_r2(panel)
     panel.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
     panel.set_ylabel("held-out R²")
-    panel.set_title(f"Variance explained by the polynomials\n{report.n_tokens:,} held-out tokens")
+    panel.set_title(
+        f"Variance explained by the polynomials\n{report.n_tokens:,} held-out activations"
+    )
     _label_ends(panel, len(report.rows) - 1, ends)
 
 

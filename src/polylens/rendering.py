@@ -78,7 +78,7 @@ def _title(report: "Report") -> str:
 
 
 def _subtitle(report: "Report") -> str:
-    fitted = f"fitted to {report.inputs}; held-out R² on {report.n_tokens:,} tokens"
+    fitted = f"fitted to {report.inputs}; held-out R² on {report.n_tokens:,} activations"
     if report.base_ce is None:
         return fitted
     return f"{fitted}; base CE {report.base_ce:.4f} nats on {report.n_targets:,} targets"

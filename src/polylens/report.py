@@ -17,7 +17,7 @@ from polylens.calibration import require_deterministic
 from polylens.errors import InvalidInputError
 from polylens.scoring import ResidualSums, score
 from polylens.selection import check_degree, check_layers
-from polylens.tokens import batches, counted, validate_tokens
+from polylens.tokens import batches, counted, kept_rows, rows, validate_inputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +32,8 @@ HARMLESS = 1e-6
 FIRST_POSITION = (
     "position 0 is left out of R² and stays true under replacement and ablation: attention sink"
 )
+
+NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be scored"
 
 Batch = tuple[Tensor, Tensor | None]
 
@@ -71,7 +73,8 @@ class Report:
     Attributes:
         model, host, inputs: which model, in which framework, fitted to which input model.
         degree: of the replacement whose loss was measured; fitted_degree: highest one there is.
-        n_tokens: activations counted in R2; n_targets: predicted tokens counted in the loss.
+        n_tokens: activations counted in R2 (positions of a sequence, patches of an image).
+        n_targets: predicted tokens counted in the loss.
         base_ce: cross entropy of the unchanged model, nats per token.
         rows: one per layer; all_row: every listed layer replaced at once.
         refused: reason for each layer that has no polynomial.
@@ -176,6 +179,7 @@ def measure(
     Args:
         tokens: [batch, pos] token ids. R2 and the ablation's mean count neither padding nor,
             with lens.exclude_first, position 0; losses count every token that is not padding.
+            Floats [batch, ...] where the model reads those: all count, and there is no loss.
         degree: of the replacement, fitted degree by default.
         layers: which rows, all by default.
         attention_mask: [batch, pos], 0 at padding.
@@ -189,7 +193,11 @@ def measure(
     degree = lens.degree if degree is None else check_degree(degree, lens.degree, "attach")
     chosen = check_layers(layers, lens.layers, lens.refused, " in this lens")
     d_vocab = getattr(getattr(lens.host.model, "cfg", None), "d_vocab", None)
-    tokens, mask = validate_tokens(tokens, attention_mask, d_vocab=d_vocab)
+    reads_tokens = lens.host.reads_tokens
+    tokens, mask = validate_inputs(
+        tokens, attention_mask, reads_tokens=reads_tokens, d_vocab=d_vocab
+    )
+    loss = loss and reads_tokens
     require_deterministic(lens.host.module)
     device = lens.host.device
     steps = list(batches(tokens.to(device), None if mask is None else mask.to(device), batch_size))
@@ -206,6 +214,7 @@ def measure(
                 replace(row, **losses[(layer,)]) for layer, row in zip(chosen, rows, strict=True)
             ]
     notes = [FIRST_POSITION] if lens.exclude_first else []
+    notes += [] if reads_tokens else [NO_LOSS]
     if constant := [row.layer for row in rows if row.r2 is None]:
         notes.append(f"the output of layers {constant} does not vary: R² has no value there")
     return Report(
@@ -229,27 +238,24 @@ def _residual_sums(
 ) -> dict[int, ResidualSums]:
     """One pass over the tokens with the true model, for all layers and degrees."""
     sums = {layer: ResidualSums() for layer in layers}
-    flags = [counted(t, m, exclude_first=lens.exclude_first).reshape(-1) for t, m in steps]
-    if sum(int(f.sum()) for f in flags) < 2:
-        raise InvalidInputError(
-            "fewer than 2 tokens are left to measure R2 on after padding and position 0; give "
-            "longer sequences"
-        )
+    kept: Tensor | None = None
 
     def observer(layer: int):
         def observe(x: Tensor, y: Tensor) -> None:
-            # Some hosts hand over [batch * pos, d].
-            x = x.reshape(-1, x.shape[-1])[kept.to(x.device)]
-            y = y.reshape(-1, y.shape[-1])[kept.to(y.device)]
-            sums[layer].update(y, lens[layer].all_degrees(x))
+            sums[layer].update(rows(y, kept), lens[layer].all_degrees(rows(x, kept)))
 
         return observe
 
     with lens.host.observe({layer: observer(layer) for layer in layers}):
-        for i, (batch, mask) in enumerate(steps):
-            kept = flags[i].nonzero().squeeze(1)
+        for batch, mask in steps:
+            kept = kept_rows(batch, mask, exclude_first=lens.exclude_first)
             lens.host.run(batch, mask)
             bar.update()
+    if min(s.n for s in sums.values()) < 2:
+        raise InvalidInputError(
+            "fewer than 2 activations are left to measure R2 on after padding and position 0; "
+            "give longer sequences, or more of them"
+        )
     return sums
 
 
@@ -265,6 +271,11 @@ def _losses(
         real = counted(batch, mask, exclude_first=False)
         sizes += torch.tensor([int((real[:, 1:] & real[:, :-1]).sum()), int(real.sum())])
         truth = lens.host.logits(batch, mask)
+        if truth.dim() != 3 or truth.shape[:2] != batch.shape:
+            raise InvalidInputError(
+                f"the loss columns need logits [batch, pos, d_vocab]; {lens.model_name} returns "
+                f"{list(truth.shape)} for tokens {list(batch.shape)}; use report(..., loss=False)"
+            )
         base += score(truth, None, batch, real)
         bar.update()
         for group in groups:

@@ -1,4 +1,4 @@
-"""Token batches: one check of what users pass in, one rule for which positions count."""
+"""Batches of inputs: one check of what users pass in, one rule for which positions count."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,6 +7,32 @@ import torch
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
+
+
+def validate_inputs(
+    inputs: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    reads_tokens: bool,
+    d_vocab: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What a model is run on: `validate_tokens`, or for a model that reads no token ids the
+    float tensor [batch, ...] (images, features) as it is.
+
+    Raises:
+        InvalidInputError: as `validate_tokens`; no float tensor, an empty one, or one with a mask.
+    """
+    if reads_tokens:
+        return validate_tokens(inputs, attention_mask, d_vocab=d_vocab)
+    inputs = _as_tensor("inputs", inputs)
+    if not inputs.is_floating_point() or inputs.dim() < 2 or inputs.numel() == 0:
+        raise InvalidInputError(
+            "this model reads no token ids but floats [batch, ...] (images, features), got "
+            f"{inputs.dtype} of shape {tuple(inputs.shape)}"
+        )
+    if attention_mask is not None:
+        raise InvalidInputError("attention_mask goes with token ids; this model reads none")
+    return inputs, None
 
 
 def validate_tokens(
@@ -74,6 +100,23 @@ def counted(tokens: Tensor, attention_mask: Tensor | None, *, exclude_first: boo
     else:
         real = attention_mask.to(tokens.device) != 0
     return real & (real.long().cumsum(-1) > 1) if exclude_first else real
+
+
+def kept_rows(inputs: Tensor, mask: Tensor | None, *, exclude_first: bool) -> Tensor | None:
+    """Which of the [batch * pos, d] activations of a batch count: indices, or None for all.
+
+    Of a batch of token ids as in `counted`; of a batch of floats all.
+    """
+    if inputs.is_floating_point():
+        return None
+    flags = counted(inputs, mask, exclude_first=exclude_first).reshape(-1)
+    return None if bool(flags.all()) else flags.nonzero().squeeze(1)
+
+
+def rows(x: Tensor, kept: Tensor | None) -> Tensor:
+    """[n, d]: the rows of activations [..., d] that `kept_rows` has chosen."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if kept is None else flat[kept.to(x.device)]
 
 
 def _validate_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

@@ -87,6 +87,11 @@ class Host(Protocol):
     @property
     def device(self) -> torch.device: ...
 
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether what the model is run on are token ids; else floats. Known after `sites`."""
+        ...
+
     def sites(self) -> tuple[list[MLPSite], dict[int, str]]:
         """Verified sites by layer, and for each refused layer the reason.
 
@@ -95,7 +100,7 @@ class Host(Protocol):
         ...
 
     def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[batch, pos] token ids -> [batch, pos, d_vocab]."""
+        """[batch, pos] token ids -> [batch, pos, d_vocab]; else floats [batch, ...]."""
         ...
 
     def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:

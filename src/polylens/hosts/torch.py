@@ -60,6 +60,15 @@ class TorchHost:
         parameter = next(self.module.parameters(), None)
         return torch.device("cpu") if parameter is None else parameter.device
 
+    @property
+    def reads_tokens(self) -> bool:
+        if _is_hugging_face(self.module):
+            return self.module.main_input_name == "input_ids"
+        known = self._examples
+        values = known.values() if isinstance(known, dict) else known or ()
+        first = next((v for v in values if isinstance(v, Tensor)), None)
+        return first is not None and not first.is_floating_point()
+
     def sites(self) -> tuple[list[MLPSite], dict[int, str]]:
         blocks, refused = self._found()
         self._blocks = {block.layer: block for block in blocks}

@@ -32,6 +32,8 @@ _SAMPLING |= dict(prepend_bos=False, return_type="tokens", verbose=False)
 class TransformerLensHost:
     """Implements `hosts.base.Host` for both of TransformerLens' model classes."""
 
+    reads_tokens = True
+
     def __init__(self, model: Any) -> None:
         self.model = self.module = model
         self.is_bridge = hasattr(model, "_hook_registry")
