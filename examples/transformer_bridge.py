@@ -1,4 +1,4 @@
-"""polylens on a HookedTransformer or TransformerBridge: report, replace, read, detach.
+"""polylens on a TransformerBridge (TransformerLens 3.9 or 4): report, read, replace, open up.
 
 Runs offline on the embedded model; put your own model and tokens in its place.
 """
@@ -8,7 +8,7 @@ import torch
 import polylens
 from polylens import demo
 
-model = demo.load_bridge()  # or HookedTransformer.from_pretrained("gpt2"), any bridge, ...
+model = demo.load_bridge()  # or TransformerBridge.boot_transformers("gpt2")
 training, held_out = demo.texts()
 tokens, test = demo.batches(training, 32, 128), demo.batches(held_out, 16, 128)
 
