@@ -7,7 +7,8 @@ import torch
 
 from polylens import InvalidInputError, NumericalWarning
 from polylens.fit import fit
-from polylens.samples import NeuronGram, Samples
+from polylens.neuron_gram import NeuronGram
+from polylens.samples import Samples
 from tests.oracles import assert_same_function, generator, random_layer, random_mixture
 
 both = pytest.mark.parametrize("kind", ["mlp", "glu"])

@@ -1,23 +1,18 @@
 """Samples as the model of a layer's inputs: streamed least squares, neuron by neuron."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polylens.errors import InvalidInputError, NumericalWarning
-from polylens.hermite import hermite_polynomials
-from polylens.nested import glu_tables, nested_solutions
+from polylens.errors import InvalidInputError
+from polylens.neuron_gram import NeuronGram, NeuronMoments, checked
 from polylens.polynomial import Polynomial
-from polylens.preactivation import branches
 from polylens.weights import GLUWeights, MLPWeights
 
-# Rows of a tensor handed out at a time; numbers in one block of features.
-ROWS, BUDGET = 8192, 1 << 23
-# Ridge relative to each feature's mean square, and the pivot below which it is added.
-RIDGE, PIVOT = 1e-10, 1e-12
+# Rows of a tensor handed out at a time.
+ROWS = 1024
 
 Batch = Tensor | tuple[Tensor, Tensor]
 
@@ -83,7 +78,7 @@ class Samples:
         empty = True
         for batch in self._raw():
             x, weights = batch if isinstance(batch, tuple) else (batch, None)
-            x, weights = _checked(x, weights, d_in)
+            x, weights = checked(x, weights, d_in)
             if len(x):
                 empty, d_in = False, x.shape[1]
                 yield x.to(device, dtype), None if weights is None else weights.to(device)
@@ -109,224 +104,6 @@ class Samples:
         return self
 
 
-def _checked(x: Tensor, weights: Tensor | None, d_in: int | None) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise InvalidInputError(f"samples must be floating-point tensors [..., d_in], got {got}")
-    if d_in is not None and x.shape[-1] != d_in:
-        raise InvalidInputError(f"samples have {x.shape[-1]} features, {d_in} are expected")
-    x = x.detach().reshape(-1, x.shape[-1])
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).any(1).sum())
-        raise InvalidInputError(f"{bad} of {len(x)} samples in a batch are NaN or infinite")
-    if weights is None:
-        return x, None
-    weights = torch.as_tensor(weights, device=x.device).detach().double().reshape(-1)
-    if len(weights) != len(x):
-        raise InvalidInputError(f"{len(x)} samples but {len(weights)} sample weights")
-    if not torch.isfinite(weights).all() or (weights < 0).any():
-        raise InvalidInputError("sample weights must be finite and >= 0")
-    return x, weights
-
-
-class NeuronGram:
-    """Streamed normal equations of every neuron's own least-squares polynomial.
-
-    The basis of a neuron is 1, He_1(t), zeta, He_2(t), zeta He_1(t), ... (no zeta for an MLP)
-    with t = (y - m) / s and zeta = (z - E[z]) / sd(z), its target act(y) z. Feed it the inputs
-    of the layer, whole batches or as hooks deliver them; memory is (2 degree + 2)^2 float64 per
-    neuron however many samples there are.
-
-    Args:
-        weights: the layer.
-        degree: highest degree that `solve` will be asked for.
-        standardise: (m, s, z mean, z deviation), each [d_mlp]; None takes those of the first
-            batch. They only affect conditioning, so a first batch of a few hundred samples is
-            enough.
-    """
-
-    def __init__(
-        self,
-        weights: MLPWeights | GLUWeights,
-        degree: int,
-        standardise: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-    ) -> None:
-        self.weights, self.degree = weights, degree
-        self._standardise = standardise
-        self._rows = 0
-        self._glu = isinstance(weights, GLUWeights)
-        size = (2 * degree if self._glu else degree) + 2
-        self._gram = torch.zeros(
-            weights.d_mlp, size, size, dtype=torch.float64, device=weights.device
-        )
-
-    @property
-    def count(self) -> float:
-        """Samples seen so far, or the sum of their weights."""
-        return float(self._gram[0, 0, 0])
-
-    @torch.no_grad()
-    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        """Add inputs x [..., d_in] of the layer, optionally weighted [...].
-
-        Cost: O(d_mlp (d_in + degree^2)) per sample in float64.
-        """
-        x, sample_weights = _checked(x, sample_weights, self.weights.d_in)
-        if not len(x):
-            return
-        self._rows += len(x) if sample_weights is None else int((sample_weights > 0).sum())
-        step = max(1, BUDGET // (self.weights.d_mlp * self._gram.shape[1]))
-        if self._standardise is None:
-            moments = NeuronMoments(self.weights)
-            for part in x.split(step):
-                moments.update(part)
-            self._standardise = moments.standardise(fallback=1.0)
-        for i in range(0, len(x), step):
-            features = self._features(x[i : i + step].to(self.weights.device))
-            weighted = features
-            if sample_weights is not None:
-                w = sample_weights[i : i + step].to(features.device)
-                weighted = features * w
-            self._gram.baddbmm_(weighted, features.mT)
-
-    def _features(self, x: Tensor) -> Tensor:
-        """Basis and target [d_mlp, features + 1, n]."""
-        assert self._standardise is not None
-        m, s, z_mean, z_scale = self._standardise
-        y, z = _branches(self.weights, x)
-        # where: a constant neuron has t = 0
-        t = (y - m[:, None]) * torch.where(s > 0, 1 / s, 0.0)[:, None]
-        he = hermite_polynomials(t, self.degree)
-        target = self.weights.act(y)
-        if z is None:
-            return torch.stack([*he, target], dim=1)
-        zeta = (z - z_mean[:, None]) / z_scale[:, None]
-        columns = [he[0]]
-        for k in range(1, self.degree + 1):
-            columns += [he[k], zeta * he[k - 1]]
-        return torch.stack([*columns, target * z], dim=1)
-
-    @torch.no_grad()
-    def solve(self, degree: int | None = None, inputs: Any = None) -> Polynomial:
-        """The least-squares Polynomial of the samples so far, for every degree up to `degree`.
-
-        Where features are collinear (fewer samples than features, a linear branch that is a
-        function of the gate), a ridge of 1e-10 of their mean square makes the solution unique;
-        it is recorded as `ridge` on the result, with a NumericalWarning.
-
-        Raises:
-            InvalidInputError: no samples, a degree above the one that sums were kept for.
-        """
-        n = self.degree if degree is None else degree
-        if not 0 <= n <= self.degree:
-            raise InvalidInputError(f"degree {n} was asked of sums kept for 0 ... {self.degree}")
-        if self._standardise is None or not self.count > 0:
-            raise InvalidInputError("no samples with a positive weight, nothing to fit to")
-        m, s, z_mean, z_scale = self._standardise
-        size = 2 * n + 1 if self._glu else n + 1
-        gram = self._gram[:, :size, :size] / self.count
-        right = self._gram[:, :size, -1:] / self.count
-        if not torch.isfinite(right).all() or not torch.isfinite(gram).all():
-            bad = int((~torch.isfinite(self._gram)).any(2).any(1).sum())
-            raise InvalidInputError(
-                f"the sums of {bad} of {len(m)} neurons are not finite: their preactivations "
-                "overflow float64 in powers; fit a lower degree or inspect the inputs"
-            )
-        solutions, ridge = _solve(gram, right, n, self._glu, few=self._rows < size)
-        if self._glu:
-            solutions[:, :, 2::2] /= z_scale[:, None]
-            P, Q = glu_tables(solutions, n, z_mean)
-        else:
-            P, Q = solutions.transpose(1, 2).contiguous(), None
-        poly = Polynomial(self.weights, m, s, P, Q, inputs=inputs)
-        poly.ridge = ridge
-        return poly
-
-
-def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[Tensor, float]:
-    """Solutions [n + 1, d_mlp, features] and the ridge used; `few`: fewer samples than features."""
-    size = gram.shape[1]
-    if n:
-        # A neuron whose t does not vary has no features beyond its constant (and zeta).
-        variance = gram[:, 1, 1] - gram[:, 0, 1].square()
-        dead = variance <= 1e-24 * (1 + gram[:, 1, 1])
-        unused = torch.zeros_like(gram[:, 0], dtype=torch.bool)
-        unused[:, 1] = True
-        unused[:, 3 if glu else 2 :] = True
-        unused &= dead[:, None]
-        gram = gram.masked_fill(unused[:, :, None] | unused[:, None, :], 0.0)
-        right = right.masked_fill(unused[:, :, None], 0.0)
-    diagonal = gram.diagonal(dim1=1, dim2=2)
-    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
-    gram = gram * scale[:, :, None] * scale[:, None, :]
-    gram.diagonal(dim1=1, dim2=2).masked_fill_(diagonal <= 0, 1.0)
-    L, info = torch.linalg.cholesky_ex(gram)
-    pivots = L.diagonal(dim1=1, dim2=2).square().amin(1)
-    collinear = (info != 0) | ~(pivots > PIVOT) | few
-    ridge = 0.0
-    if collinear.any():
-        ridge = RIDGE
-        amount = torch.where(collinear, RIDGE, 0.0)
-        gram.diagonal(dim1=1, dim2=2)[:, 1:] += amount[:, None]
-        L = torch.linalg.cholesky(gram)
-        warnings.warn(
-            f"the features of {int(collinear.sum())} of {len(gram)} neurons are collinear in these "
-            f"samples; a ridge of {RIDGE:g} of their mean square was added to make the fit unique. "
-            "More samples or a lower degree avoid it",
-            NumericalWarning,
-            stacklevel=4,
-        )
-    Qb = torch.linalg.solve_triangular(L, right * scale[:, :, None], upper=False)
-    sizes = range(1, size + 1, 2 if glu else 1)
-    return nested_solutions(L.mT, Qb, sizes).squeeze(3) * scale, ridge
-
-
-class NeuronMoments:
-    """Streamed mean and deviation of every neuron's y and z, about those of the first batch."""
-
-    def __init__(self, weights: MLPWeights | GLUWeights) -> None:
-        self.weights = weights
-        self._shift: Tensor | None = None
-        self._sums = torch.empty(0)
-        self._count = 0.0
-
-    @torch.no_grad()
-    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        y, z = _branches(self.weights, x.to(self.weights.device))
-        values = torch.stack([y, torch.zeros_like(y) if z is None else z])
-        if self._shift is None:
-            self._shift = values.mean(2)
-            self._sums = torch.zeros(2, *self._shift.shape).to(values)
-        values = values - self._shift[:, :, None]
-        w = values.new_ones(len(x)) if sample_weights is None else sample_weights.to(values)
-        self._sums += torch.stack([values @ w, values.square() @ w])
-        self._count += float(w.sum())
-
-    def standardise(self, fallback: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(m, s, z mean, z deviation); a constant y has s = fallback, a constant z 1."""
-        if self._shift is None or not self._count > 0:
-            raise InvalidInputError("no samples with a positive weight, nothing to fit to")
-        delta, square = self._sums / self._count
-        mean = self._shift + delta
-        deviation = (square - delta.square()).clamp(min=0).sqrt()
-        constant = deviation <= 1e-14 * mean.abs()
-        s = torch.where(constant[0], fallback, deviation[0])
-        return mean[0], s, mean[1], torch.where(constant[1], 1.0, deviation[1])
-
-
-def _branches(weights: MLPWeights | GLUWeights, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """y [d_mlp, n] and z in float64."""
-    W, b, V, b_V = branches(weights)
-    x = x.double().T
-    y = W.double().T @ x
-    if b is not None:
-        y += b.double()[:, None]
-    if V is None:
-        return y, None
-    z = V.double().T @ x
-    return y, z if b_V is None else z + b_V.double()[:, None]
-
-
 def fit_samples(weights: MLPWeights | GLUWeights, samples: Samples, degree: int) -> Polynomial:
     """The best P_i(y_i) + z_i Q_i(y_i) for act(y_i) z_i over the samples, per neuron.
 
@@ -341,10 +118,9 @@ def fit_samples(weights: MLPWeights | GLUWeights, samples: Samples, degree: int)
     if samples.reiterable:
         moments = NeuronMoments(weights)
         for x, sample_weights in samples.batches(dtype, device, weights.d_in):
-            step = max(1, BUDGET // weights.d_mlp)
-            for i in range(0, len(x), step):
-                w = None if sample_weights is None else sample_weights[i : i + step]
-                moments.update(x[i : i + step], w)
+            for i in range(0, len(x), ROWS):
+                w = None if sample_weights is None else sample_weights[i : i + ROWS]
+                moments.update(x[i : i + ROWS], w)
         standardise = moments.standardise()
     gram = NeuronGram(weights, degree, standardise)
     for x, sample_weights in samples.batches(dtype, device, weights.d_in):

@@ -1,0 +1,99 @@
+"""All batches pass through a model in step: each waits at every MLP for the others."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor
+
+from polylens.errors import UnsupportedModel
+from polylens.hosts.base import Host
+
+Flow = Callable[[Tensor, Tensor], Tensor]
+Arrivals = Iterator[tuple[int, Tensor, Tensor]]
+Step = tuple[Tensor, Tensor | None]
+
+
+@torch.no_grad()
+def in_step(
+    host: Host,
+    layers: Sequence[int],
+    steps: Sequence[Step],
+    visit: Callable[[int, Arrivals], Flow],
+) -> None:
+    """One forward pass over all batches, MLP by MLP: no batch is ahead of the others.
+
+    At each MLP `visit(layer, arrivals)` reads (index of the batch, x, true y) of every batch as
+    it arrives, and returns the function of (x, y) whose value flows on in all of them. Every
+    batch is a coroutine, suspended inside its own forward pass, so that nothing need be known
+    about the model's blocks.
+
+    Cost: one forward pass and one call of the flow for each batch. Memory: what a suspended
+    pass holds, about four activations [batch, pos, d_model] for each batch.
+
+    Args:
+        host: the model.
+        layers: of the MLPs that are visited; the passes end behind the last one.
+        steps: (tokens, attention mask) of each batch.
+        visit: must exhaust arrivals.
+
+    Raises:
+        UnsupportedModel: the batches do not all meet at the same MLPs.
+    """
+    column = _Column(host, steps)
+    try:
+        with host.substitute({layer: partial(column.wait, layer) for layer in layers}):
+            for _ in layers:
+                layer = column.advance(0)
+                column.flow = visit(layer, column.arrivals(layer))
+    finally:
+        column.disband()
+
+
+class _Column:
+    """Forward passes that march in step.
+
+    Attributes:
+        flow: what the MLP at which all wait returns when they go on.
+    """
+
+    flow: Flow
+
+    def __init__(self, host: Host, steps: Sequence[Step]) -> None:
+        self._main = getcurrent()
+        self._steps = steps
+        self._passes = [greenlet(host.run) for _ in steps]
+        self._held: list[tuple[Tensor, Tensor] | None] = [None] * len(steps)
+
+    def wait(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
+        """Called inside a forward pass at an MLP; returns what flows on, when it may go on."""
+        return self._main.switch(layer, x, y)
+
+    def advance(self, i: int) -> int:
+        """Batch i goes on to its next MLP, which is returned."""
+        held = self._held[i]
+        place = self._passes[i].switch(*(self._steps[i] if held is None else (self.flow(*held),)))
+        if self._passes[i].dead:
+            raise UnsupportedModel(
+                "a forward pass ended before it had passed through every attached MLP: layers "
+                "that run for some inputs only cannot be calibrated one after the other; use "
+                'calibration="true"'
+            )
+        layer, *self._held[i] = place
+        return layer
+
+    def arrivals(self, layer: int) -> Arrivals:
+        for i in range(len(self._passes)):
+            place = self.advance(i) if i else layer
+            if place != layer:
+                raise UnsupportedModel(
+                    f"batch {i} reaches layer {place} when batch 0 reaches layer {layer}: the "
+                    'order of the layers depends on the input; use calibration="true"'
+                )
+            yield i, *self._held[i]
+
+    def disband(self) -> None:
+        for each in self._passes:
+            if each:
+                each.throw(GreenletExit)
