@@ -50,6 +50,7 @@ class Activation:
         closed_form: (m, s, degree) -> coefficients, where one is known.
         accuracy: relative error of the coefficients that was measured; of a registered
             activation by refining its panels, of a built-in one against 50-digit quadrature.
+        family: (constructor's name, its arguments ...) of a parametrised one, see FAMILIES.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Activation:
     width: float = 1.0
     closed_form: Callable[[Tensor, Tensor, int], Tensor] | None = None
     accuracy: float = 1e-10
+    family: tuple = ()
 
     def __call__(self, y: Tensor) -> Tensor:
         return self.fn(y)
@@ -171,7 +173,13 @@ def swish(beta: float = 1.0) -> Activation:
         raise InvalidInputError(f"swish needs a finite beta > 0, got {beta}")
     name = {1.0: "silu", 1.702: "quick_gelu"}.get(beta, f"swish(beta={beta:g})")
     return Activation(
-        name, partial(_swish, beta), (), (0.0, 1.0), edges=_two_sided(40 / beta), width=1 / beta
+        name,
+        partial(_swish, beta),
+        (),
+        (0.0, 1.0),
+        edges=_two_sided(40 / beta),
+        width=1 / beta,
+        family=("swish", beta),
     )
 
 
@@ -181,7 +189,8 @@ def _swish(beta: float, y: Tensor) -> Tensor:
 
 def leaky_relu(slope: float) -> Activation:
     """y for y > 0, slope * y below."""
-    return Activation(f"leaky_relu({slope:g})", partial(_leaky, slope), (0.0, slope), (0.0, 1.0))
+    name, family = f"leaky_relu({slope:g})", ("leaky_relu", slope)
+    return Activation(name, partial(_leaky, slope), (0.0, slope), (0.0, 1.0), family=family)
 
 
 def _leaky(slope: float, y: Tensor) -> Tensor:
@@ -198,6 +207,7 @@ def elu(alpha: float = 1.0, scale: float = 1.0) -> Activation:
         (0.0, scale),
         edges=(-40.0, -10.0, 0.0),
         kinks=(0.0,),
+        family=("elu", alpha, scale),
     )
 
 
@@ -215,12 +225,16 @@ def xielu(alpha_p: float, alpha_n: float, beta: float, eps: float) -> Activation
         (0.0, beta, alpha_p),
         edges=(-40.0, -10.0, *kinks),
         kinks=kinks,
+        family=("xielu", alpha_p, alpha_n, beta, eps),
     )
 
 
 def _xielu(alpha_p: float, alpha_n: float, beta: float, eps: float, y: Tensor) -> Tensor:
     below = alpha_n * (torch.expm1(torch.clamp(y, max=eps)) - y)
     return torch.where(y > 0, alpha_p * y * y, below) + beta * y
+
+
+FAMILIES = {"swish": swish, "leaky_relu": leaky_relu, "elu": elu, "xielu": xielu}
 
 
 def _two_sided(reach: float) -> tuple[float, ...]:

@@ -3,14 +3,17 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from polylens.approximation import Approximation, context_of, context_record
 from polylens.errors import InvalidInputError
 from polylens.quadratic import QuadraticForm
+from polylens.quality import share_explained, total_variance
+from polylens.records import Record
 from polylens.selection import check_degree
 
 
-class DensePolynomial(nn.Module):
+class DensePolynomial(Approximation):
     """f(x) = sum_k T_k(xi, ..., xi), xi = (x - center) whiten, with symmetric tensors T_k.
 
     xi are the whitened coordinates of the inputs on the support of their covariance. The
@@ -27,6 +30,7 @@ class DensePolynomial(nn.Module):
         iterations, residual: of conjugate gradients, or None where the solution was direct.
     """
 
+    kind = "dense polynomial"
     center: Tensor
     whiten: Tensor
     explained: Tensor
@@ -46,11 +50,11 @@ class DensePolynomial(nn.Module):
     ) -> None:
         super().__init__()
         self.register_buffer("center", center)
-        self.register_buffer("whiten", whiten)
+        self.register_buffer("whiten", whiten.contiguous())
         self.register_buffer("explained", explained)
         for n, tensors in enumerate(optima):
             for k, tensor in enumerate(tensors):
-                self.register_buffer(f"T{n}_{k}", tensor)
+                self.register_buffer(f"T{n}_{k}", tensor.contiguous())
         self._degree = len(optima) - 1
         self.weights, self.inputs = weights, inputs
         self.iterations, self.residual = iterations, residual
@@ -115,7 +119,7 @@ class DensePolynomial(nn.Module):
     def truncate(self, degree: int) -> "DensePolynomial":
         """The optimum of a lower degree, as fitted; the tensors are shared."""
         check_degree(degree, self.degree, "fit")
-        return DensePolynomial(
+        lower = DensePolynomial(
             self.optima[: degree + 1],
             self.center,
             self.whiten,
@@ -126,6 +130,8 @@ class DensePolynomial(nn.Module):
             residual=self.residual if degree == self.degree else None,
             dtype=self.dtype,
         )
+        lower._r2 = None if self._r2 is None else self._r2[: degree + 1]
+        return lower
 
     def linear(self) -> tuple[Tensor, Tensor]:
         """(beta [d_in, d_out], alpha [d_out]) in float64; degree 1 is x beta + alpha."""
@@ -140,31 +146,40 @@ class DensePolynomial(nn.Module):
             InvalidInputError: u of another size or not finite, fitted degree below 2.
         """
         self._require_degree(2, "quadratic_form(u)")
-        u = torch.as_tensor(u, device=self.center.device).detach().double()
-        if tuple(u.shape) != (self.d_out,) or not torch.isfinite(u).all():
-            raise InvalidInputError(
-                f"u must be a finite vector of shape ({self.d_out},), got {tuple(u.shape)}"
-            )
+        u = self._direction(u, self.center.device)
         values, vectors = torch.linalg.eigh(torch.tensordot(u, self.T2_2, dims=1))
         return QuadraticForm(self.whiten @ vectors, values, None, None)
 
-    @property
-    def r2(self) -> Tensor:
-        """[degree + 1] share of variance explained under the mixture; 1 of a constant output."""
+    def _measure_r2(self) -> Tensor:
         if self.weights is None or self.inputs is None:
             raise InvalidInputError(
                 "R2 needs the layer and the input model, and this polynomial has none"
             )
-        if "_r2" not in self.__dict__:
-            from polylens.quality import share_explained, total_variance
+        total = total_variance(self.weights, self.inputs)
+        mean_square = float(self.T0_0.square().sum())
+        return share_explained(total - self.explained, total, mean_square)
 
-            total = total_variance(self.weights, self.inputs)
-            mean_square = float(self.T0_0.square().sum())
-            self.__dict__["_r2"] = share_explained(total - self.explained, total, mean_square)
-        return self.__dict__["_r2"]
+    def _record(self) -> Record:
+        metadata, tensors = context_record(self.weights, self.inputs)
+        own = {
+            "degree": self.degree,
+            "iterations": self.iterations,
+            "residual": self.residual,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        return metadata | own, tensors | dict(self.named_buffers())
 
-    def _require_degree(self, degree: int, what: str) -> None:
-        if self.degree < degree:
-            raise InvalidInputError(
-                f"{what} needs a fitted degree of at least {degree}, this one has {self.degree}"
-            )
+    @classmethod
+    def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "DensePolynomial":
+        weights, inputs = context_of(metadata, tensors)
+        return cls(
+            [[tensors[f"T{n}_{k}"] for k in range(n + 1)] for n in range(metadata["degree"] + 1)],
+            tensors["center"],
+            tensors["whiten"],
+            tensors["explained"],
+            weights=weights,
+            inputs=inputs,
+            iterations=metadata["iterations"],
+            residual=metadata["residual"],
+            dtype=getattr(torch, metadata["dtype"]),
+        )

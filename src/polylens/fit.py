@@ -11,9 +11,11 @@ from polylens.errors import InvalidInputError
 from polylens.global_fit import fit_global
 from polylens.inputs import Gaussian
 from polylens.joint import JointPolynomial, fit_joint
-from polylens.mixture import GaussianMixture, fit_mixture
+from polylens.mixture import GaussianMixture
+from polylens.mixture_fit import fit_mixture
+from polylens.neuron_gram import fit_samples
 from polylens.polynomial import Polynomial
-from polylens.samples import Samples, fit_samples
+from polylens.samples import Samples
 from polylens.weights import GLUWeights, MLPWeights
 
 

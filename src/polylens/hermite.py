@@ -106,6 +106,39 @@ def ramp_coefficients(power: int, m: Tensor, s: Tensor, knot: float, degree: int
     return torch.stack([scale * integrals[power - k] for k in range(degree + 1)])
 
 
+def hermite_change_of_variable(mu: Tensor, sigma: Tensor, degree: int) -> Tensor:
+    """A [degree + 1, degree + 1, ...] with He_k(mu + sigma tau) = sum_j A[k, j] He_j(tau).
+
+    A[k, j] = C(k, j) sigma^j h_{k-j}, where h_m = E[He_m(mu + sigma xi)] obeys
+    h_{m+1} = mu h_m + m (sigma^2 - 1) h_{m-1}.
+    """
+    h = [torch.ones_like(mu), mu]
+    for m in range(1, degree):
+        h.append(mu * h[m] + m * (sigma * sigma - 1) * h[m - 1])
+    A = mu.new_zeros(degree + 1, degree + 1, *mu.shape)
+    for k in range(degree + 1):
+        for j in range(k + 1):
+            A[k, j] = math.comb(k, j) * sigma**j * h[k - j]
+    return A
+
+
+def times_linear(c: Tensor, mean: Tensor, a: Tensor) -> Tensor:
+    """Coefficients of g(t) (mean + a t) from those of g, one fewer of them.
+
+    e_k = mean c_k + a (c_{k+1} + k c_{k-1}).
+    """
+    e = mean * c[:-1] + a * c[1:]
+    for k in range(1, len(e)):
+        e[k] += a * k * c[k - 1]
+    return e
+
+
+def factorials(n: int, like: Tensor) -> Tensor:
+    """0!, ..., (n - 1)! as a float64 column [n, 1] on the device of `like`."""
+    values = [math.factorial(k) for k in range(n)]
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]
+
+
 @lru_cache
 def _gauss_legendre(nodes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.polynomial.legendre.leggauss(nodes)

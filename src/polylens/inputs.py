@@ -48,6 +48,14 @@ class Gaussian:
         object.__setattr__(self, "cov", cov)
 
     @classmethod
+    def trusted(cls, mean: Tensor, cov: Tensor) -> "Gaussian":
+        """Of float64 tensors known to be valid, without looking at them again."""
+        gaussian = object.__new__(cls)
+        object.__setattr__(gaussian, "mean", mean)
+        object.__setattr__(gaussian, "cov", cov)
+        return gaussian
+
+    @classmethod
     def standard(cls, d_in: int, device: torch.device | str | None = None) -> "Gaussian":
         """N(0, I), stored as a diagonal."""
         zeros = torch.zeros(d_in, dtype=torch.float64, device=device)
@@ -85,10 +93,7 @@ class Gaussian:
     def to(self, device: torch.device | str) -> "Gaussian":
         if torch.device(device) == self.device:
             return self
-        moved = object.__new__(Gaussian)
-        object.__setattr__(moved, "mean", self.mean.to(device))
-        object.__setattr__(moved, "cov", self.cov.to(device))
-        return moved
+        return Gaussian.trusted(self.mean.to(device), self.cov.to(device))
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """[n, d_in] draws in float64; exact on the support of a singular covariance."""
@@ -184,7 +189,4 @@ class Moments:
             )
         delta = self._sum / self.count
         cov = torch.addr(self._outer, delta, delta, beta=1 / self.count, alpha=-1)
-        gaussian = object.__new__(Gaussian)
-        object.__setattr__(gaussian, "mean", self._shift + delta)
-        object.__setattr__(gaussian, "cov", cov)
-        return gaussian
+        return Gaussian.trusted(self._shift + delta, cov)

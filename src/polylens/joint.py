@@ -3,13 +3,18 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from polylens import storage
+from polylens.approximation import Approximation
 from polylens.errors import InvalidInputError
 from polylens.hermite import hermite_polynomials
+from polylens.neuron_gram import fit_samples
 from polylens.polynomial import Polynomial
 from polylens.quadratic import QuadraticForm
-from polylens.samples import Samples, fit_samples
+from polylens.quality import r2
+from polylens.records import Record
+from polylens.samples import Samples
 from polylens.selection import check_degree
 from polylens.weights import GLUWeights, MLPWeights
 
@@ -21,7 +26,7 @@ MAX_GRAM_BYTES = 1 << 33
 ROWS = 2048
 
 
-class JointPolynomial(nn.Module):
+class JointPolynomial(Approximation):
     """f_n(x) = base_n(x) + Phi_n(x) D_n: a factored polynomial and a correction by all neurons.
 
     Phi_n holds 1, x, and for k = 2 ... n every neuron's He_k(t) and, for a GLU,
@@ -34,6 +39,10 @@ class JointPolynomial(nn.Module):
             at those strengths.
         inputs: the samples.
     """
+
+    kind = "joint polynomial"
+    center: Tensor
+    z_mean: Tensor
 
     def __init__(
         self,
@@ -50,7 +59,7 @@ class JointPolynomial(nn.Module):
         self.register_buffer("center", center)
         self.register_buffer("z_mean", z_mean)
         for n, correction in enumerate(corrections):
-            self.register_buffer(f"D{n}", correction)
+            self.register_buffer(f"D{n}", correction.contiguous())
 
     @property
     def degree(self) -> int:
@@ -88,7 +97,7 @@ class JointPolynomial(nn.Module):
         """The fit of a lower degree; the tensors are shared."""
         degree = check_degree(degree, self.degree, "fit")
         corrections = [getattr(self, f"D{n}") for n in range(degree + 1)]
-        return JointPolynomial(
+        lower = JointPolynomial(
             self.base.truncate(degree),
             self.center,
             self.z_mean,
@@ -96,6 +105,8 @@ class JointPolynomial(nn.Module):
             self.ridge[: degree + 1],
             self.held_out[: degree + 1],
         )
+        lower._r2 = None if self._r2 is None else self._r2[: degree + 1]
+        return lower
 
     def linear(self) -> tuple[Tensor, Tensor]:
         """(beta [d_in, d_out], alpha [d_out]) in float64: the degree 1 fit is x beta + alpha."""
@@ -113,14 +124,24 @@ class JointPolynomial(nn.Module):
         q = None if base.q is None else base.q + readout[start + h :] * inverse
         return QuadraticForm(base.W, p, base.V, q)
 
-    @property
-    def r2(self) -> Tensor:
-        """[degree + 1] share of variance explained on the samples of the fit."""
-        if "_r2" not in self.__dict__:
-            from polylens.quality import samples_r2
+    def _measure_r2(self) -> Tensor:
+        return r2(self)
 
-            self.__dict__["_r2"] = samples_r2(self)
-        return self.__dict__["_r2"]
+    def _record(self) -> Record:
+        metadata, tensors = self.base._record()
+        own = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        # the ridge may be infinite, which JSON does not know
+        own["ridge"], own["held_out"] = (
+            torch.tensor(v, dtype=torch.float64) for v in (self.ridge, self.held_out)
+        )
+        return metadata, storage.prefixed(tensors, "base.") | own
+
+    @classmethod
+    def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "JointPolynomial":
+        base = Polynomial._of(metadata, storage.within(tensors, "base."))
+        corrections = [tensors[f"D{n}"] for n in range(base.degree + 1)]
+        ridge, held_out = (tuple(tensors[name].tolist()) for name in ("ridge", "held_out"))
+        return cls(base, tensors["center"], tensors["z_mean"], corrections, ridge, held_out)
 
 
 def features(base: Polynomial, center: Tensor, z_mean: Tensor, x: Tensor, n: int) -> Tensor:

@@ -1,21 +1,12 @@
-"""Gaussian mixtures as models of a layer's inputs, and the per-neuron fit under them."""
+"""Gaussian mixtures as models of a layer's inputs."""
 
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
 from polylens.inputs import Gaussian
-from polylens.nested import glu_tables, nested_solutions, triangularise
-from polylens.polynomial import Polynomial
-from polylens.preactivation import Preactivations, preactivation_moments
-from polylens.weights import GLUWeights, MLPWeights
-
-# Numbers in one batch of neurons' systems.
-BUDGET = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -36,7 +27,6 @@ class GaussianMixture:
     weights: Tensor
     means: Tensor
     covs: Tensor
-    components: tuple[Gaussian, ...] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         weights, means, covs = (torch.as_tensor(v) for v in (self.weights, self.means, self.covs))
@@ -68,23 +58,32 @@ class GaussianMixture:
         object.__setattr__(self, "weights", weights / total)
         object.__setattr__(self, "means", means)
         object.__setattr__(self, "covs", covs)
-        object.__setattr__(self, "components", tuple(self._build()))
-
-    def _build(self) -> Iterator[Gaussian]:
-        k, d = self.means.shape
-        shared = self.covs.shape == (d, d) and k != d
-        first: Gaussian | None = None
-        for j in range(k):
+        for j, component in enumerate(self.components[:1] if self._shared else self.components):
             try:
-                if not shared:
-                    yield Gaussian(self.means[j], self.covs[j])
-                elif first is None:
-                    first = Gaussian(self.means[j], self.covs)
-                    yield first
-                else:
-                    yield _with_mean(first, self.means[j])
+                Gaussian(component.mean, component.cov)
             except InvalidInputError as error:
                 raise InvalidInputError(f"mixture component {j}: {error}") from error
+        if not torch.isfinite(means).all():
+            bad = (~torch.isfinite(means)).any(1).nonzero().flatten().tolist()
+            raise InvalidInputError(f"mixture components {bad}: means have NaN or infinite entries")
+
+    @classmethod
+    def trusted(cls, weights: Tensor, means: Tensor, covs: Tensor) -> "GaussianMixture":
+        """Of float64 tensors known to be valid, without looking at them again."""
+        mixture = object.__new__(cls)
+        for name, value in (("weights", weights), ("means", means), ("covs", covs)):
+            object.__setattr__(mixture, name, value)
+        return mixture
+
+    @property
+    def _shared(self) -> bool:
+        """Whether covs is one covariance; k = d of them are expanded on construction."""
+        return self.covs.shape == (self.d_in, self.d_in) and len(self.means) != self.d_in
+
+    @property
+    def components(self) -> tuple[Gaussian, ...]:
+        covs = [self.covs] * len(self.means) if self._shared else self.covs
+        return tuple(Gaussian.trusted(m, c) for m, c in zip(self.means, covs, strict=True))
 
     @classmethod
     def from_labels(cls, x: Tensor, labels: Tensor) -> "GaussianMixture":
@@ -154,11 +153,9 @@ class GaussianMixture:
     def to(self, device: torch.device | str) -> "GaussianMixture":
         if torch.device(device) == self.device:
             return self
-        moved = object.__new__(GaussianMixture)
-        for name in ("weights", "means", "covs"):
-            object.__setattr__(moved, name, getattr(self, name).to(device))
-        object.__setattr__(moved, "components", tuple(c.to(device) for c in self.components))
-        return moved
+        return GaussianMixture.trusted(
+            self.weights.to(device), self.means.to(device), self.covs.to(device)
+        )
 
     def weighted_components(self) -> list[tuple[float, Gaussian]]:
         """(weight, Gaussian) of every component whose weight is not zero."""
@@ -204,132 +201,3 @@ def _is_shared(covs: Tensor) -> bool:
         f"covs [{d}, {d}] with {d} components could be one shared covariance or diagonals; pass "
         f"covs.expand({d}, {d}, {d}) for the first, torch.diag_embed(covs) for the second"
     )
-
-
-def _with_mean(gaussian: Gaussian, mean: Tensor) -> Gaussian:
-    if not torch.isfinite(mean).all():
-        raise InvalidInputError("mean has NaN or infinite entries")
-    shifted = object.__new__(Gaussian)
-    object.__setattr__(shifted, "mean", mean)
-    object.__setattr__(shifted, "cov", gaussian.cov)
-    return shifted
-
-
-def hermite_change_of_variable(mu: Tensor, sigma: Tensor, degree: int) -> Tensor:
-    """A [degree + 1, degree + 1, ...] with He_k(mu + sigma tau) = sum_j A[k, j] He_j(tau).
-
-    A[k, j] = C(k, j) sigma^j h_{k-j}, where h_m = E[He_m(mu + sigma xi)] obeys
-    h_{m+1} = mu h_m + m (sigma^2 - 1) h_{m-1}.
-    """
-    h = [torch.ones_like(mu), mu]
-    for m in range(1, degree):
-        h.append(mu * h[m] + m * (sigma * sigma - 1) * h[m - 1])
-    A = mu.new_zeros(degree + 1, degree + 1, *mu.shape)
-    for k in range(degree + 1):
-        for j in range(k + 1):
-            A[k, j] = math.comb(k, j) * sigma**j * h[k - j]
-    return A
-
-
-def times_linear(c: Tensor, mean: Tensor, a: Tensor) -> Tensor:
-    """Coefficients of g(t) (mean + a t) from those of g, one fewer of them.
-
-    e_k = mean c_k + a (c_{k+1} + k c_{k-1}).
-    """
-    e = mean * c[:-1] + a * c[1:]
-    for k in range(1, len(e)):
-        e[k] += a * k * c[k - 1]
-    return e
-
-
-@torch.no_grad()
-def fit_mixture(
-    weights: MLPWeights | GLUWeights, mixture: GaussianMixture, degree: int
-) -> Polynomial:
-    """The best P_i(y_i) + z_i Q_i(y_i) for act(y_i) z_i under the mixture, per neuron.
-
-    In component p the neuron is its Hermite series in the component's own standardised
-    variables, He_k(t) is a short one too, and both are orthogonal systems: the normal equations
-    of the mixture are those of a least-squares problem with k (2 n + 1) rows per neuron. It is
-    solved by orthogonalisation, for every degree at once. Not the optimum over polynomials in
-    x, which is scope="global".
-
-    Cost: one product cov @ W per component, and O(k n^3) per neuron.
-    """
-    mixture = mixture.to(weights.device)
-    glu = isinstance(weights, GLUWeights)
-    parts = [
-        (weight, preactivation_moments(component, weights, linear_variance=True))
-        for weight, component in mixture.weighted_components()
-    ]
-    m, s = _total(parts, "m", lambda p: p.s.square())
-    z_mean, _ = _total(parts, "z_mean", lambda p: p.r_variance + p.a.square())
-    P, Q = [], []
-    columns = 2 * degree + 1
-    step = max(1, BUDGET // (len(parts) * columns * (columns + 1)))
-    for i in range(0, len(m), step):
-        chunk = slice(i, i + step)
-        A, b = _systems(weights, parts, m, s, z_mean, degree, chunk)
-        R, Qb = triangularise(A, b)
-        sizes = range(1, columns + 1, 2) if glu else range(1, degree + 2)
-        solutions = nested_solutions(R, Qb, sizes).squeeze(3)
-        if glu:
-            p, q = glu_tables(solutions, degree, z_mean[chunk])
-            Q.append(q)
-        else:
-            p = solutions.transpose(1, 2)
-        P.append(p)
-    return Polynomial(
-        weights, m, s, torch.cat(P, 2), torch.cat(Q, 2) if glu else None, inputs=mixture
-    )
-
-
-def _total(parts: list[tuple[float, Preactivations]], name: str, within) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation over the mixture, from those of its components."""
-    mean = sum(w * getattr(p, name) for w, p in parts)
-    variance = sum(w * (within(p) + (getattr(p, name) - mean).square()) for w, p in parts)
-    scale = sum(w * getattr(p, name).square() for w, p in parts)
-    return mean, torch.where(variance > 1e-28 * scale, variance, 0.0).sqrt()  # type: ignore
-
-
-def _systems(
-    weights: MLPWeights | GLUWeights,
-    parts: list[tuple[float, Preactivations]],
-    m: Tensor,
-    s: Tensor,
-    z_mean: Tensor,
-    n: int,
-    chunk: slice,
-) -> tuple[Tensor, Tensor]:
-    """Least-squares systems [neurons, rows, columns] and right sides [neurons, rows, 1]."""
-    glu = isinstance(weights, GLUWeights)
-    scale = _factorials(n + 1, m).sqrt()
-    inverse = torch.where(s[chunk] > 0, 1 / s[chunk], 0.0)
-    A, b = [], []
-    for weight, part in parts:
-        pm, ps, pz, pa, pr = (value[chunk] for value in part)
-        root = math.sqrt(weight)
-        basis = hermite_change_of_variable((pm - m[chunk]) * inverse, ps * inverse, n + 1)
-        # Rows are He_j(tau) / sqrt(j!), then r He_j(tau) / sqrt(j!) at unit norm.
-        gates = basis[: n + 1, : n + 1] * scale
-        c = weights.act.hermite_coefficients(pm, ps, n + 1)
-        if not glu:
-            A.append(root * gates)
-            b.append(root * c[: n + 1] / scale)
-            continue
-        r = pr.sqrt()
-        columns, residuals = [gates[0]], [torch.zeros_like(gates[0, :n])]
-        for k in range(1, n + 1):
-            ordinary = basis[k - 1, : n + 2] * _factorials(n + 2, m)
-            with_z = times_linear(ordinary, pz - z_mean[chunk], pa) / scale
-            columns += [gates[k], with_z]
-            residuals += [torch.zeros_like(gates[k, :n]), r * gates[k - 1, :n]]
-        A.append(root * torch.cat([torch.stack(columns), torch.stack(residuals)], dim=1))
-        e = times_linear(c, pz, pa) / scale
-        b.append(root * torch.cat([e, r * c[:n] / scale[:n]]))
-    return torch.cat(A, 1).permute(2, 1, 0).contiguous(), torch.cat(b).T.unsqueeze(2)
-
-
-def _factorials(n: int, like: Tensor) -> Tensor:
-    values = [math.factorial(k) for k in range(n)]
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]

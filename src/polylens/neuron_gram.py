@@ -1,4 +1,4 @@
-"""Streamed sums for every neuron's own least-squares polynomial."""
+"""Streamed least squares, neuron by neuron: the per-neuron fit to samples."""
 
 import warnings
 from typing import Any
@@ -10,6 +10,7 @@ from polylens.errors import InvalidInputError, NumericalWarning
 from polylens.nested import glu_tables, nested_solutions
 from polylens.polynomial import Polynomial
 from polylens.preactivation import branches
+from polylens.samples import Samples, checked
 from polylens.weights import GLUWeights, MLPWeights
 
 # Float64 numbers in one block of features: a core's cache on a CPU, plenty of work on a GPU.
@@ -236,21 +237,25 @@ def _branches(weights: MLPWeights | GLUWeights, x: Tensor) -> tuple[Tensor, Tens
     return y, z if b_V is None else z.add_(b_V.to(dtype)[:, None])
 
 
-def checked(x: Tensor, weights: Tensor | None, d_in: int | None) -> tuple[Tensor, Tensor | None]:
-    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise InvalidInputError(f"samples must be floating-point tensors [..., d_in], got {got}")
-    if d_in is not None and x.shape[-1] != d_in:
-        raise InvalidInputError(f"samples have {x.shape[-1]} features, {d_in} are expected")
-    x = x.detach().reshape(-1, x.shape[-1])
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).any(1).sum())
-        raise InvalidInputError(f"{bad} of {len(x)} samples in a batch are NaN or infinite")
-    if weights is None:
-        return x, None
-    weights = torch.as_tensor(weights, device=x.device).detach().double().reshape(-1)
-    if len(weights) != len(x):
-        raise InvalidInputError(f"{len(x)} samples but {len(weights)} sample weights")
-    if not torch.isfinite(weights).all() or (weights < 0).any():
-        raise InvalidInputError("sample weights must be finite and >= 0")
-    return x, weights
+def fit_samples(weights: MLPWeights | GLUWeights, samples: Samples, degree: int) -> Polynomial:
+    """The best P_i(y_i) + z_i Q_i(y_i) for act(y_i) z_i over the samples, per neuron.
+
+    Two passes over samples that can be read twice (moments, then normal equations), one over an
+    iterator. Memory is independent of their number.
+
+    Raises:
+        InvalidInputError: no samples, NaN, another number of features.
+    """
+    standardise = None
+    dtype, device = torch.float64, weights.device
+    if samples.reiterable:
+        moments = NeuronMoments(weights)
+        for x, sample_weights in samples.batches(dtype, device, weights.d_in):
+            for i in range(0, len(x), ROWS):
+                w = None if sample_weights is None else sample_weights[i : i + ROWS]
+                moments.update(x[i : i + ROWS], w)
+        standardise = moments.standardise()
+    gram = NeuronGram(weights, degree, standardise)
+    for x, sample_weights in samples.batches(dtype, device, weights.d_in):
+        gram.update(x, sample_weights)
+    return gram.solve(inputs=samples)

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polylens.approximation import Approximation, context_of, context_record
 from polylens.errors import InvalidInputError
 from polylens.hermite import hermite_to_monomial
 from polylens.quadratic import QuadraticForm
+from polylens.quality import r2
+from polylens.records import Record
 from polylens.selection import check_degree
-from polylens.weights import ROLES, GLUWeights, MLPWeights
+from polylens.weights import ROLES, GLUWeights, MLPWeights, Sized
 
 # Elements of one elementwise block on a CPU: three float32 blocks stay in a core's cache.
 BLOCK = 1 << 16
@@ -18,7 +21,7 @@ BLOCK = 1 << 16
 _COEFFICIENTS = ("m", "s", "P", "Q")
 
 
-class Polynomial(nn.Module):
+class Polynomial(Sized, Approximation):
     """h_i = P_i(t_i) + z_i Q_i(t_i) per neuron, f(x) = h W_out + b_out.
 
     t = (y - m) / s standardises the activated preactivation y; z is a GLU's linear branch and
@@ -35,6 +38,7 @@ class Polynomial(nn.Module):
         ridge: relative ridge that a fit to collinear samples needed, else 0.
     """
 
+    kind = "polynomial"
     ridge: float = 0.0
     W_in: Tensor
     W_out: Tensor
@@ -64,24 +68,12 @@ class Polynomial(nn.Module):
             tensor = getattr(weights, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach())
         for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q), strict=True):
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, None if tensor is None else tensor.contiguous())
         self._horner_cache: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor | None]] = {}
 
     @property
     def degree(self) -> int:
         return self.P.shape[0] - 1
-
-    @property
-    def d_in(self) -> int:
-        return self.W_in.shape[0]
-
-    @property
-    def d_mlp(self) -> int:
-        return self.W_in.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        return self.W_out.shape[1]
 
     @property
     def weights(self) -> MLPWeights | GLUWeights:
@@ -91,22 +83,22 @@ class Polynomial(nn.Module):
             del roles["W_gate"], roles["b_gate"]
         return self.weights_type(act=self.act, **roles)
 
-    @property
-    def r2(self) -> Tensor:
-        """[degree + 1] float64, share of the layer's variance explained by each degree's optimum.
+    def _measure_r2(self) -> Tensor:
+        return r2(self)
 
-        Under the input model of the fit: closed form under a Gaussian (see
-        `explained_variance` for its bounds) or a mixture, over the samples under Samples. 1 for
-        a layer whose output is constant. Computed once, O(d_mlp^2 (d_in + d_out)).
+    def _record(self) -> Record:
+        metadata, tensors = context_record(self.weights, self.inputs)
+        own = {name: getattr(self, name) for name in _COEFFICIENTS}
+        tensors.update({name: tensor for name, tensor in own.items() if tensor is not None})
+        return {**metadata, "ridge": self.ridge}, tensors
 
-        Raises:
-            InvalidInputError: a polynomial without an input model, such as a `part`.
-        """
-        if "_r2" not in self.__dict__:
-            from polylens.quality import r2  # quality needs fits, which need this module
-
-            self.__dict__["_r2"] = r2(self)
-        return self.__dict__["_r2"]
+    @classmethod
+    def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "Polynomial":
+        weights, inputs = context_of(metadata, tensors)
+        assert weights is not None
+        poly = cls(weights, *(tensors.get(name) for name in _COEFFICIENTS), inputs=inputs)
+        poly.ridge = metadata["ridge"]
+        return poly
 
     def extra_repr(self) -> str:
         kind = "mlp" if self.Q is None else "glu"
@@ -143,7 +135,10 @@ class Polynomial(nn.Module):
         """
         n = check_degree(degree, self.degree, "fit")
         Q = None if self.Q is None else self.Q[: n + 1, :n]
-        return self._with_coefficients(self.P[: n + 1, : n + 1], Q, self.b_out)
+        lower = self._with_coefficients(self.P[: n + 1, : n + 1], Q, self.b_out)
+        lower.ridge = self.ridge
+        lower._r2 = None if self._r2 is None else self._r2[: n + 1]
+        return lower
 
     def part(self, degree: int) -> "Polynomial":
         """What this degree adds: optimum of `degree` minus optimum of `degree - 1`.
@@ -161,7 +156,7 @@ class Polynomial(nn.Module):
             Q = torch.zeros_like(self.Q[: n + 1, :n])
             Q[n] = self.Q[n, :n] - self.Q[n - 1, :n]
         part = self._with_coefficients(P, Q, None)
-        part.inputs = None  # a part is no optimum, so it has no R2
+        part.inputs = part._r2 = None  # a part is no optimum, so it has no R2
         return part
 
     def linear(self) -> tuple[Tensor, Tensor]:
@@ -197,11 +192,7 @@ class Polynomial(nn.Module):
             InvalidInputError: u of another size or not finite, fitted degree below 2.
         """
         self._require_degree(2, "quadratic_form(u)")
-        u = torch.as_tensor(u, device=self.W_out.device).detach().double()
-        if tuple(u.shape) != (self.d_out,) or not torch.isfinite(u).all():
-            raise InvalidInputError(
-                f"u must be a finite vector of shape ({self.d_out},), got {tuple(u.shape)}"
-            )
+        u = self._direction(u, self.W_out.device)
         W, _, V, _ = self._activated_first()
         powers, z_powers = self._monomials(2)
         readout = self.W_out.double() @ u
@@ -256,12 +247,6 @@ class Polynomial(nn.Module):
             poly.register_buffer(name, tensor)
         poly._horner_cache = {}
         return poly
-
-    def _require_degree(self, degree: int, what: str) -> None:
-        if self.degree < degree:
-            raise InvalidInputError(
-                f"{what} needs a fitted degree of at least {degree}, this one has {self.degree}"
-            )
 
     def _activated_first(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """(W, b) of the activated branch, (V, b_V) of the linear one; missing biases are zero."""

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from polylens.activations import MAX_DEGREE, Activation
 from polylens.errors import InvalidInputError
-from polylens.hermite import quadrature_coefficients
-from polylens.inputs import Gaussian
-from polylens.mixture import (
-    GaussianMixture,
-    fit_mixture,
+from polylens.hermite import (
+    factorials,
     hermite_change_of_variable,
+    quadrature_coefficients,
     times_linear,
 )
+from polylens.inputs import Gaussian
+from polylens.mixture import GaussianMixture
 from polylens.preactivation import Preactivations, branches, preactivation_moments
 from polylens.samples import Samples
 from polylens.weights import GLUWeights, MLPWeights
@@ -128,8 +128,8 @@ def r2(polynomial: Any) -> Tensor:
         return samples_r2(polynomial)
     raise InvalidInputError(
         "R2 needs the input model that the polynomial was fitted to, and this one has "
-        f"{'none' if inputs is None else type(inputs).__name__}; fit it with polylens.fit, or "
-        "measure R2 on data"
+        f"{'none' if inputs is None else type(inputs).__name__}: a part has none, and samples are "
+        "not saved (read r2 before you save, then it is). Fit again, or measure R2 on data"
     )
 
 
@@ -149,7 +149,7 @@ def mixture_mse(polynomial: Any) -> Tensor:
         basis = hermite_change_of_variable(
             (moments.m - polynomial.m) * inverse, moments.s * inverse, n
         )
-        factorial = _factorials(n + 1, series.e)
+        factorial = factorials(n + 1, series.e)
         e, c = (v.expand(n + 1, *v.shape).clone() for v in (series.e, series.c))
         e[:, : n + 1] -= factorial * torch.einsum("nkh,kjh->njh", polynomial.P, basis)
         if polynomial.Q is not None and n:
@@ -169,9 +169,25 @@ def mixture_r2(polynomial: Any) -> Tensor:
     return share_explained(mse, mse[0], _mean_square(polynomial))
 
 
+@torch.no_grad()
 def total_variance(weights: MLPWeights | GLUWeights, mixture: GaussianMixture) -> float:
-    """Variance of the layer's output under a mixture, summed over output directions."""
-    return float(mixture_mse(fit_mixture(weights, mixture, 0))[0])
+    """Variance of the layer's output under a mixture, summed over output directions.
+
+    That within the components and that of their means.
+    """
+    W_out, within, means, shares = weights.W_out.double(), 0.0, [], []
+    for weight, component in mixture.to(weights.device).weighted_components():
+        moments = preactivation_moments(component, weights, linear_variance=True)
+        series = _series(weights, moments)
+        parts, tail, _ = _sum_over_pairs(
+            weights, component, moments, series.e[None], series.c[None], series.tail
+        )
+        within += weight * float(parts[0, 1:].sum() + tail)
+        means.append(series.e[0] @ W_out)
+        shares.append(weight)
+    mean, share = torch.stack(means), W_out.new_tensor(shares)
+    between = share @ (mean - share @ mean).square().sum(1)
+    return within + float(between)
 
 
 @torch.no_grad()
@@ -228,7 +244,7 @@ def _series(weights: MLPWeights | GLUWeights, moments: Preactivations) -> _Serie
         mean_square = mean_square + 2 * z_mean * a * q[1] + a.square() * q[2]
     else:
         e, mean_square = c[:-1], q[0]
-    factorial = _factorials(MAX_DEGREE + 1, c)
+    factorial = factorials(MAX_DEGREE + 1, c)
     summed = (e.square() / factorial).sum(0)
     # r_i He_{k-1}(t_i) c_{k-1} / (k-1)! of degree k <= 12
     summed = summed + r_variance * (c[:MAX_DEGREE].square() / factorial[:MAX_DEGREE]).sum(0)
@@ -369,8 +385,3 @@ def _arc_cosine(rho: Tensor, scale: Tensor) -> Tensor:
     """E[relu(y_i) relu(y_j)] for centred y (Cho & Saul 2009)."""
     angle = torch.arccos(rho)
     return scale * (torch.sqrt(1 - rho * rho) + rho * (math.pi - angle)) / (2 * math.pi)
-
-
-def _factorials(n: int, like: Tensor) -> Tensor:
-    values = [math.factorial(k) for k in range(n)]
-    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]

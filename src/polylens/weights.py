@@ -12,8 +12,27 @@ from polylens.errors import InvalidInputError
 ROLES = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
 
 
+class Sized:
+    """The sizes of whatever has W_in [d_in, d_mlp] and W_out [d_mlp, d_out]."""
+
+    W_in: Tensor
+    W_out: Tensor
+
+    @property
+    def d_in(self) -> int:
+        return self.W_in.shape[0]
+
+    @property
+    def d_mlp(self) -> int:
+        return self.W_in.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_out.shape[1]
+
+
 @dataclass(frozen=True)
-class _Weights:
+class _Weights(Sized):
     _shapes: ClassVar[dict[str, tuple[str, ...]]]
     W_in: Tensor
     W_out: Tensor
@@ -48,18 +67,6 @@ class _Weights:
             if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise InvalidInputError(f"{name} has {bad} NaN or infinite entries")
-
-    @property
-    def d_in(self) -> int:
-        return self.W_in.shape[0]
-
-    @property
-    def d_mlp(self) -> int:
-        return self.W_in.shape[1]
-
-    @property
-    def d_out(self) -> int:
-        return self.W_out.shape[1]
 
     @property
     def dtype(self) -> torch.dtype:

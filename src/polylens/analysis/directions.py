@@ -9,8 +9,8 @@ from torch import Tensor
 
 from polylens.analysis.metric import check_count
 from polylens.errors import InvalidInputError
+from polylens.hermite import times_linear
 from polylens.inputs import Gaussian
-from polylens.mixture import times_linear
 from polylens.preactivation import branches, preactivation_moments
 
 BLOCK = 1024
