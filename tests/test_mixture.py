@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from polylens import InvalidInputError, normal_equations
-from polylens.conjugate_gradients import (
-    Component,
-    ConvergenceError,
-    Quadratic,
-    invert_standard,
-    moments_of,
-)
+from polylens.errors import ConvergenceError
 from polylens.fit import fit
 from polylens.global_fit import fit_global
 from polylens.inputs import Gaussian
 from polylens.mixture import GaussianMixture
+from polylens.quadratic_moments import (
+    BlockJacobi,
+    Component,
+    MixtureMoments,
+    Quadratic,
+    common_basis,
+)
 from polylens.samples import Samples
 from tests.oracles import (
     assert_r2,
@@ -134,26 +135,65 @@ def test_not_converged_is_an_error(conjugate_gradients):
         fit_global(layer, mixture, 2, max_iterations=2)
 
 
+def components_of(mixture):
+    return [Component(w, c.mean, c.cov) for w, c in mixture.weighted_components()]
+
+
+def random_quadratic(seed, r, outputs=2):
+    g = generator(seed)
+    C = torch.randn(outputs, r, r, generator=g, dtype=torch.float64)
+    linear = torch.randn(outputs, r, generator=g, dtype=torch.float64)
+    return Quadratic(torch.randn(outputs, generator=g).double(), linear, C + C.mT)
+
+
 def test_moment_operator_is_that_of_draws():
-    mixture = random_mixture(1, 3)
-    g = generator(5)
-    C = torch.randn(2, 3, 3, generator=g, dtype=torch.float64)
-    q = Quadratic(torch.randn(2, generator=g).double(), torch.randn(2, 3).double(), C + C.mT)
-    components = [Component(w, c.mean, c.cov) for w, c in mixture.weighted_components()]
-    thin = [
-        Component(w, c.mean, c.cov, torch.linalg.cholesky(c.cov))
-        for w, c in mixture.weighted_components()
-    ]
-    x = mixture.sample(400_000, g)
+    mixture, q = random_mixture(1, 3), random_quadratic(5, 3)
+    x = mixture.sample(400_000, generator(5))
     value = q.constant + x @ q.linear.T + torch.einsum("oij,ni,nj->no", q.matrix, x, x)
-    exact = moments_of(q, components)
-    for part, other in zip(exact, moments_of(q, thin), strict=True):
-        torch.testing.assert_close(part, other)
+    exact = MixtureMoments(components_of(mixture))(q)
     sampled = torch.einsum("no,ni,nj->oij", value, x, x) / len(x)
     assert float((exact.matrix - sampled).abs().max() / sampled.abs().max()) < 0.05
-    standard = [Component(1.0, torch.zeros(3).double(), torch.eye(3).double())]
-    for part, back in zip(q, invert_standard(moments_of(q, standard)), strict=True):
-        torch.testing.assert_close(part, back)
+    torch.testing.assert_close(exact.linear, value.T @ x / len(x), rtol=0.05, atol=0.1)
+    torch.testing.assert_close(exact.constant, value.mean(0), rtol=0.05, atol=0.1)
+
+
+def test_thin_and_shared_covariances_change_nothing():
+    """Rank 3 of 8 in factors, and two components with one covariance, against each on its own."""
+    q = random_quadratic(2, 8)
+    thin, full = random_gaussian(1, 8, rank=3), random_gaussian(2, 8)
+    means = torch.randn(3, 8, generator=generator(3), dtype=torch.float64)
+    shared = [Component(0.3, means[0], full.cov), Component(0.5, means[1], full.cov)]
+    operator = MixtureMoments([*shared, Component(0.2, means[2], thin.cov)])
+    assert [spread.factor is None for spread in operator.spreads] == [True, False]
+    with_copies = [Component(w, mu, cov.clone()) for w, mu, cov in shared]
+    apart = [MixtureMoments([c])(q) for c in with_copies]
+    # more than the rank that is worth a factor, less than nothing in value
+    filled = thin.cov + 1e-13 * torch.eye(8, dtype=torch.float64)
+    apart.append(MixtureMoments([Component(0.2, means[2], filled)])(q))
+    for part, *others in zip(operator(q), *apart, strict=True):
+        torch.testing.assert_close(part, sum(others))
+    assert torch.equal(operator(q).matrix, operator(q).matrix.mT)
+
+
+def test_the_preconditioner_inverts_what_it_claims_to():
+    q = random_quadratic(4, 6)
+    standard = [Component(1.0, torch.zeros(6).double(), torch.eye(6).double())]
+    diagonal = torch.rand(2, 6, generator=generator(0), dtype=torch.float64)
+    even = [Component(0.5, torch.zeros(6).double(), torch.diag(d)) for d in diagonal]
+    for components in (standard, even):
+        image = BlockJacobi(components)(MixtureMoments(components)(q))
+        for part, back in zip(q, image, strict=True):
+            torch.testing.assert_close(part, back)
+
+
+def test_the_common_basis_diagonalises_what_can_be():
+    V = torch.linalg.qr(torch.randn(9, 9, generator=generator(1), dtype=torch.float64)).Q
+    spectra = torch.rand(3, 9, generator=generator(2), dtype=torch.float64)
+    found = common_basis([Component(1 / 3, V[0], (V * d) @ V.T) for d in spectra])
+    torch.testing.assert_close(found.T @ found, torch.eye(9, dtype=torch.float64))
+    for d in spectra:
+        cov = found.T @ (V * d) @ V.T @ found
+        assert float((cov - torch.diag(cov.diagonal())).abs().max()) < 1e-4
 
 
 def test_gaussian_moments_are_those_of_draws():

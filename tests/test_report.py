@@ -296,12 +296,16 @@ def test_harmless_ablation_and_constant_output(tokens):
     lens.host.model.weights[1] = dead
     lens.polynomials[1] = polylens.fit(dead, lens[0].inputs, 3)
     report = measure(lens, tokens, progress=False)
-    assert report[1].r2 is None
+    assert report[1].r2 == (1.0,) * 4
     assert report[1].loss_recovered is None
     assert any("[1]" in note for note in report.notes)
     assert "–" in str(report)
     assert Report.from_dict(json.loads(report.to_json())) == report
     report.plot()
+    # the same layer with a polynomial that misses its constant
+    shifted = polylens.MLPWeights(w.W_in, dead.W_out, "gelu", w.b_in, 2 * w.b_out)
+    lens.polynomials[1] = polylens.fit(shifted, lens[0].inputs, 3)
+    assert measure(lens, tokens, progress=False)[1].r2 == (0.0,) * 4
 
 
 # ------------------------------------------------------------------ forms

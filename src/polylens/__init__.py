@@ -29,9 +29,12 @@ from polylens.errors import UnsupportedActivation as UnsupportedActivation
 from polylens.errors import UnsupportedModel as UnsupportedModel
 from polylens.fit import fit as fit
 from polylens.inputs import Gaussian as Gaussian
+from polylens.joint import JointPolynomial as JointPolynomial
 from polylens.mixture import GaussianMixture as GaussianMixture
+from polylens.neuron_gram import NeuronGram as NeuronGram
 from polylens.polynomial import Polynomial as Polynomial
 from polylens.quadratic import QuadraticForm as QuadraticForm
+from polylens.quality import ExplainedVariance as ExplainedVariance
 from polylens.quality import explained_variance as explained_variance
 from polylens.samples import Samples as Samples
 from polylens.weights import GLUWeights as GLUWeights

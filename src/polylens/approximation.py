@@ -32,7 +32,7 @@ class Approximation(nn.Module):
 
         Under the input model of the fit: closed form under a Gaussian (see
         `explained_variance` for its bounds) or a mixture, over the samples under Samples. Of a
-        constant output it is 1, as every degree reproduces it. Computed once,
+        constant output it is 1 if the polynomial reproduces it, else 0. Computed once,
         O(d_mlp^2 (d_in + d_out)), and saved with the polynomial if it was.
 
         Raises:

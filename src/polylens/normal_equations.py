@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from polylens.conjugate_gradients import Component
 from polylens.hermite import hermite_to_monomial
+from polylens.quadratic_moments import Component
 
 # Largest number of features and of moments for which the system is formed.
 MAX_FEATURES, MAX_MOMENTS = 1200, 200_000
@@ -103,7 +103,7 @@ def solve(
     feature_keys = powers @ base ** torch.arange(r)
     index = _find(feature_keys[:, None] + feature_keys, keys, order)
     gram, right = 0.0, 0.0
-    for p, (weight, mean, cov, _) in enumerate(components):
+    for p, (weight, mean, cov) in enumerate(components):
         moments = gaussian_moments(products, mean.cpu(), cov.cpu())
         component_gram = moments[index]
         gram = gram + weight * component_gram

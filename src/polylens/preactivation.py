@@ -45,7 +45,7 @@ def preactivation_moments(
     Cost: one product cov @ W, O(d_in^2 d_mlp), in chunks of 4096 neurons.
     """
     W, b, V, b_V = branches(weights)
-    deviations = inputs.variances().sqrt()
+    deviations = inputs.variances().clamp(min=0).sqrt()  # rounding may be below zero
     columns: list[list[Tensor]] = [[], [], [], [], []]
     for i in range(0, W.shape[1], CHUNK):
         Wi = W[:, i : i + CHUNK].double()

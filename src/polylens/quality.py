@@ -40,6 +40,9 @@ BLOCK = 1024
 GELU_PANELS = (-12.0, -3.0, 3.0, 12.0)
 # A variance below this share of the squared mean is the rounding of a constant.
 CONSTANT = 1e-24
+# A constant is reproduced if the squared error is below this share of its square: the rounding
+# of bfloat16.
+REPRODUCED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class ExplainedVariance:
         per_degree: [degree + 1] float64, the variance that each degree adds; 0 at degree 0.
         total: the layer's variance; the exact value lies within total_error of it.
         total_error: rigorous bound from the terms beyond the summed series, 0 where it is exact.
-        r2: [degree + 1] cumulative share explained. Of a constant output it is 1: degree 0 is it.
+        r2: [degree + 1] cumulative share explained. Of a constant output it is 1: degree 0
+            reproduces it.
     """
 
     per_degree: Tensor
@@ -213,10 +217,19 @@ def samples_r2(polynomial: Any) -> Tensor:
     return share_explained(residual / count, variance, (shift + total / count).square().sum())
 
 
+def is_constant(variance: Tensor | float, mean_square: Tensor | float) -> bool:
+    """Whether an output's variance is no more than the rounding of its mean."""
+    return float(variance) <= CONSTANT * float(mean_square)
+
+
 def share_explained(mse: Tensor, variance: Tensor | float, mean_square: Tensor | float) -> Tensor:
-    """1 - mse / variance, and 1 for a constant output."""
-    if float(variance) <= CONSTANT * float(mean_square):
-        return torch.ones_like(mse)
+    """R2 = 1 - mse / variance, wherever polylens reports one.
+
+    Of a constant output it is 1 in the degrees that reproduce it and 0 in the others, as in
+    scikit-learn.
+    """
+    if is_constant(variance, mean_square):
+        return (mse <= REPRODUCED * float(mean_square)).to(mse.dtype)
     return 1 - mse / variance
 
 

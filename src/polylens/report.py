@@ -44,8 +44,8 @@ class LayerRow:
 
     Attributes:
         layer: index, or None for the row in which every listed layer is replaced at once.
-        r2: held-out R2 of degree 0, 1, ..., fitted degree; None for that last row and for an
-            output that does not vary.
+        r2: held-out R2 of degree 0, 1, ..., fitted degree; None for that last row. Of an output
+            that does not vary it is 1 where it is reproduced, else 0.
         delta_ce: next-token cross entropy with the polynomial minus without.
         kl: mean over positions of KL(true model || model with the polynomial).
         ablation_delta_ce: the same as delta_ce with the output's mean in place of the polynomial.
@@ -215,8 +215,11 @@ def measure(
             ]
     notes = [FIRST_POSITION] if lens.exclude_first else []
     notes += [] if reads_tokens else [NO_LOSS]
-    if constant := [row.layer for row in rows if row.r2 is None]:
-        notes.append(f"the output of layers {constant} does not vary: R² has no value there")
+    if constant := [layer for layer in chosen if sums[layer].constant]:
+        notes.append(
+            f"the output of layers {constant} does not vary: R² is 1 there where the polynomial "
+            "reproduces it, else 0"
+        )
     return Report(
         model=lens.model_name,
         host=lens.host.name,

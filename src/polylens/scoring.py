@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
+from polylens.quality import is_constant, share_explained
 
 
 class ResidualSums:
@@ -38,25 +39,31 @@ class ResidualSums:
         """[d_out] mean of y."""
         return self.shift + self.total / self.n
 
-    def r2(self, layer: int) -> tuple[float, ...] | None:
-        """1 - residual / centred squares for every degree; None if y does not vary.
+    @property
+    def variance(self) -> float:
+        """Of y, summed over directions."""
+        return float(self.square / self.n - (self.total / self.n).square().sum())
+
+    @property
+    def constant(self) -> bool:
+        """Whether y does not vary."""
+        return is_constant(self.variance, self.mean.square().sum())
+
+    def r2(self, layer: int) -> tuple[float, ...]:
+        """1 - residual / centred squares for every degree (see `quality.share_explained`).
 
         Raises:
             InvalidInputError: outputs or polynomials that are not finite (`layer` names them).
         """
-        centred = float(self.square - self.total.square().sum() / self.n)
-        residual = self.residual.tolist()
-        bad = [f"degree {k}" for k, value in enumerate(residual) if not isfinite(value)]
-        if not isfinite(centred) or bad:
-            what = f"its polynomials of {', '.join(bad)}" if isfinite(centred) else "its outputs"
+        variance, mse = self.variance, self.residual / self.n
+        bad = [f"degree {k}" for k, value in enumerate(mse.tolist()) if not isfinite(value)]
+        if not isfinite(variance) or bad:
+            what = f"its polynomials of {', '.join(bad)}" if isfinite(variance) else "its outputs"
             raise InvalidInputError(
                 f"layer {layer}: {what} are not finite on these tokens, so R2 would be NaN; use a "
                 "wider dtype, and check the model's activations on them"
             )
-        # Rounding of a constant output leaves this much.
-        if centred <= 1e-24 * self.n * float(self.mean.square().sum()):
-            return None
-        return tuple(1 - value / centred for value in residual)
+        return tuple(share_explained(mse, variance, self.mean.square().sum()).tolist())
 
 
 def score(logits: Tensor, truth: Tensor | None, tokens: Tensor, real: Tensor) -> Tensor:
