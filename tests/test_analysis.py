@@ -9,7 +9,7 @@ import polylens
 from polylens import analysis
 from polylens.analysis.eigensolver import extreme_eigenpairs
 from polylens.analysis.metric import metric_of
-from polylens.errors import InvalidInputError
+from polylens.errors import InvalidInputError, PolylensError
 from polylens.samples import Samples
 
 D_IN, D_MLP, D_OUT = 12, 17, 5
@@ -162,6 +162,52 @@ def test_iterative_equals_dense_above_the_dense_size():
     torch.testing.assert_close(iterative.values, dense.values, **EXACT)
     signs = (dense.vectors * iterative.vectors).sum(0).sign()
     torch.testing.assert_close(iterative.vectors * signs, dense.vectors, rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("metric", [None, "covariance"])
+@pytest.mark.parametrize(("tolerance", "off"), [(None, 1e-10), (1e-11, 1e-13)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_below_float64_are_iterated_in_float32_and_finished_in_float64(
+    dtype, tolerance, off, metric
+):
+    weights = layer("glu", 300, 500, 3, dtype=dtype)
+    polynomial = polylens.fit(weights, gaussian(300), 2)
+    u = torch.ones(3)
+    dense = analysis.eigenfeatures(polynomial, u, 10, metric=metric, method="dense")
+    assert dense.residuals.max() < 1e-13
+    found = analysis.eigenfeatures(
+        polynomial, u, 10, metric=metric, method="iterative", tolerance=tolerance
+    )
+    scale = dense.values.abs().max()
+    torch.testing.assert_close(found.values, dense.values, rtol=0, atol=off * float(scale))
+    # The recorded residuals are those of the dense matrix, and within what was asked for.
+    gamma = polynomial.quadratic_form(u).to_dense()
+    L = metric_of(polynomial, metric).out_of(torch.eye(300, dtype=torch.float64))
+    q = torch.linalg.lstsq(L, found.patterns).solution
+    true = torch.linalg.vector_norm(L.T @ gamma @ L @ q - q * found.values, dim=0) / scale
+    torch.testing.assert_close(found.residuals, true, rtol=1e-2, atol=1e-13)
+    assert found.residuals.max() <= (tolerance or 1e-6)
+
+
+def test_rank_is_noticed_in_float32():
+    weights = layer("mlp", 300, 500, 3, dtype=torch.float32)
+    weights = dataclasses.replace(weights, W_in=weights.W_in * (torch.arange(500) < 9))
+    polynomial = polylens.fit(weights, polylens.Gaussian.standard(300), 2)
+    for method in ("dense", "iterative"):
+        features = analysis.eigenfeatures(polynomial, torch.ones(3), 9, method=method)
+        assert features.residuals.max() < 1e-6
+        with pytest.raises(InvalidInputError, match="ask for k <= 9"):
+            analysis.eigenfeatures(polynomial, torch.ones(3), 10, method=method)
+
+
+def test_what_does_not_converge_is_an_error(monkeypatch):
+    polynomial = polylens.fit(layer("mlp", 300, 500, 3), polylens.Gaussian.standard(300), 2)
+    for tolerance in (0.0, 1.0, float("nan")):
+        with pytest.raises(InvalidInputError, match="tolerance must be in"):
+            analysis.eigenfeatures(polynomial, torch.ones(3), tolerance=tolerance)
+    monkeypatch.setattr("polylens.analysis.eigensolver.MAX_STEPS", 3)
+    with pytest.raises(PolylensError, match="did not converge in 3 blocks"):
+        analysis.eigenfeatures(polynomial, torch.ones(3), method="iterative")
 
 
 def test_eigensolver_finds_multiplicities_and_low_rank():

@@ -48,10 +48,10 @@ class QuadraticForm:
     def to_dense(self) -> Tensor:
         """[d_in, d_in] float64."""
         W = self.W.double()
-        gamma = (W * self.p) @ W.T
+        right = W * self.p
         if self.V is not None and self.q is not None:
-            mixed = (W * self.q) @ self.V.double().T / 2
-            gamma = gamma + mixed + mixed.T
+            right = right + self.V.double() * self.q
+        gamma = W @ right.T
         return (gamma + gamma.T) / 2
 
     def trace(self) -> Tensor:

@@ -32,6 +32,9 @@ class Metric:
     def rank(self) -> int:
         return self.d_in if self.L is None or self.L.dim() == 1 else self.L.shape[1]
 
+    def to(self, dtype: torch.dtype) -> "Metric":
+        return self if self.L is None else Metric(self.L.to(dtype), self.d_in)
+
     def out_of(self, z: Tensor) -> Tensor:
         """L z for z [rank, n]: from white coordinates to input space."""
         if self.L is None:
