@@ -7,6 +7,7 @@ import torch
 
 from polylens import InvalidInputError, NumericalWarning
 from polylens.fit import fit
+from polylens.joint import features
 from polylens.neuron_gram import NeuronGram
 from polylens.samples import Samples
 from tests.oracles import assert_same_function, generator, random_layer, random_mixture
@@ -95,6 +96,14 @@ def test_joint_fit_is_at_least_as_good(kind):
     error = [(p.all_degrees(fresh)[2] - layer(fresh)).square().mean() for p in (neuron, joint)]
     assert error[1] < error[0]
     assert len(joint.ridge) == len(joint.held_out) == 4
+    assert min(joint.ridge[2:]) < float("inf")
+    for n in range(4):  # one product evaluates the base and the correction
+        phi = features(joint.base, joint.center, joint.z_mean, fresh, n)
+        apart = joint.base.truncate(n)(fresh) + phi @ getattr(joint, f"D{n}")
+        torch.testing.assert_close(joint.all_degrees(fresh)[n], apart)
+    half = fit(layer.to(torch.bfloat16), Samples(x), 3, "global")
+    assert half(fresh.bfloat16()).dtype == torch.bfloat16
+    assert half.r2[3] > 0.9 * joint.r2[3]
     torch.testing.assert_close(joint.truncate(2)(x), joint.all_degrees(x)[2])
     torch.testing.assert_close(joint.truncate(2).r2, joint.r2[:3])
 

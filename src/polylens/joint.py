@@ -23,7 +23,8 @@ STRENGTHS = (float("inf"), 10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
 # Of every batch, the last fifth of the rows is held out to choose the strength.
 HELD_OUT = 0.2
 MAX_GRAM_BYTES = 1 << 33
-ROWS = 2048
+# Rows and columns of one block of a Gram matrix.
+ROWS, COLUMNS = 2048, 1024
 
 
 class JointPolynomial(Approximation):
@@ -31,7 +32,9 @@ class JointPolynomial(Approximation):
 
     Phi_n holds 1, x, and for k = 2 ... n every neuron's He_k(t) and, for a GLU,
     zeta He_{k-1}(t) with zeta = z - E[z]; D_n [features, d_out] reads every feature out into
-    every direction, so degree n costs about n times the layer's own products.
+    every direction. The base is in the span of the same features, so that one product
+    Phi_n [features] @ [features, d_out] evaluates both: at degree 2 as many multiplications as
+    4/3 of a GLU, at degree 3 twice a GLU.
 
     Attributes:
         base: the per-neuron Polynomial.
@@ -58,6 +61,7 @@ class JointPolynomial(Approximation):
         self.ridge, self.held_out = ridge, held_out
         self.register_buffer("center", center)
         self.register_buffer("z_mean", z_mean)
+        self._readouts: dict[tuple[int, torch.dtype], Tensor] = {}
         for n, correction in enumerate(corrections):
             self.register_buffer(f"D{n}", correction.contiguous())
 
@@ -91,7 +95,40 @@ class JointPolynomial(Approximation):
 
     def _evaluate(self, x: Tensor, n: int) -> Tensor:
         phi = features(self.base, self.center, self.z_mean, x, n)
-        return self.base.truncate(n)(x) + (phi @ getattr(self, f"D{n}").to(phi.dtype)).to(x.dtype)
+        key = (n, phi.dtype)
+        if key not in self._readouts:
+            self._readouts[key] = self._readout(n).to(phi.dtype)
+        return (phi @ self._readouts[key]).to(x.dtype)
+
+    def _readout(self, n: int) -> Tensor:
+        """[features, d_out] float64: the base in the same features, plus D_n."""
+        base, E = self.base, getattr(self, f"D{n}").double().clone()
+        W, b, V, _ = base._activated_first()
+        W_out, P = base.W_out.double(), base.P[n, : n + 1].clone()
+        if V is not None and base.Q is not None:
+            P[:n] += self.z_mean * base.Q[n, :n]
+        E[0] += P[0] @ W_out + (0 if base.b_out is None else base.b_out.double())
+        if n:
+            slope = P[1] * torch.where(base.s > 0, 1 / base.s, 0.0)
+            beta = (W.double() * slope) @ W_out
+            E[0] += (b - base.m) * slope @ W_out + self.center @ beta
+            E[1 : 1 + self.d_in] += beta
+        if n and V is not None and base.Q is not None:
+            E[1 : 1 + self.d_in] += (V.double() * base.Q[n, 0]) @ W_out
+        gates = [(P[k], None if base.Q is None else base.Q[n, k - 1]) for k in range(2, n + 1)]
+        start = 1 + self.d_in
+        for factor in (f for pair in gates for f in pair if f is not None):
+            E[start : start + base.d_mlp] += factor[:, None] * W_out
+            start += base.d_mlp
+        return E
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "JointPolynomial":
+        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():  # coefficients stay in float64
+            self._buffers[name] = tensor.to(self.base.W_in.device)
+        self._readouts = {}
+        return self
 
     def truncate(self, degree: int) -> "JointPolynomial":
         """The fit of a lower degree; the tensors are shared."""
@@ -110,19 +147,18 @@ class JointPolynomial(Approximation):
 
     def linear(self) -> tuple[Tensor, Tensor]:
         """(beta [d_in, d_out], alpha [d_out]) in float64: the degree 1 fit is x beta + alpha."""
-        beta, alpha = self.base.linear()
-        correction = self.D1.double()
-        return beta + correction[1:], alpha + correction[0] - self.center.double() @ correction[1:]
+        self._require_degree(1, "linear()")
+        E = self._readout(1)
+        return E[1:], E[0] - self.center @ E[1:]
 
     def quadratic_form(self, u: Tensor) -> QuadraticForm:
         """Gamma_u with x Gamma_u x^T the second-order term of the degree 2 fit along u [d_out]."""
-        base = self.base.truncate(min(2, self.degree)).quadratic_form(u)
-        readout = self.D2.double() @ torch.as_tensor(u).to(self.D2).double()
+        self._require_degree(2, "quadratic_form(u)")
+        readout = self._readout(2)[1 + self.d_in :] @ self._direction(u, self.center.device)
         inverse = torch.where(self.base.s > 0, 1 / self.base.s, 0.0)
-        start, h = 1 + self.d_in, self.base.d_mlp
-        p = base.p + readout[start : start + h] * inverse**2
-        q = None if base.q is None else base.q + readout[start + h :] * inverse
-        return QuadraticForm(base.W, p, base.V, q)
+        W, _, V, _ = self.base._activated_first()
+        q = None if V is None else readout[self.base.d_mlp :] * inverse
+        return QuadraticForm(W, readout[: self.base.d_mlp] * inverse**2, V, q)
 
     def _measure_r2(self) -> Tensor:
         return r2(self)
@@ -185,30 +221,27 @@ def fit_joint(weights: MLPWeights | GLUWeights, samples: Samples, degree: int) -
             "scope='neuron' or a lower degree"
         )
     base = fit_samples(weights, samples, degree)
-    double = _in_double(base)
-    center, z_mean = _centers(double, samples)
-    sums = [_Sums(size, weights.d_out, degree, center.device) for _ in range(2)]
-    for x, w in samples.batches(torch.float64, center.device, weights.d_in):
+    # sums are in float64; what goes into them in the layer's dtype, half precision excepted
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    wide = Polynomial(weights.to(dtype), base.m, base.s, base.P, base.Q)
+    center, z_mean = _centers(wide, samples)
+    sizes = [_size(weights, n) for n in range(degree + 1)]
+    train, test = (_Sums(sizes, weights.d_out, center.device) for _ in range(2))
+    for x, w in samples.batches(dtype, center.device, weights.d_in):
         cut = len(x) - int(HELD_OUT * len(x))
-        for part, rows in zip(sums, (slice(0, cut), slice(cut, None)), strict=True):
+        for part, rows in ((train, slice(0, cut)), (test, slice(cut, None))):
             for i in range(0, len(x[rows]), ROWS):
                 block = x[rows][i : i + ROWS]
-                phi = features(double, center, z_mean, block, degree)
-                error = double.weights(block) - double.all_degrees(block)
+                phi = features(wide, center, z_mean, block, degree)
+                error = wide.weights(block) - wide.all_degrees(block)
                 part.add(phi, error, None if w is None else w[rows][i : i + ROWS])
     corrections, ridge, held_out = [], [], []
     for n in range(degree + 1):
-        correction, strength, mse = _choose(*sums, n, _size(weights, n))
+        correction, strength, mse = _choose(train, test, n, sizes[n])
         corrections.append(correction)
         ridge.append(strength)
         held_out.append(mse)
     return JointPolynomial(base, center, z_mean, corrections, tuple(ridge), tuple(held_out))
-
-
-def _in_double(base: Polynomial) -> Polynomial:
-    """The same polynomial evaluated in float64."""
-    weights = base.weights.to(torch.float64)
-    return Polynomial(weights, base.m, base.s, base.P, base.Q, inputs=base.inputs)
 
 
 def _size(weights: MLPWeights | GLUWeights, n: int) -> int:
@@ -217,58 +250,81 @@ def _size(weights: MLPWeights | GLUWeights, n: int) -> int:
 
 
 def _centers(base: Polynomial, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Means of x and of the linear branch."""
-    total, count = torch.zeros_like(base.W_in[:, 0]), 0.0
-    for x, w in samples.batches(torch.float64, base.W_in.device, base.d_in):
+    """Means of x and of the linear branch, in float64."""
+    total = base.m.new_zeros(base.d_in)
+    count = 0.0
+    for x, w in samples.batches(torch.float64, total.device, base.d_in):
         total += x.sum(0) if w is None else w @ x
         count += len(x) if w is None else float(w.sum())
     center = total / count
-    z_mean = center @ base.W_in
-    return center, z_mean if base.b_in is None else z_mean + base.b_in
+    z_mean = center @ base.W_in.double()
+    return center, z_mean if base.b_in is None else z_mean + base.b_in.double()
 
 
 class _Sums:
-    """Phi^T Phi, Phi^T error of every degree, and the errors' squares."""
+    """Phi^T Phi, Phi^T error of every degree, and the errors' squares, in float64."""
 
-    def __init__(self, size: int, d_out: int, degree: int, device: torch.device) -> None:
-        zeros = {"dtype": torch.float64, "device": device}
-        self.gram = torch.zeros(size, size, **zeros)
-        self.cross = torch.zeros(degree + 1, size, d_out, **zeros)
-        self.square = torch.zeros(degree + 1, **zeros)
+    def __init__(self, sizes: list[int], d_out: int, device: torch.device) -> None:
+        zeros: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self._gram = torch.zeros(sizes[-1], sizes[-1], **zeros)  # right of the diagonal blocks only
+        self.cross = [torch.zeros(size, d_out, **zeros) for size in sizes]
+        self.square = torch.zeros(len(sizes), **zeros)
         self.count = 0.0
 
     def add(self, phi: Tensor, error: Tensor, w: Tensor | None) -> None:
-        weighted = phi if w is None else phi * w[:, None]
-        self.gram.addmm_(weighted.T, phi)
-        self.cross += weighted.T @ error
-        squares = error.square().sum(2)
+        weighted = phi if w is None else phi * w[:, None].to(phi)
+        for i in range(0, phi.shape[1], COLUMNS):
+            self._gram[i : i + COLUMNS, i:] += weighted[:, i : i + COLUMNS].T @ phi[:, i:]
+        for cross, part in zip(self.cross, error, strict=True):
+            cross += weighted[:, : len(cross)].T @ part
+        squares = error.double().square().sum(2)
         self.square += squares.sum(1) if w is None else squares @ w
         self.count += len(phi) if w is None else float(w.sum())
 
+    def gram(self, size: int) -> Tensor:
+        """Phi^T Phi of the first features, a view."""
+        gram = self._gram[:size, :size]
+        for i in range(0, size, COLUMNS):
+            gram[i + COLUMNS :, i : i + COLUMNS] = gram[i : i + COLUMNS, i + COLUMNS :].T
+        return gram
+
 
 def _choose(train: _Sums, test: _Sums, n: int, size: int) -> tuple[Tensor, float, float]:
-    """Correction, strength and held-out error of degree n."""
+    """Correction, strength and held-out error of degree n.
+
+    Strengths are tried from the largest down, until the held-out error has risen twice.
+    """
     count = train.count + test.count
-    gram = train.gram[:size, :size] + test.gram[:size, :size]
-    diagonal = gram.diagonal() / count
+    train_gram, test_gram = train.gram(size), test.gram(size)
+    diagonal = (train_gram.diagonal() + test_gram.diagonal()) / count
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[:, None]
-    test_gram = test.gram[:size, :size] * scale * scale.T
-    test_cross = test.cross[n, :size] * scale
-    best = (float(test.square[n]), float("inf"))
+    best, rises = (float(test.square[n]), STRENGTHS[0]), 0
     if test.count > 0 and train.count > 0:
-        train_gram = train.gram[:size, :size] * scale * scale.T / train.count
-        values, vectors = torch.linalg.eigh(train_gram)
-        projected = vectors.T @ (train.cross[n, :size] * scale / train.count)
+        system = train_gram * (scale * scale.T / train.count)
+        right = train.cross[n] * scale / train.count
         for strength in STRENGTHS[1:]:
-            D = vectors @ (projected / (values.clamp(min=0) + strength)[:, None])
-            error = float(test.square[n] + torch.sum(D * (test_gram @ D - 2 * test_cross)))
+            D = _ridge(system, right, strength)
+            if D is None or rises == 2:
+                break
+            D *= scale
+            error = float(test.square[n] + torch.sum(D * (test_gram @ D - 2 * test.cross[n])))
+            rises = 0 if error < best[0] else rises + 1
             best = min(best, (error, strength))
+        del system
     error, strength = best
-    mse = error / test.count if test.count else float("nan")
-    correction = torch.zeros_like(train.cross[n, :size])
-    if strength < float("inf"):
-        system = gram * scale * scale.T / count
-        system.diagonal().add_(strength)
-        right = (train.cross[n, :size] + test.cross[n, :size]) * scale / count
-        correction = scale * torch.cholesky_solve(right, torch.linalg.cholesky(system))
-    return correction, strength, mse
+    correction = torch.zeros_like(train.cross[n])
+    if strength < STRENGTHS[0]:
+        system = (train_gram + test_gram) * (scale * scale.T / count)
+        solved = _ridge(system, (train.cross[n] + test.cross[n]) * scale / count, strength)
+        correction = correction if solved is None else solved * scale
+    return correction, strength, error / test.count if test.count else float("nan")
+
+
+def _ridge(system: Tensor, right: Tensor, strength: float) -> Tensor | None:
+    """(system + strength I)^-1 right, None where that is not positive definite in float64."""
+    diagonal = system.diagonal()
+    before = diagonal.clone()
+    diagonal += strength
+    L, info = torch.linalg.cholesky_ex(system)
+    diagonal.copy_(before)
+    return None if int(info) else torch.cholesky_solve(right, L)
