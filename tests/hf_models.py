@@ -124,6 +124,45 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any], str]] = {
         "WhisperConfig", "WhisperForConditionalGeneration",
         {**BART, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 48}, "mlp",
     ),
+    "vaultgemma": ("VaultGemmaConfig", "VaultGemmaForCausalLM", GEMMA, "glu"),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig", "RecurrentGemmaForCausalLM",
+        {
+            **GEMMA, "lru_width": 24, "attention_window_size": 8,
+            "block_types": ["recurrent", "attention"],
+        },
+        "glu",
+    ),
+    "apertus": ("ApertusConfig", "ApertusForCausalLM", DECODER, "mlp"),
+    "lfm2": (
+        "Lfm2Config", "Lfm2ForCausalLM",
+        {
+            **DECODER, "layer_types": ["conv", "full_attention"],
+            "block_auto_adjust_ff_dim": False,
+        },
+        "glu",
+    ),
+    "rwkv": (
+        "RwkvConfig", "RwkvForCausalLM",
+        dict(
+            vocab_size=D_VOCAB, hidden_size=24, attention_hidden_size=24, intermediate_size=40,
+            num_hidden_layers=2,
+        ),
+        "mlp",
+    ),
+    "deberta_v2": ("DebertaV2Config", "DebertaV2ForMaskedLM", ENCODER, "mlp"),
+    "eurobert": ("EuroBertConfig", "EuroBertForMaskedLM", DECODER, "glu"),
+    "dinov2_swiglu": (
+        "Dinov2Config", "Dinov2ForImageClassification", {**VISION, "use_swiglu_ffn": True}, "glu",
+    ),
+    "swin": (
+        "SwinConfig", "SwinForImageClassification",
+        dict(
+            image_size=16, patch_size=2, embed_dim=24, depths=[1, 1], num_heads=[2, 2],
+            window_size=4,
+        ),
+        "mlp",
+    ),
 }  # fmt: skip
 NUMBER_OF_BLOCKS = {
     "albert": 1,
@@ -157,7 +196,7 @@ def example(name: str) -> dict[str, Any]:
     """Inputs for one small forward pass, without anything of polylens."""
     ids = (torch.arange(16).reshape(2, 8) * 37 + 11) % (D_VOCAB - 3) + 3
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    if name == "vit":
+    if name in ("vit", "dinov2_swiglu", "swin"):
         return {"pixel_values": pixels}
     if name == "clip":
         return {"pixel_values": pixels, "input_ids": ids}

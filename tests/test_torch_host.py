@@ -9,6 +9,7 @@ from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.hosts.torch import TorchHost
 from tests.hf_models import ARCHITECTURES, build
 from tests.host_contract import (
+    TOKENS,
     HostContract,
     attach,
     logits,
@@ -112,6 +113,16 @@ def test_inputs_of_other_modalities_are_guessed(name):
     sites, refused = TorchHost(build(name)).sites()
     assert {site.kind for site in sites} == {ARCHITECTURES[name][3]}
     assert refused == {}
+
+
+@pytest.mark.parametrize("name", ["vaultgemma", "recurrent_gemma", "deberta_v2", "eurobert"])
+def test_models_without_a_line_of_code_of_their_own(name):
+    with attach(build(name)) as lens:
+        assert lens.refused == {}
+        report = lens.report(TOKENS.flip(0, 1), loss=False, progress=False)
+    for row in report:
+        assert row.r2[3] > 0.9
+        assert row.r2[3] > row.r2[2] > row.r2[1] > 0
 
 
 def test_unknown_layers_and_points_are_named():

@@ -343,7 +343,10 @@ class Lens:
 
 def _require_sites(sites: list[MLPSite], refused: dict[int, str], model: Any) -> None:
     if not sites:
-        reasons = "; ".join(refused.values()) or "it has no MLP"
+        reasons = "; ".join(refused.values()) or (
+            "it has no MLP in which nothing but an activation, or its product with a linear "
+            "branch, is between two linear maps"
+        )
         raise UnsupportedModel(f"{type(model).__name__} has no layer to attach to: {reasons}")
 
 
