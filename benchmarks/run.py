@@ -48,7 +48,13 @@ def main() -> None:
     pairs = 3 if args.quick else 9
     table = Table("case", "measured", "against", "ratio", "target")
     for row in itertools.chain(
-        fits(pairs), evaluation(pairs), opening(pairs), attaching(pairs), observing(pairs), memory()
+        fits(pairs),
+        evaluation(pairs),
+        opening(pairs),
+        finding(pairs),
+        attaching(pairs),
+        observing(pairs),
+        memory(),
     ):
         table.add_row(*row)
     console = Console(width=118)
@@ -131,47 +137,90 @@ def opening(pairs: int):
         )
 
 
-def attaching(pairs: int):
-    model = demo.load_bridge()
-    tokens = demo.batches(demo.texts()[0], 64, 256)
+def hosts(model: Callable[[], torch.nn.Module]):
+    """(name, the model in that framework, the module that a forward pass calls)."""
+    import nnsight
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    def attach() -> None:
-        polylens.attach(model, tokens, degree=2, progress=False).detach()
+    hf = model()
+    name = type(hf).__name__
+    bridge = build_bridge_from_module(model(), name, hf_config=hf.config, tokenizer=None)
+    wrapped = nnsight.NNsight(model())
+    yield "TransformerBridge", bridge, bridge
+    yield "Hugging Face", hf, hf
+    yield "nnsight", wrapped, wrapped._module
 
-    def plain() -> None:
+
+def finding(pairs: int):
+    """Discovery in a model of the size of SmolLM2-135M."""
+    tokens = torch.arange(16).reshape(2, 8)
+    for name, model, module in hosts(smollm2_sized):
         with torch.no_grad():
-            for batch in tokens.split(8):
-                model(batch)
+            yield compare(
+                f"find_mlps, {name}, size of SmolLM2-135M",
+                lambda m=model: polylens.find_mlps(m),
+                lambda m=module: m(tokens),
+                "plain forward, 2 x 8 tokens",
+                "<= 3",
+                pairs,
+            )
 
-    yield compare(
-        "attach (Gaussian), embedded model", attach, plain, "plain forward", "<= 1.5", pairs // 3
+
+def smollm2_sized() -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
     )
+    return LlamaForCausalLM._from_config(config, attn_implementation="eager").eval()
+
+
+def attaching(pairs: int):
+    tokens = demo.batches(demo.texts()[0], 64, 256)
+    for name, model, module in hosts(demo.load_model):
+
+        def attach(model=model) -> None:
+            polylens.attach(model, tokens, degree=2, progress=False).detach()
+
+        def plain(module=module) -> None:
+            with torch.no_grad():
+                for batch in tokens.split(8):
+                    module(batch)
+
+        yield compare(
+            f"attach (Gaussian), {name}, embedded model",
+            attach,
+            plain,
+            "plain forward",
+            "<= 1.5",
+            pairs // 3,
+        )
 
 
 def observing(pairs: int):
-    model = demo.load_bridge()
     tokens = demo.batches(demo.texts()[0], 8, 256)
-    lens = polylens.attach(model, tokens, degree=2, progress=False)
-    twin = demo.load_bridge()
-    with torch.no_grad():
-        yield compare(
-            "forward with a lens that nobody reads",
-            lambda: model(tokens),
-            lambda: twin(tokens),
-            "plain forward",
-            "<= 1.03",
-            pairs,
-        )
-        with lens.replaced():
-            yield compare(
-                "forward with all MLPs replaced",
-                lambda: model(tokens),
-                lambda: twin(tokens),
-                "plain forward",
-                "",
-                pairs,
-            )
-    lens.detach()
+    twins = [module for _, _, module in hosts(demo.load_model)]
+    for (name, model, module), twin in zip(hosts(demo.load_model), twins, strict=True):
+        lens = polylens.attach(model, tokens, degree=2, progress=False)
+
+        def ours(module=module) -> object:
+            return module(tokens)
+
+        def theirs(twin=twin) -> object:
+            return twin(tokens)
+
+        with torch.no_grad():
+            case = f"forward with a lens that nobody reads, {name}"
+            yield compare(case, ours, theirs, "plain forward", "<= 1.03", pairs)
+            with lens.replaced():
+                case = f"forward with all MLPs replaced, {name}"
+                yield compare(case, ours, theirs, "plain forward", "", pairs)
 
 
 D_MEMORY, LAYERS_MEMORY = 768, 12
