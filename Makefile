@@ -17,7 +17,7 @@ demo: $(VENV)/installed
 	$(BIN)/polylens demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --junitxml=$(VENV)/tests.xml
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- verified versions: begin -->", "<!-- verified versions: end -->"
 PACKAGES = ("transformer-lens", "nnsight", "transformers", "torch")
+ROWS = (*PACKAGES[1:], "Python")
 
 # (file of the tests, name of the test) -> whether it is about the host
 HOSTS: dict[str, Callable[[str, str], bool]] = {
@@ -37,10 +38,8 @@ def main() -> None:
     args = parser.parse_args()
     columns = [column(environment) for environment in args.environments]
     rows = [[label, *(c[label] for c in columns)] for label in columns[0]]
-    rule = ["---"] * (len(columns) + 1)
-    head = ["verified with", *(f"Python {c.pop('Python')}" for c in columns)]
-    lines = [head, rule, *(row for row in rows if row[0] != "Python")]
-    table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    rule = ["---"] * len(rows[0])
+    table = "\n".join(f"| {' | '.join(cells)} |" for cells in [rows[0], rule, *rows[1:]])
     print(table)
     if args.write:
         before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
@@ -54,12 +53,12 @@ def column(environment: Path) -> dict[str, str]:
     """Versions in this environment, and what its tests say about every host."""
     code = (
         "import json, platform; from importlib.metadata import version; "
-        f"print(json.dumps([platform.python_version(), *map(version, {PACKAGES})]))"
+        f"print(json.dumps([*map(version, {PACKAGES}), platform.python_version()]))"
     )
     command = [str(environment / "bin" / "python"), "-c", code]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    python, *versions = json.loads(output)
-    cells = {"Python": python, **dict(zip(PACKAGES, versions, strict=True))}
+    lens, *versions = json.loads(output)
+    cells = {"": f"TransformerLens {lens}", **dict(zip(ROWS, versions, strict=True))}
     cases = list(ElementTree.parse(environment / "tests.xml").iter("testcase"))
     for host, about in HOSTS.items():
         results = [outcome(c) for c in cases if about(test_file(c), c.attrib["name"])]

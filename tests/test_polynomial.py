@@ -244,3 +244,13 @@ def test_gaussian_from_samples_streams():
 def test_bad_input_is_an_error_that_says_so(make, message):
     with pytest.raises((InvalidInputError, polylens.UnsupportedActivation), match=message):
         make()
+
+
+def test_weights_are_finite_even_where_their_sum_is_not():
+    large = torch.full((300, 300), 1000.0, dtype=torch.float16)
+    assert MLPWeights(large, large, "relu").d_mlp == 300
+    for bad in (float("nan"), float("inf")):
+        broken = large.clone()
+        broken[7, 8] = bad
+        with pytest.raises(polylens.InvalidInputError, match="1 NaN or infinite"):
+            MLPWeights(large, broken, "relu")

@@ -64,7 +64,7 @@ class _Weights(Sized):
                     f"{name} is {tensor.dtype} on {tensor.device}, W_in is {self.W_in.dtype} on "
                     f"{self.W_in.device}; give all weights one dtype and one device"
                 )
-            if tensor.device.type != "meta" and not torch.isfinite(tensor).all():
+            if tensor.device.type != "meta" and not _finite(tensor):
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise InvalidInputError(f"{name} has {bad} NaN or infinite entries")
 
@@ -89,6 +89,11 @@ class _Weights(Sized):
             f"{type(self).__name__}(d_in={self.d_in}, d_mlp={self.d_mlp}, d_out={self.d_out}, "
             f"act={self.act.name!r}, {self.dtype}, {self.device})"  # type: ignore[attr-defined]
         )
+
+
+def _finite(t: Tensor) -> bool:
+    # the sum is one pass without a temporary; it may overflow where no entry does
+    return bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all())
 
 
 @dataclass(frozen=True, repr=False)
