@@ -9,7 +9,7 @@ import polylens
 from polylens import analysis
 from polylens.analysis.eigensolver import extreme_eigenpairs
 from polylens.analysis.metric import metric_of
-from polylens.errors import InvalidInputError, PolylensError
+from polylens.errors import ConvergenceError, InvalidInputError
 from polylens.samples import Samples
 
 D_IN, D_MLP, D_OUT = 12, 17, 5
@@ -206,7 +206,7 @@ def test_what_does_not_converge_is_an_error(monkeypatch):
         with pytest.raises(InvalidInputError, match="tolerance must be in"):
             analysis.eigenfeatures(polynomial, torch.ones(3), tolerance=tolerance)
     monkeypatch.setattr("polylens.analysis.eigensolver.MAX_STEPS", 3)
-    with pytest.raises(PolylensError, match="did not converge in 3 blocks"):
+    with pytest.raises(ConvergenceError, match="did not converge in 3 blocks"):
         analysis.eigenfeatures(polynomial, torch.ones(3), method="iterative")
 
 

@@ -30,7 +30,7 @@ LAYERS = (
     ("lockstep", "calibration", "emitter", "scoring", "rendering"),
     ("report",),
     ("lens",),
-    ("analysis", "training"),
+    ("analysis", "trace", "training"),
     ("plots", "figures", "demo", "loading"),
     ("cli", "__main__", "__init__"),
 )

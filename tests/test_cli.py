@@ -1,6 +1,7 @@
 """The command line: end to end on tiny models, and one line for every mistake."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,10 +9,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import polylens
+from polylens import analysis, demo, loading
 from polylens.cli import app, parse_layers
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.loading import load_model, parse_device, parse_dtype, token_windows
 from polylens.report import Report
+from polylens.training import Trace
 
 run = CliRunner().invoke
 
@@ -96,11 +100,11 @@ def not_a_model(tmp_path):
     return path
 
 
-def _fails(arguments, *words):
-    result = run(app, ["report", *(str(a) for a in arguments)])
+def _fails(arguments, *words, command="report"):
+    result = run(app, [command, *(str(a) for a in arguments)])
     message = result.stderr
     assert result.exit_code == 2, result.output
-    assert message.startswith("error: ")
+    assert message.startswith("error: "), message
     assert len(message.splitlines()) == 1
     assert "Traceback" not in result.output
     for word in words:
@@ -135,6 +139,128 @@ def test_broken_model_directories(tmp_path, model_dir, text_file):
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     _fails([tmp_path, "--text", text_file, *SIZES], "could not be loaded")
+
+
+def test_features_of_the_embedded_model(tmp_path):
+    out = tmp_path / "features.json"
+    arguments = ["features", "demo", "--layer", "2", "--direction", "e", "--against", "a"]
+    result = run(app, [*arguments, "-k", "3", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "layer 2 along the logit of 'e' against 'a'" in " ".join(result.output.split())
+    found = json.loads(out.read_text(encoding="utf-8"))
+    # The same from the library.
+    model = demo.load_bridge()
+    with polylens.attach(model, degree=2, layers=2, progress=False) as lens:
+        norm = lens.host.final_norm()
+        u = analysis.token_direction(
+            model.W_U, ord("e"), ord("a"), centred=norm.centred, weight=norm.weight
+        )
+        features = analysis.eigenfeatures(lens[2], u, 3, metric="covariance")
+    assert [row["value"] for row in found["rows"]] == pytest.approx(features.values.tolist())
+    assert sum(row["share"] for row in found["rows"]) == pytest.approx(float(features.share[-1]))
+    name, score = found["rows"][0]["low"][0]
+    assert repr(chr(ord(name[1]))) == name
+    # The activation of that token's embedding alone, by hand.
+    block = model.original_model.transformer.h[2]
+    with torch.no_grad():
+        x = block.ln_2(model.W_E[ord(name[1])]).double() - lens[2].inputs.mean
+    assert float(x @ features.vectors[:, 0]) == pytest.approx(score, rel=1e-3)
+
+
+def test_final_norm_is_that_of_the_model():
+    model = demo.load_bridge()
+    norm = polylens.hosts.host_for(model).final_norm()
+    last = model.original_model.transformer.ln_f
+    assert norm.centred
+    assert torch.equal(norm.weight, last.weight)
+    assert torch.equal(norm.bias, last.bias)
+
+
+def test_features_calibrated_on_text(model_dir, text_file):
+    arguments = ["features", model_dir, "--layer", 1, "--direction", "fox", "--text", text_file]
+    result = run(app, [str(a) for a in (*arguments, *SIZES[:2], *SIZES[4:])])
+    assert result.exit_code == 0, result.output
+    assert "fitted to Gaussian, 160 tokens" in result.output
+    assert "'dog'" in result.output
+
+
+def test_mistakes_in_features_are_one_line(model_dir, tmp_path):
+    _fails(["demo", "--layer", 2, "--direction", "the"], "'the' is 3 tokens", command="features")
+    _fails(["demo", "--layer", 2, "--direction", ""], "'' is 0 tokens", command="features")
+    _fails(["demo", "--layer", 2, "--direction", "e", "--against", "e"], "zero", command="features")
+    _fails(["demo", "--layer", 7, "--direction", "e"], "no layer 7", "3]", command="features")
+    _fails(["demo", "--layer", 2, "--direction", "e", "-k", 999], "k must", command="features")
+    _fails([tmp_path, "--layer", 2, "--direction", "e"], "config.json", command="features")
+    _fails([model_dir, "--layer", 1, "--direction", "fox dog"], "2 tokens", command="features")
+
+
+@pytest.fixture
+def run_dir(tmp_path, model_dir):
+    """Checkpoints 0, 20 and 100 of the same model, scaled; the tokenizer lies beside them."""
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(model_dir)
+    for step in (100, 0, 20):
+        model.save_pretrained(tmp_path / "run" / f"checkpoint-{step}")
+        model.lm_head.weight.data *= 2
+    for file in model_dir.glob("tokenizer*"):
+        (tmp_path / "run" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "run"
+
+
+def test_trace_over_a_directory_of_checkpoints(run_dir, text_file, tmp_path):
+    out, plot = tmp_path / "trace.jsonl", tmp_path / "trace.svg"
+    arguments = [str(a) for a in ("trace", run_dir, "--text", text_file, *SIZES, "--degree", 2)]
+    arguments += ["--out", str(out)]
+    result = run(app, [*arguments, "--steps", "0,100", "--plot", str(plot)])
+    assert result.exit_code == 0, result.output
+    assert plot.read_text().startswith("<?xml")
+    first = Trace.load(out)
+    assert first.steps == [0, 100]
+    # A broken checkpoint is named, and what was measured is kept and not measured again.
+    (run_dir / "checkpoint-20" / "model.safetensors").write_bytes(b"broken")
+    result = run(app, arguments)
+    assert result.exit_code == 0, result.output
+    trace = Trace.load(out)
+    assert trace.rows[: len(first)] == first.rows
+    assert list(trace.errors) == [20]
+    assert "loading" in result.output
+    shutil.copytree(run_dir / "checkpoint-100", run_dir / "checkpoint-20", dirs_exist_ok=True)
+    result = run(app, arguments)
+    assert result.exit_code == 0, result.output
+    trace = Trace.load(out)
+    assert (trace.steps, trace.errors) == ([0, 20, 100], {})
+    torch.testing.assert_close(trace.series(1)[1], trace.series(1)[2])
+
+
+def test_mistakes_in_trace_are_one_line(run_dir, model_dir, text_file, tmp_path):
+    text = ["--text", text_file, *SIZES]
+    _fails([run_dir, *text, "--steps", "0,7"], "steps [7]", "[0, 20, 100]", command="trace")
+    _fails([run_dir, *text, "--steps", "0,x"], "such as 0,1,512", command="trace")
+    _fails([run_dir, *text, "--degree", "-1"], "degree", command="trace")
+    _fails([run_dir, *text, "--tokenizer", tmp_path], "tokenizer of", command="trace")
+    _fails([tmp_path / "run" / "none", *text], "no such directory", command="trace")
+    _fails([model_dir, *text], "checkpoint-500", command="trace")
+    _fails(["org/name", *text], "needs steps", command="trace")
+    _fails(["org/name", *text, "--steps", "1", "--revisions", "main"], "{}", command="trace")
+    for folder in run_dir.glob("checkpoint-*"):
+        (folder / "config.json").unlink()
+    _fails([run_dir, *text], "no checkpoint could be measured", command="trace")
+
+
+def test_hub_revisions_are_loaded_lazily_by_name(monkeypatch):
+    asked = []
+
+    def load(source, device, dtype, revision=None, with_tokenizer=True):
+        asked.append((source, dtype, revision, with_tokenizer))
+        return "model", None
+
+    monkeypatch.setattr(loading, "load_model", load)
+    found = loading.checkpoints("EleutherAI/pythia-14m", [512, 1, 512], dtype="float64")
+    assert [step for step, _ in found] == [1, 512]
+    assert asked == []
+    assert found[1][1]() == "model"
+    assert asked == [("EleutherAI/pythia-14m", "float64", "step512", False)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -1,7 +1,9 @@
 """The command line. Heavy imports happen inside the commands, so that --help is quick."""
 
+import json
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +30,14 @@ DEMO_SEQUENCES, DEMO_LENGTH = 32, 128
 
 _RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 
+ModelName = Annotated[
+    str, typer.Argument(help='Hub name, local directory, .gguf file, or "demo", the embedded one.')
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
+Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")]
+Calibration = Annotated[int, typer.Option(help="From the start of the text.")]
+Heldout = Annotated[int, typer.Option(help="From what follows.")]
+SeqLen = Annotated[int, typer.Option(help="Positions per sequence.")]
 Degree = Annotated[int, typer.Option(help="Highest degree that is fitted, and replaces the MLPs.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON.")]
 PlotFile = Annotated[
@@ -38,15 +48,15 @@ NoLoss = Annotated[bool, typer.Option("--no-loss", help="R2 only: much faster.")
 
 @app.command()
 def report(
-    model: Annotated[str, typer.Argument(help="Hub name, local directory or .gguf file.")],
+    model: ModelName,
     text: Annotated[Path, typer.Option(help="UTF-8 text to calibrate and measure on.")],
     degree: Degree = 2,
     layers: Annotated[str | None, typer.Option(help="Such as 0-5,10; all by default.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")] = "float32",
-    calibration_tokens: Annotated[int, typer.Option(help="From the start of the text.")] = 4096,
-    heldout_tokens: Annotated[int, typer.Option(help="From what follows.")] = 4096,
-    seq_len: Annotated[int, typer.Option(help="Positions per sequence.")] = 128,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    calibration_tokens: Calibration = 4096,
+    heldout_tokens: Heldout = 4096,
+    seq_len: SeqLen = 128,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
@@ -96,6 +106,127 @@ def demo(
         progress = sys.stderr.isatty()
         lens = polylens.attach(embedded.load_bridge(), training, degree=degree, progress=progress)
         _show(lens.report(heldout, loss=not no_loss, progress=progress), json_file, plot_file)
+
+
+@app.command()
+def features(
+    model: ModelName,
+    layer: Annotated[int, typer.Option(help="Which layer's MLP.")],
+    direction: Annotated[str, typer.Option(help="A token, whose logit is the output direction.")],
+    against: Annotated[
+        str | None, typer.Option(help="Another token; the mean of all by default.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many features.")] = 8,
+    text: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text to calibrate on; sampled from the model by default."),
+    ] = None,
+    calibration_tokens: Calibration = 4096,
+    seq_len: SeqLen = 128,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+    json_file: JsonFile = None,
+) -> None:
+    """The quadratic features of one layer along a token's logit, with the tokens they read."""
+    with _one_line_errors():
+        _check_outputs(json_file, None)
+        content = None if text is None else _read(text)
+        import polylens
+        from polylens.analysis import layer_features, single_token
+        from polylens.loading import load_model, token_windows
+
+        _quiet_libraries()
+        bridge, tokenizer = load_model(model, device, dtype)
+
+        def encode(token: str) -> list[int]:
+            return tokenizer.encode(token, add_special_tokens=False)
+
+        token = single_token(direction, encode)
+        other = None if against is None else single_token(against, encode)
+        tokens = None
+        if content is not None:
+            sequences = _windows("calibration", calibration_tokens, seq_len)
+            tokens = token_windows(tokenizer, content, sequences, 1, seq_len)[0]
+        lens = polylens.attach(bridge, tokens, degree=2, layers=layer, progress=sys.stderr.isatty())
+
+        def name(token: int) -> str:
+            # Bytes that are no text of their own come escaped, and repr would do it again.
+            return repr(tokenizer.decode([token])).replace(2 * "\\", "\\")
+
+        found = layer_features(lens, layer, token, against=other, k=k, names=name)
+        Console().print(found, f"fitted to {lens.inputs_summary}")
+        if json_file is not None:
+            json_file.write_text(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
+            _wrote(json_file)
+
+
+@app.command()
+def trace(
+    model: Annotated[
+        str, typer.Argument(help="Directory of checkpoints (checkpoint-500, ...), or hub name.")
+    ],
+    text: Annotated[Path, typer.Option(help="UTF-8 text to calibrate and measure on.")],
+    steps: Annotated[
+        str | None, typer.Option(help="Such as 0,1,2,512; all of a directory by default.")
+    ] = None,
+    revisions: Annotated[str, typer.Option(help="Of a hub name, {} for the step.")] = "step{}",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Hub name or directory; by default the model's.")
+    ] = None,
+    degree: Annotated[int, typer.Option(help="Highest degree.")] = 3,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON lines, appended as it goes; resumes from them.")
+    ] = None,
+    plot_file: PlotFile = None,
+    calibration_tokens: Calibration = 4096,
+    heldout_tokens: Heldout = 4096,
+    seq_len: SeqLen = 128,
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
+) -> None:
+    """R2 by degree over the checkpoints of a training run, loaded one at a time."""
+    with _one_line_errors():
+        _check_outputs(out, plot_file)
+        content, wanted = _read(text), parse_steps(steps)
+        from polylens.loading import checkpoints, load_tokenizer, token_windows
+        from polylens.training import TraceData, TraceWarning, trace_training
+
+        sources = checkpoints(model, wanted, revisions, device, dtype)
+        _quiet_libraries()
+        data = token_windows(
+            load_tokenizer(tokenizer or model),
+            content,
+            _windows("calibration", calibration_tokens, seq_len),
+            _windows("heldout", heldout_tokens, seq_len),
+            seq_len,
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TraceWarning)  # shown in the table
+            result = trace_training(
+                sources, TraceData(*data), degree, path=out, progress=sys.stderr.isatty()
+            )
+        Console().print(result)
+        if not result.steps:
+            raise InvalidInputError("no checkpoint could be measured; the table says why")
+        if plot_file is not None:
+            result.plot().savefig(plot_file)
+        for path in (out, plot_file):
+            if path is not None:
+                _wrote(path)
+
+
+def parse_steps(text: str | None) -> list[int] | None:
+    """ "0,1,512" -> [0, 1, 512]; None stays None.
+
+    Raises:
+        InvalidInputError: anything else.
+    """
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        raise InvalidInputError(f"steps {text!r} must be numbers with commas, such as 0,1,512")
+    return [int(part) for part in parts]
 
 
 def parse_layers(text: str | None) -> list[int] | None:
@@ -184,4 +315,8 @@ def _show(result: "Report", json_file: Path | None, plot_file: Path | None) -> N
         result.plot().savefig(plot_file)
     for path in (json_file, plot_file):
         if path is not None:
-            console.print(f"wrote {escape(str(path))}", soft_wrap=True, highlight=False)
+            _wrote(path)
+
+
+def _wrote(path: Path) -> None:
+    Console().print(f"wrote {escape(str(path))}", soft_wrap=True, highlight=False)

@@ -1,6 +1,8 @@
 """Models and token windows for the command line: from the hub, a directory or a GGUF file."""
 
 import re
+from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,29 +12,47 @@ from torch import Tensor
 
 from polylens.errors import InvalidInputError, UnsupportedModel
 
+DEMO = "demo"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
+_STEP = re.compile(r"(?<![0-9])([0-9]+)$")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def load_model(source: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+def load_model(
+    source: str,
+    device: str = "cpu",
+    dtype: str = "float32",
+    revision: str | None = None,
+    *,
+    with_tokenizer: bool = True,
+) -> tuple[Any, Any]:
     """A TransformerBridge around the model, and its tokenizer.
 
     Args:
-        source: a hub name (org/model), a directory with config.json, or a .gguf file.
+        source: a hub name (org/model), a directory with config.json, or a .gguf file; "demo" is
+            the embedded model.
         device: "cpu", "cuda", "cuda:1", "mps", ...
         dtype: one of DTYPES; a quantised GGUF is dequantised to it.
+        revision: of a hub name: a branch, tag or commit, such as "step1000".
+        with_tokenizer: False gives None for it, and does not look for one.
 
     Raises:
         InvalidInputError: no such file, directory, model, device or dtype.
         UnsupportedModel: a model that transformers or TransformerLens cannot build.
     """
     torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
+    if source == DEMO and not Path(source).exists():
+        from polylens import demo
+
+        return demo.load_bridge(torch_device, torch_dtype), demo.ByteTokenizer()
     location, options = _locate(source)
+    if revision is not None:
+        options = {**options, "revision": revision}
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options)
+        tokenizer = AutoTokenizer.from_pretrained(location, **options) if with_tokenizer else None
         model: Any = AutoModelForCausalLM.from_pretrained(
             location, dtype=torch_dtype, attn_implementation="eager", **options
         )
@@ -44,6 +64,66 @@ def load_model(source: str, device: str = "cpu", dtype: str = "float32") -> tupl
             f"{_first_line(error)}"
         ) from error
     return _bridge(model.to(torch_device).eval(), tokenizer, Path(source).stem, source), tokenizer
+
+
+def checkpoints(
+    source: str,
+    steps: Iterable[int] | None = None,
+    revisions: str = "step{}",
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> list[tuple[int, Callable[[], Any]]]:
+    """(step, function that loads the model) for `trace_training`; nothing is loaded here.
+
+    Args:
+        source: a directory with subdirectories whose names end in the step, such as those that
+            a Hugging Face Trainer writes (checkpoint-500), or a hub name.
+        steps: which; all of a directory by default, and needed for a hub name.
+        revisions: of a hub name, with {} for the step.
+
+    Raises:
+        InvalidInputError: neither, no checkpoint, a step that is not there, a pattern without {}.
+    """
+    folder = Path(source).expanduser()
+    wanted = None if steps is None else sorted(set(steps))
+    if folder.is_dir():
+        there = {int(m[1]): str(p) for p in folder.iterdir() if (m := _STEP.search(p.name))}
+        missing = [step for step in wanted or () if step not in there]
+        if not there or missing:
+            what = f"steps {missing}" if missing else "a directory named by its step"
+            raise InvalidInputError(
+                f"{source} has no {what}; there are {sorted(there) or 'none'}, and names end in "
+                "the step, such as checkpoint-500"
+            )
+        chosen = sorted(there) if wanted is None else wanted
+        return [(s, partial(_model_only, there[s], device, dtype)) for s in chosen]
+    if not _HUB_NAME.fullmatch(source):
+        raise InvalidInputError(f"{source}: no such directory, and not a hub name either")
+    if not wanted or revisions.count("{}") != 1:
+        raise InvalidInputError(
+            f"{source} is a hub name, which needs steps, and revisions with one {{}} for the step; "
+            f"got steps {wanted or 'none'} and {revisions!r}"
+        )
+    return [
+        (step, partial(_model_only, source, device, dtype, revisions.format(step)))
+        for step in wanted
+    ]
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a hub name or directory.
+
+    Raises:
+        InvalidInputError: it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        raise InvalidInputError(
+            f"the tokenizer of {source} could not be loaded: {_first_line(error)}"
+        ) from error
 
 
 def token_windows(
@@ -102,6 +182,10 @@ def parse_device(name: str) -> torch.device:
             f"device {name!r} cannot be used here: {_first_line(error)}; cpu always can"
         ) from error
     return device
+
+
+def _model_only(source: str, device: str, dtype: str, revision: str | None = None) -> Any:
+    return load_model(source, device, dtype, revision, with_tokenizer=False)[0]
 
 
 def _locate(source: str) -> tuple[str, dict[str, str]]:

@@ -2,11 +2,11 @@
 
 import json
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fit import fit
 from polylens.inputs import Gaussian
+from polylens.trace import Trace as Trace
+from polylens.trace import TraceData as TraceData
+from polylens.trace import TraceRow as TraceRow
 from polylens.weights import GLUWeights, MLPWeights
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Layers = dict[int, tuple[MLPWeights | GLUWeights, Callable[[Tensor], Tensor]]]
 Readers = Callable[[nn.Module], Layers]
@@ -26,134 +26,6 @@ Readers = Callable[[nn.Module], Layers]
 
 class TraceWarning(UserWarning):
     """A checkpoint could not be measured; the trace went on without it."""
-
-
-@dataclass(frozen=True)
-class TraceData:
-    """What every checkpoint is measured on.
-
-    Attributes:
-        calibration: [n, d_in] inputs, or [batch, pos] token ids for a language model, that the
-            polynomials are fitted to.
-        held_out: the same kind, that R2 and loss are measured on.
-        labels: [n] classes of `held_out`, for the loss and accuracy of a classifier.
-        inputs: input models by name for the first layer of a classifier, such as
-            {"gaussian": ..., "mixture": ...}; the Gaussian of `calibration` by default. Deeper
-            layers have the Gaussian of what reaches them.
-    """
-
-    calibration: Tensor
-    held_out: Tensor
-    labels: Tensor | None = None
-    inputs: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("calibration", "held_out"):
-            value = getattr(self, name)
-            if not isinstance(value, Tensor) or value.dim() < 2 or not len(value):
-                got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                raise InvalidInputError(
-                    f"{name} must be a tensor [n, d_in], or token ids [batch, pos], with at least "
-                    f"one row; got {got}"
-                )
-        if self.calibration.is_floating_point() != self.held_out.is_floating_point():
-            raise InvalidInputError(
-                "calibration and held_out must both be inputs or both token ids"
-            )
-        if self.labels is not None and len(self.labels) != len(self.held_out):
-            raise InvalidInputError(
-                f"{len(self.labels)} labels for {len(self.held_out)} held-out inputs"
-            )
-
-    @property
-    def is_text(self) -> bool:
-        return not self.calibration.is_floating_point()
-
-
-@dataclass(frozen=True)
-class TraceRow:
-    """One layer of one checkpoint under one input model.
-
-    Attributes:
-        step: training step.
-        layer: index, or None where the checkpoint failed.
-        inputs: name of the input model.
-        r2: degree 0, 1, ... on the held-out data, of the layer's output.
-        r2_model: the same under the input model itself, in closed form; None for a language model.
-        loss: held-out cross entropy [nats]; accuracy: of a classifier; None without labels.
-        error: why the checkpoint could not be measured.
-    """
-
-    step: int
-    layer: int | None = None
-    inputs: str = "gaussian"
-    r2: tuple[float, ...] | None = None
-    r2_model: tuple[float, ...] | None = None
-    loss: float | None = None
-    accuracy: float | None = None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Rows by step; failed checkpoints have a row with `error`."""
-
-    rows: tuple[TraceRow, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def steps(self) -> list[int]:
-        """Measured steps, in order."""
-        return sorted({row.step for row in self.rows if row.error is None})
-
-    @property
-    def errors(self) -> dict[int, str]:
-        """Why each failed checkpoint failed."""
-        return {row.step: row.error for row in self.rows if row.error is not None}
-
-    def series(self, layer: int, inputs: str = "gaussian", model: bool = False) -> Tensor:
-        """[steps, degree + 1] R2 of one layer, held-out or under the input model.
-
-        Raises:
-            InvalidInputError: nothing was measured for this layer and input model.
-        """
-        rows = [r for r in self.rows if r.error is None and (r.layer, r.inputs) == (layer, inputs)]
-        values = [r.r2_model if model else r.r2 for r in sorted(rows, key=lambda r: r.step)]
-        if not values or any(v is None for v in values):
-            there = sorted({(r.layer, r.inputs) for r in self.rows if r.error is None})
-            raise InvalidInputError(f"no R2 of layer {layer}, inputs {inputs!r}; there are {there}")
-        return torch.tensor(values, dtype=torch.float64)
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Trace":
-        """From a JSON-lines file; a last line cut short by an interruption is left out.
-
-        Raises:
-            InvalidInputError: another line that is no row (which).
-        """
-        lines = Path(path).read_text().splitlines()
-        rows = []
-        for number, line in enumerate(lines, 1):
-            try:
-                values = json.loads(line)
-                for name in ("r2", "r2_model"):
-                    values[name] = None if values[name] is None else tuple(values[name])
-                rows.append(TraceRow(**values))
-            except (ValueError, TypeError, KeyError) as error:
-                if number < len(lines):
-                    raise InvalidInputError(
-                        f"{path}, line {number} is no row of a trace ({error}); delete the file "
-                        "or give another path"
-                    ) from error
-        return cls(tuple(rows))
-
-    def plot(self) -> "Figure":
-        """R2 by degree and the loss, on a log step axis."""
-        from polylens.figures import training_figure
-
-        return training_figure(self)
 
 
 class Tracer:

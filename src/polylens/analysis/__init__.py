@@ -19,6 +19,9 @@ from polylens.analysis.features import quadratic_energy as quadratic_energy
 from polylens.analysis.interactions import Interactions as Interactions
 from polylens.analysis.interactions import interactions as interactions
 from polylens.analysis.interactions import through_norm as through_norm
+from polylens.analysis.layer_features import FeatureRow as FeatureRow
+from polylens.analysis.layer_features import LayerFeatures as LayerFeatures
+from polylens.analysis.layer_features import layer_features as layer_features
 from polylens.analysis.linear import SingularFeatures as SingularFeatures
 from polylens.analysis.linear import singular_features as singular_features
 from polylens.analysis.readout import embedding_scores as embedding_scores

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from polylens.errors import PolylensError
+from polylens.errors import ConvergenceError
 
 MAX_STEPS = 4000
 # Fewer vectors at a time reach further with as many products, more of them make better use of
@@ -43,7 +43,7 @@ def extreme_eigenpairs(
         (values [k], vectors [size, k]) by falling |value|.
 
     Raises:
-        PolylensError: not converged after 4000 blocks.
+        ConvergenceError: not converged after 4000 blocks.
 
     Cost: some tens of products with 16 vectors; memory size x max(320, 4 k) float64.
     Source: Wu & Simon 2000, "Thick-restart Lanczos method for large symmetric eigenvalue
@@ -87,7 +87,7 @@ def extreme_eigenpairs(
             kept = order[: limit // 2]
             basis = basis @ rotation[:, kept]
             projected = torch.diag(values[kept])
-    raise PolylensError(
+    raise ConvergenceError(
         f"{k} eigenpairs of a form of size {size} did not converge in {MAX_STEPS} blocks; ask "
         "for fewer, or use method='dense'"
     )

@@ -18,7 +18,7 @@ from polylens.analysis.metric import (
     gaussian_of,
     metric_of,
 )
-from polylens.errors import InvalidInputError, PolylensError
+from polylens.errors import ConvergenceError, InvalidInputError
 from polylens.quadratic import QuadraticForm
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def eigenfeatures(
     Raises:
         InvalidInputError: u of another size, zero or not finite; k above the rank; an indefinite
             metric; an unknown method; a tolerance below 1e-13; a polynomial of degree below 2.
-        PolylensError: the iterative method did not reach the tolerance.
+        ConvergenceError: the iterative method did not reach the tolerance.
 
     Cost: dense O(d_in^2 (d_mlp + d_in)); iterative some tens of products of the factors with
     16 vectors, a copy of them, and no d_in x d_in matrix but the metric.
@@ -310,7 +310,7 @@ def _iterated(form: QuadraticForm, metric: Metric, k: int, tolerance: float, see
         start = pairs[1]
     pairs = run(torch.float64, tolerance, start)
     if pairs[-1].max() > tolerance:
-        raise PolylensError(
+        raise ConvergenceError(
             f"the residuals of {k} eigenpairs end at {float(pairs[-1].max()):.1e}, above the "
             f"tolerance {tolerance:.1e}; give a larger one, or method='dense'"
         )

@@ -40,11 +40,13 @@ def load_model(
     return model.to(device=device, dtype=dtype).eval()  # type: ignore
 
 
-def load_bridge(device: torch.device | str | None = None) -> Any:
+def load_bridge(
+    device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
     """The trained model as a TransformerLens TransformerBridge (3.9 or later)."""
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
-    model = load_model(device)
+    model = load_model(device, dtype)
     bridge = build_bridge_from_module(
         model, "GPT2LMHeadModel", hf_config=model.config, tokenizer=None
     )
@@ -97,6 +99,21 @@ def encode(text: str) -> Tensor:
 def decode(tokens: Tensor) -> str:
     """The text of token ids [n_bytes]; bytes that are not UTF-8 are shown as replacements."""
     return bytes(tokens.reshape(-1).tolist()).decode(errors="replace")
+
+
+class ByteTokenizer:
+    """`encode` and `decode` as a Hugging Face tokenizer has them."""
+
+    bos_token_id = None
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": self.encode(text)}
+
+    def encode(self, text: str, **_: Any) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: list[int]) -> str:
+        return bytes(ids).decode(errors="backslashreplace")
 
 
 def batches(text: str, n_seq: int, seq_len: int) -> Tensor:

@@ -19,9 +19,9 @@ def norm_read(site: MLPSite, calls: list[Call], x: Tensor) -> Norm:
     """
     x = _rows(x)
     for module, before, after in reversed(calls):
-        before, after = _rows(before), _rows(after)
+        after = _rows(after)
         if after.shape == x.shape and torch.allclose(after, x, atol=1e-5):
-            norm = _matching_norm(module, before, after)
+            norm = matching_norm(module, before, after)
             if norm is not None:
                 return norm
     raise UnsupportedModel(
@@ -30,8 +30,12 @@ def norm_read(site: MLPSite, calls: list[Call], x: Tensor) -> Norm:
     )
 
 
-def _matching_norm(module: nn.Module, before: Tensor, after: Tensor) -> Norm | None:
-    """LayerNorm or RMSNorm with the module's weight w, or 1 + w, or none, and its bias."""
+def matching_norm(module: nn.Module, before: Tensor, after: Tensor) -> Norm | None:
+    """LayerNorm or RMSNorm with the module's weight w, or 1 + w, or none, and its bias.
+
+    From what the module read and returned; None where it is neither.
+    """
+    before, after = _rows(before), _rows(after)
     original = getattr(module, "original_component", None) or module
     found = {name: p.detach() for name, p in original.named_parameters(recurse=False)}
     weight, bias = found.get("weight", found.get("w")), found.get("bias", found.get("b"))

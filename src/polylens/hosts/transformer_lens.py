@@ -14,7 +14,7 @@ from polylens.activations import Activation, activation
 from polylens.errors import PolylensError, UnsupportedModel
 from polylens.hosts.base import TOLERANCE, Emitter, MLPSite, Norm, Weights
 from polylens.hosts.junction import Junction, Wiring
-from polylens.hosts.norms import Call, norm_read
+from polylens.hosts.norms import Call, matching_norm, norm_read
 from polylens.hosts.passage import (
     Function,
     Taps,
@@ -139,7 +139,7 @@ class TransformerLensHost:
             self._probe()
         return captured
 
-    def _probe(self) -> None:
+    def _probe(self, return_type: str | None = None) -> None:
         """A tiny forward pass in eval mode, which leaves training flags and RNG as they were."""
         tokens = (torch.arange(16).reshape(2, 8) * 37 + 11) % self.model.cfg.d_vocab
         training = {m: m.training for m in self.model.modules()}
@@ -147,7 +147,7 @@ class TransformerLensHost:
             try:
                 for module in training:
                     module.training = False
-                self.run(tokens)
+                self._forward(tokens, None, return_type)
             except PolylensError:
                 raise
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -263,6 +263,23 @@ class TransformerLensHost:
             stack.enter_context(self.observe(read))
             self._probe()
         return norm_read(site, calls, inputs[0])
+
+    def final_norm(self) -> Norm:
+        """The normalisation in front of the unembedding; UnsupportedModel if there is none."""
+        calls: list[Call] = []
+        last = getattr(self.model, "ln_final", None)
+        if isinstance(last, nn.Module):
+            hook = last.register_forward_hook(lambda m, args, out: calls.append((m, args[0], out)))
+            try:
+                self._probe("logits")
+            finally:
+                hook.remove()
+        norm = matching_norm(*calls[0]) if calls else None
+        if norm is None:
+            raise UnsupportedModel(
+                f"{self.name}: there is no LayerNorm or RMSNorm in front of the unembedding"
+            )
+        return norm
 
 
 class Reader:

@@ -1,0 +1,134 @@
+"""What one layer of a language model computes along a token's logit, in tokens."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from polylens.analysis.features import EigenFeatures, eigenfeatures
+from polylens.analysis.readout import embedding_scores, token_direction, top_tokens
+from polylens.errors import UnsupportedModel
+
+TokenScores = list[tuple[str, float]]
+
+
+@dataclass(frozen=True)
+class FeatureRow:
+    """One eigenfeature: it adds value * activation^2 to the token's logit.
+
+    Attributes:
+        value: eigenvalue under the covariance of the inputs.
+        share: of the quadratic energy along the direction, this feature alone.
+        residual: of the eigenpair, relative to the largest value.
+        high, low: tokens whose embedding alone activates it most, either way, with the
+            activation in standard deviations from its mean. They count alike: it enters squared.
+    """
+
+    value: float
+    share: float
+    residual: float
+    high: TokenScores
+    low: TokenScores
+
+
+@dataclass(frozen=True)
+class LayerFeatures:
+    """The eigenfeatures of one layer along one token's logit.
+
+    Attributes:
+        layer, token, against: token is raised against another one, None for the mean of all.
+        rows: one per feature, by falling absolute value.
+        features: the same as tensors.
+    """
+
+    layer: int
+    token: str
+    against: str | None
+    rows: tuple[FeatureRow, ...]
+    features: EigenFeatures = field(repr=False)
+
+    def __rich__(self) -> Table:
+        against = "the mean of all tokens" if self.against is None else self.against
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+        table.title = (
+            f"layer {self.layer} along the logit of {self.token} against {against}: value × "
+            "activation², activations of embeddings in standard deviations"
+        )
+        for title in ("", "value", "share", "one end", "other end"):
+            table.add_column(title, justify="left" if "end" in title else "right")
+        for i, row in enumerate(self.rows, 1):
+            ends = ("  ".join(f"{n} {v:+.1f}" for n, v in end) for end in (row.high, row.low))
+            table.add_row(str(i), f"{row.value:+.3g}", f"{row.share:.1%}", *map(Text, ends))
+        return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        rows = [dict(vars(row)) for row in self.rows]
+        return {"layer": self.layer, "token": self.token, "against": self.against, "rows": rows}
+
+
+@torch.no_grad()
+def layer_features(
+    lens: Any,
+    layer: int,
+    token: int,
+    *,
+    against: int | None = None,
+    k: int = 8,
+    n_tokens: int = 6,
+    names: Callable[[int], str] = str,
+) -> LayerFeatures:
+    """The k eigenfeatures of a layer along a token's logit, each with the tokens it reads.
+
+    The direction is `token_direction` through the final norm, the metric the covariance of the
+    layer's inputs, so that features are ordered by the variance they explain. A token's score is
+    its embedding through the layer's own norm, less the mean input, along the feature.
+
+    Args:
+        lens: of a TransformerLens model, of degree 2 or more.
+        layer: an attached layer.
+        token, against: ids.
+        k: features; n_tokens: named at either end of each.
+        names: id -> text.
+
+    Raises:
+        InvalidInputError: no such layer or token, k above the rank, a degree below 2.
+        UnsupportedModel: another host; a layer that does not read a norm's output, such as one
+            whose norm is folded away, or a model without a final norm.
+    """
+    polynomial = lens[layer]
+    if not hasattr(lens.host, "final_norm"):
+        raise UnsupportedModel(
+            f"a {lens.host.name} has no embedding and unembedding by name; load the model in "
+            "TransformerLens, or use eigenfeatures with a direction of your own"
+        )
+    model = lens.host.model
+    last = lens.host.final_norm()
+    u = token_direction(model.W_U, token, against, centred=last.centred, weight=last.weight)
+    features = eigenfeatures(polynomial, u, k, metric="covariance")
+    scores = _activations(lens, layer, features.vectors)
+    ends = [top_tokens(column, n_tokens, names) for column in scores.T]
+    shares = (features.values.square() / features.energy).tolist()
+    rows = tuple(
+        FeatureRow(value, share, residual, high, low)
+        for value, share, residual, (high, low) in zip(
+            features.values.tolist(), shares, features.residuals.tolist(), ends, strict=True
+        )
+    )
+    return LayerFeatures(
+        layer, names(token), None if against is None else names(against), rows, features
+    )
+
+
+def _activations(lens: Any, layer: int, vectors: Tensor) -> Tensor:
+    """[d_vocab, k]: embeddings through the layer's norm, less the mean input, along vectors."""
+    norm = lens.host.norm(lens.sites[layer])
+    scores = embedding_scores(
+        vectors, lens.host.model.W_E, centred=norm.centred, weight=norm.weight, bias=norm.bias
+    )
+    return scores - lens[layer].inputs.mean.to(scores) @ vectors
