@@ -34,6 +34,10 @@ class DensePolynomial(Approximation):
     center: Tensor
     whiten: Tensor
     explained: Tensor
+    T0_0: Tensor
+    T1_0: Tensor
+    T1_1: Tensor
+    T2_2: Tensor
 
     def __init__(
         self,

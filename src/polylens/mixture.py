@@ -132,7 +132,8 @@ class GaussianMixture:
         if method == "kmeans":
             from sklearn.cluster import KMeans
 
-            labels = KMeans(k, n_init=4, random_state=seed).fit_predict(data)
+            kmeans = KMeans(k, n_init=4, random_state=seed)  # type: ignore[arg-type]
+            labels = kmeans.fit_predict(data)
             return cls.from_labels(x, torch.as_tensor(labels))
         if method == "em":
             from sklearn.mixture import GaussianMixture as EM

@@ -96,7 +96,8 @@ class Polynomial(Sized, Approximation):
     def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "Polynomial":
         weights, inputs = context_of(metadata, tensors)
         assert weights is not None
-        poly = cls(weights, *(tensors.get(name) for name in _COEFFICIENTS), inputs=inputs)
+        m, s, P = (tensors[name] for name in _COEFFICIENTS[:3])
+        poly = cls(weights, m, s, P, tensors.get("Q"), inputs=inputs)
         poly.ridge = metadata["ridge"]
         return poly
 

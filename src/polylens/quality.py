@@ -287,9 +287,7 @@ class _Pairs(NamedTuple):
     rows: slice
     columns: slice
     rho: Tensor
-    alpha: Tensor | None
-    beta: Tensor | None
-    sigma: Tensor | None
+    linear: tuple[Tensor, Tensor, Tensor] | None  # alpha, beta, sigma of a GLU
 
 
 def _pairs(
@@ -308,13 +306,13 @@ def _pairs(
             W_I = W[:, I].double() * inverse[I]
             rho = (W_I.T @ cov_W).clamp(-1, 1)
             if V is None or cov_V is None:
-                yield _Pairs(I, J, rho, None, None, None)
+                yield _Pairs(I, J, rho, None)
                 continue
             V_I = V[:, I].double()
             t_z, z_t, z_z = W_I.T @ cov_V, V_I.T @ cov_W, V_I.T @ cov_V
             a_I, a_J = a[I, None], a[J]
             sigma = z_z - a_I * t_z - z_t * a_J + a_I * rho * a_J
-            yield _Pairs(I, J, rho, t_z - rho * a_J, z_t - a_I * rho, sigma)
+            yield _Pairs(I, J, rho, (t_z - rho * a_J, z_t - a_I * rho, sigma))
 
 
 def _sum_over_pairs(
@@ -351,11 +349,12 @@ def _sum_over_pairs(
         power = G  # G rho^k / k!, by recurrence in k
         for k in range(K + 1):
             sums[:, k] += _bilinear(e[:, k, I], power, e[:, k, J])
-            if pair.alpha is not None and pair.beta is not None and k < K:
+            if pair.linear is not None and k < K:
+                alpha, beta, sigma = pair.linear
                 # the part of degree k + 1 that holds r
-                sums[:, k + 1] += _bilinear(e[:, k + 1, I], power * pair.alpha, c[:, k, J])
-                sums[:, k + 1] += _bilinear(c[:, k, I], power * pair.beta, e[:, k + 1, J])
-                mixed = power * pair.sigma + previous * pair.alpha * pair.beta
+                sums[:, k + 1] += _bilinear(e[:, k + 1, I], power * alpha, c[:, k, J])
+                sums[:, k + 1] += _bilinear(c[:, k, I], power * beta, e[:, k + 1, J])
+                mixed = power * sigma + previous * alpha * beta
                 sums[:, k + 1] += _bilinear(c[:, k, I], mixed, c[:, k, J])
             previous, power = power, power * pair.rho / (k + 1)
         if not tail[I].any() or not tail[J].any():
@@ -382,12 +381,13 @@ def _bilinear(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
 
 def _cross_norm(pair: _Pairs, r_I: Tensor, r_J: Tensor) -> Tensor:
     """Spectral norm of the cross-correlation of (t_i, r_i) with (t_j, r_j), at most 1."""
-    if pair.alpha is None or pair.beta is None or pair.sigma is None:
+    if pair.linear is None:
         return pair.rho.abs()
+    alpha, beta, sigma = pair.linear
     inverse_I = torch.where(r_I > 0, 1 / r_I, 0.0)
     inverse_J = torch.where(r_J > 0, 1 / r_J, 0.0)
-    p, q = pair.alpha * inverse_J, pair.beta * inverse_I
-    r = pair.sigma * inverse_I * inverse_J
+    p, q = alpha * inverse_J, beta * inverse_I
+    r = sigma * inverse_I * inverse_J
     square = pair.rho**2 + p**2 + q**2 + r**2
     determinant = pair.rho * r - p * q
     root = (square**2 - 4 * determinant**2).clamp(min=0).sqrt()
