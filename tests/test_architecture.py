@@ -32,6 +32,7 @@ LAYERS = (
     ("lens",),
     ("analysis", "trace", "training"),
     ("plots", "figures", "demo", "loading"),
+    ("page",),
     ("cli", "__main__", "__init__"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

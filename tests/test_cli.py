@@ -84,9 +84,14 @@ def test_report_without_loss(model_dir, text_file):
 
 
 def test_demo(tmp_path):
-    out = tmp_path / "report.json"
-    result = run(app, ["demo", "--sequences", "4", "--json", str(out)])
+    out, page = tmp_path / "report.json", tmp_path / "page.html"
+    files = ["--json", str(out), "--html", str(page)]
+    result = run(app, ["demo", "--sequences", "4", *files])
     assert result.exit_code == 0, result.output
+    text = page.read_text(encoding="utf-8")
+    assert "<h3>Layer 3</h3>" in text
+    assert "<code>&#x27;e&#x27;</code>" in text
+    assert f"wrote {page}" in result.output.replace("\n", " ")
     report = Report.from_dict(json.loads(out.read_text(encoding="utf-8")))
     assert report.degree == 3
     assert all(row.r2[1] < row.r2[3] for row in report)
@@ -127,6 +132,7 @@ def test_mistakes_are_one_line(model_dir, text_file, not_a_model, tmp_path):
     _fails([model_dir, "--text", text_file], "tokens", "8,192 are needed")
     _fails([model_dir, *text, "--seq-len", "999"], "--calibration-tokens 160")
     _fails([model_dir, *text, "--json", missing / "a.json"], "no such directory")
+    _fails([model_dir, *text, "--html", missing / "a.html"], "no such directory")
     _fails([model_dir, *text, "--plot", tmp_path / "a.xyz"], "png")
     (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
     _fails([model_dir, "--text", tmp_path / "latin.txt"], "not UTF-8")

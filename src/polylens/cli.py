@@ -4,10 +4,10 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.markup import escape
 from polylens.errors import InvalidInputError, PolylensError
 
 if TYPE_CHECKING:
+    from polylens.lens import Lens
     from polylens.report import Report
 
 app = typer.Typer(
@@ -43,6 +44,9 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the report 
 PlotFile = Annotated[
     Path | None, typer.Option("--plot", help="Write the figure (.png, .pdf, .svg).")
 ]
+HtmlFile = Annotated[
+    Path | None, typer.Option("--html", help="Write one page with everything about the layers.")
+]
 NoLoss = Annotated[bool, typer.Option("--no-loss", help="R2 only: much faster.")]
 
 
@@ -60,11 +64,12 @@ def report(
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
+    html_file: HtmlFile = None,
     no_loss: NoLoss = False,
 ) -> None:
     """Fit polynomials to every MLP of a language model and show how good they are."""
     with _one_line_errors():
-        _check_outputs(json_file, plot_file)
+        _check_outputs(json_file, plot_file, html_file)
         chosen = parse_layers(layers)
         content = _read(text)
         import polylens
@@ -81,7 +86,9 @@ def report(
         )
         options = {"batch_size": batch_size, "progress": sys.stderr.isatty()}
         lens = polylens.attach(bridge, calibration, degree=degree, layers=chosen, **options)
-        _show(lens.report(heldout, loss=not no_loss, **options), json_file, plot_file)
+        result = lens.report(heldout, loss=not no_loss, **options)
+        _show(result, json_file, plot_file)
+        _page(lens, result, tokenizer, html_file)
 
 
 @app.command()
@@ -89,6 +96,7 @@ def demo(
     degree: Degree = 3,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
+    html_file: HtmlFile = None,
     no_loss: NoLoss = False,
     sequences: Annotated[
         int, typer.Option(min=1, help=f"Sequences of {DEMO_LENGTH} bytes, twice.")
@@ -96,7 +104,7 @@ def demo(
 ) -> None:
     """The report on a small language model that comes with polylens; needs no network."""
     with _one_line_errors():
-        _check_outputs(json_file, plot_file)
+        _check_outputs(json_file, plot_file, html_file)
         import polylens
         from polylens import demo as embedded
 
@@ -105,7 +113,9 @@ def demo(
         )
         progress = sys.stderr.isatty()
         lens = polylens.attach(embedded.load_bridge(), training, degree=degree, progress=progress)
-        _show(lens.report(heldout, loss=not no_loss, progress=progress), json_file, plot_file)
+        result = lens.report(heldout, loss=not no_loss, progress=progress)
+        _show(result, json_file, plot_file)
+        _page(lens, result, embedded.ByteTokenizer(), html_file)
 
 
 @app.command()
@@ -148,12 +158,8 @@ def features(
             sequences = _windows("calibration", calibration_tokens, seq_len)
             tokens = token_windows(tokenizer, content, sequences, 1, seq_len)[0]
         lens = polylens.attach(bridge, tokens, degree=2, layers=layer, progress=sys.stderr.isatty())
-
-        def name(token: int) -> str:
-            # Bytes that are no text of their own come escaped, and repr would do it again.
-            return repr(tokenizer.decode([token])).replace(2 * "\\", "\\")
-
-        found = layer_features(lens, layer, token, against=other, k=k, names=name)
+        names = _token_names(tokenizer)
+        found = layer_features(lens, layer, token, against=other, k=k, names=names)
         Console().print(found, f"fitted to {lens.inputs_summary}")
         if json_file is not None:
             json_file.write_text(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
@@ -275,9 +281,11 @@ def _read(path: Path) -> str:
         raise InvalidInputError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _check_outputs(json_file: Path | None, plot_file: Path | None) -> None:
+def _check_outputs(
+    data_file: Path | None, plot_file: Path | None, html_file: Path | None = None
+) -> None:
     """Before hours of work: can the results be written?"""
-    for path in (json_file, plot_file):
+    for path in (data_file, plot_file, html_file):
         if path is not None and not path.absolute().parent.is_dir():
             raise InvalidInputError(f"{path} cannot be written: there is no such directory")
     if plot_file is not None:
@@ -316,6 +324,20 @@ def _show(result: "Report", json_file: Path | None, plot_file: Path | None) -> N
     for path in (json_file, plot_file):
         if path is not None:
             _wrote(path)
+
+
+def _page(lens: "Lens", result: "Report", tokenizer: Any, path: Path | None) -> None:
+    if path is not None:
+        from polylens.page import html_page
+
+        html_page(lens, result, path, names=_token_names(tokenizer))
+        _wrote(path)
+
+
+def _token_names(tokenizer: Any) -> Callable[[int], str]:
+    """Token id -> its text in quotes."""
+    # Bytes that are no text of their own come escaped, and repr would do it again.
+    return lambda token: repr(tokenizer.decode([token])).replace(2 * "\\", "\\")
 
 
 def _wrote(path: Path) -> None:

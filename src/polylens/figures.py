@@ -1,6 +1,6 @@
 """Figures of the analyses, by the conventions of `plots`: no pyplot, no shared state."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +144,45 @@ def training_figure(trace: "Trace") -> "Figure":
         figure.legend(handles, names, frameon=False, fontsize=6.5, loc="outside right upper")
         if losses:
             panels[1, 0].set_ylabel("loss [nats]")
+    return figure
+
+
+def shares_figure(shares: Mapping[str, Mapping[int, Sequence[float]]]) -> "Figure":
+    """How many components carry a layer: a panel per kind, a line per layer, coloured by depth.
+
+    Args:
+        shares: panel title -> layer -> cumulative share of the first 1, 2, ... components.
+
+    Raises:
+        InvalidInputError: nothing to draw.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    layers = sorted({layer for by_layer in shares.values() for layer in by_layer})
+    if not layers:
+        raise InvalidInputError("no layer was opened, so there are no shares to draw")
+    # cividis reads the same to colour-blind eyes; its pale end is left out.
+    depth = ScalarMappable(Normalize(layers[0], max(layers[-1], layers[0] + 1) * 1.15), "cividis")
+    with _figure((0.6 + 2.2 * len(shares), 2.2)) as figure:
+        panels = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
+        for panel, (title, by_layer) in zip(panels, shares.items(), strict=True):
+            for layer, values in by_layer.items():
+                ranks = range(1, len(values) + 1)
+                colour = depth.to_rgba(layer)
+                panel.plot(ranks, values, color=colour, linewidth=1.2, marker=".", markersize=3)
+            panel.set_title(title)
+            panel.set_xlabel("components")
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            panel.xaxis.set_minor_formatter("")
+            panel.set_ylim(0, 1.03)
+            panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+            _tidy(panel)
+        panels[0].set_ylabel("share kept")
+        ticks = layers if len(layers) <= 6 else layers[:: -(-len(layers) // 6)]
+        bar = figure.colorbar(depth, ax=list(panels), label="layer", ticks=ticks)
+        bar.ax.set_ylim(layers[0], max(layers[-1], layers[0] + 1))
     return figure
 
 

@@ -11,7 +11,12 @@ from rich.text import Text
 from torch import Tensor
 
 from polylens.analysis.features import EigenFeatures, eigenfeatures
-from polylens.analysis.readout import embedding_scores, token_direction, top_tokens
+from polylens.analysis.readout import (
+    embedding_scores,
+    token_direction,
+    top_tokens,
+    unembedding_scores,
+)
 from polylens.errors import UnsupportedModel
 
 TokenScores = list[tuple[str, float]]
@@ -101,34 +106,60 @@ def layer_features(
         UnsupportedModel: another host; a layer that does not read a norm's output, such as one
             whose norm is folded away, or a model without a final norm.
     """
-    polynomial = lens[layer]
-    if not hasattr(lens.host, "final_norm"):
-        raise UnsupportedModel(
-            f"a {lens.host.name} has no embedding and unembedding by name; load the model in "
-            "TransformerLens, or use eigenfeatures with a direction of your own"
-        )
-    model = lens.host.model
-    last = lens.host.final_norm()
-    u = token_direction(model.W_U, token, against, centred=last.centred, weight=last.weight)
-    features = eigenfeatures(polynomial, u, k, metric="covariance")
-    scores = _activations(lens, layer, features.vectors)
-    ends = [top_tokens(column, n_tokens, names) for column in scores.T]
-    shares = (features.values.square() / features.energy).tolist()
-    rows = tuple(
-        FeatureRow(value, share, residual, high, low)
-        for value, share, residual, (high, low) in zip(
-            features.values.tolist(), shares, features.residuals.tolist(), ends, strict=True
-        )
-    )
+    last = _language_host(lens).final_norm()
+    W_U = lens.host.model.W_U
+    u = token_direction(W_U, token, against, centred=last.centred, weight=last.weight)
+    features = eigenfeatures(lens[layer], u, k, metric="covariance")
+    rows = feature_rows(lens, layer, features, n_tokens, names)
     return LayerFeatures(
         layer, names(token), None if against is None else names(against), rows, features
     )
 
 
-def _activations(lens: Any, layer: int, vectors: Tensor) -> Tensor:
-    """[d_vocab, k]: embeddings through the layer's norm, less the mean input, along vectors."""
-    norm = lens.host.norm(lens.sites[layer])
+@torch.no_grad()
+def feature_rows(
+    lens: Any, layer: int, features: EigenFeatures, n_tokens: int, names: Callable[[int], str]
+) -> tuple[FeatureRow, ...]:
+    """Features of a layer along any direction, with the tokens they read as in `layer_features`.
+
+    Raises:
+        UnsupportedModel: as `layer_features`.
+    """
+    norm = _language_host(lens).norm(lens.sites[layer])
     scores = embedding_scores(
-        vectors, lens.host.model.W_E, centred=norm.centred, weight=norm.weight, bias=norm.bias
+        features.vectors,
+        lens.host.model.W_E,
+        centred=norm.centred,
+        weight=norm.weight,
+        bias=norm.bias,
     )
-    return scores - lens[layer].inputs.mean.to(scores) @ vectors
+    scores = scores - lens[layer].inputs.mean.to(scores) @ features.vectors
+    shares = features.values.square() / features.energy
+    columns = (features.values, shares, features.residuals)
+    return tuple(
+        FeatureRow(*numbers, *top_tokens(column, n_tokens, names))
+        for column, *numbers in zip(scores.T, *(c.tolist() for c in columns), strict=True)
+    )
+
+
+@torch.no_grad()
+def written_tokens(
+    lens: Any, u: Tensor, n_tokens: int, names: Callable[[int], str]
+) -> tuple[TokenScores, TokenScores]:
+    """(raised most, lowered most) when a layer writes u, through the final norm.
+
+    Raises:
+        UnsupportedModel: as `layer_features`.
+    """
+    last = _language_host(lens).final_norm()
+    scores = unembedding_scores(u, lens.host.model.W_U, centred=last.centred, weight=last.weight)
+    return top_tokens(scores[:, 0], n_tokens, names)
+
+
+def _language_host(lens: Any) -> Any:
+    if not hasattr(lens.host, "final_norm"):
+        raise UnsupportedModel(
+            f"a {lens.host.name} has no embedding and unembedding by name; load the model in "
+            "TransformerLens, or use eigenfeatures with a direction of your own"
+        )
+    return lens.host
