@@ -3,11 +3,8 @@
 python examples/digits.py [--out figures] [--epochs 100]
 """
 
-import argparse
-from pathlib import Path
-
 import torch
-from images import Images, Setting, run
+from images import Images, Result, chosen, parser, run
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
@@ -22,14 +19,9 @@ def load(seed: int = 0) -> Images:
     return Images(train.float(), train_labels, test.float(), test_labels, (8, 8))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("digits-figures"))
-    parser.add_argument("--epochs", type=int, default=100)
-    parser.add_argument("--hidden", type=int, default=128)
-    options = parser.parse_args(arguments)
-    setting = Setting(hidden=options.hidden, epochs=options.epochs, learning_rate=3e-3)
-    run(load(), setting, options.out)
+def main(arguments: list[str] | None = None) -> list[Result]:
+    options = parser(__doc__, "digits-figures", epochs=100, hidden=128).parse_args(arguments)
+    return run(load(), chosen(options, learning_rate=3e-3), options.out)
 
 
 if __name__ == "__main__":

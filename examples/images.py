@@ -3,8 +3,10 @@
 The experiments of "Converting MLPs into Polynomials in Closed Form" (Belrose & Rigg 2025).
 """
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -44,6 +46,7 @@ class Setting:
     weight_decay: float = 0.01
     degree: int = 4
     activations: tuple[str, ...] = ("relu", "gelu", "swiglu")
+    gate_bias: float = 0.0  # added to a GLU's gate at initialisation
     norms: tuple[float, ...] = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
     seed: int = 0
 
@@ -98,10 +101,40 @@ class PlainMLP(nn.Sequential):
         )
 
 
-def build(activation: str, d_in: int, hidden: int, seed: int) -> nn.Module:
+def parser(description: str, out: str, **defaults: float) -> argparse.ArgumentParser:
+    """What both scripts can be told."""
+    options = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=Path, default=Path(out), help="folder for the figures")
+    options.add_argument("--activations", nargs="+", default=Setting.activations)
+    options.add_argument("--epochs", type=int)
+    options.add_argument("--hidden", type=int)
+    options.add_argument("--degree", type=int, default=Setting.degree)
+    options.add_argument("--gate-bias", type=float, default=0.0, help="SwiGLU at initialisation")
+    options.set_defaults(**defaults)
+    return options
+
+
+def chosen(options: argparse.Namespace, **fixed: Any) -> Setting:
+    return Setting(
+        hidden=options.hidden,
+        epochs=options.epochs,
+        degree=options.degree,
+        activations=tuple(options.activations),
+        gate_bias=options.gate_bias,
+        **fixed,
+    )
+
+
+def build(activation: str, d_in: int, setting: Setting, seed: int) -> nn.Module:
+    hidden = setting.hidden
     torch.manual_seed(seed)
     if activation == "swiglu":
-        return GatedMLP(d_in, hidden, CLASSES)
+        network = GatedMLP(d_in, hidden, CLASSES)
+        with torch.no_grad():
+            network.gate.bias += setting.gate_bias
+        return network
     act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]()
     return PlainMLP(d_in, hidden, CLASSES, act)
 
@@ -137,7 +170,7 @@ def study(activation: str, images: Images, setting: Setting, inputs: dict) -> Re
     """Everything that the paper shows, for one activation."""
     data = TraceData(images.train, images.test, images.test_labels, inputs)
     tracer = Tracer(data, setting.degree)
-    network = build(activation, images.d_in, setting.hidden, setting.seed)
+    network = build(activation, images.d_in, setting, setting.seed)
     train(network, images, setting, setting.seed, tracer)
     network.eval()
     polynomial = polylens.fit(network.normal_form(), inputs["gaussian"], setting.degree)
@@ -154,7 +187,7 @@ def study(activation: str, images: Images, setting: Setting, inputs: dict) -> Re
     attacks = analysis.evaluate_attacks(
         network, polynomial, images.test, images.test_labels, setting.norms
     )
-    other = build(activation, images.d_in, setting.hidden, setting.seed + 1)
+    other = build(activation, images.d_in, setting, setting.seed + 1)
     train(other, images, setting, setting.seed + 1)
     other_polynomial = polylens.fit(other.eval().normal_form(), inputs["gaussian"], 1)
     norm = setting.norms[1]
@@ -182,12 +215,10 @@ def study(activation: str, images: Images, setting: Setting, inputs: dict) -> Re
 
 
 def input_models(images: Images) -> dict:
-    models = {"gaussian": polylens.Gaussian.from_samples(images.train)}
-    if hasattr(polylens, "GaussianMixture"):
-        models["class mixture"] = polylens.GaussianMixture.from_labels(
-            images.train, images.train_labels
-        )
-    return models
+    return {
+        "gaussian": polylens.Gaussian.from_samples(images.train),
+        "class mixture": polylens.GaussianMixture.from_labels(images.train, images.train_labels),
+    }
 
 
 def run(
@@ -229,9 +260,8 @@ def quality_table(results: list[Result]) -> Table:
 
 def training_table(results: list[Result]) -> Table:
     table = Table(title="R² on test images over training (Gaussian inputs)")
-    for column in ("", "step", "loss", "degree 1", "degree 2", "degree 3", "degree 4")[
-        : 3 + len(results[0].r2["gaussian"]) - 1
-    ]:
+    degrees = range(1, len(results[0].r2["gaussian"]))
+    for column in ("", "step", "loss", *(f"degree {k}" for k in degrees)):
         table.add_column(column, justify="right")
     for result in results:
         for row in result.trace.rows:

@@ -50,6 +50,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
     parser.add_argument("--model", help="hub name, directory or GGUF file")
     parser.add_argument("--layers", type=int, nargs="+", help="all by default")
     parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--positions", type=int, nargs="+", default=POSITIONS)
     options = parser.parse_args(arguments)
     training, held_out = demo.texts()
     if options.model is None:
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
         for layer in lens:
             predicted, true = [], []
             for batch in range(len(test)):
-                for position in POSITIONS:
+                for position in options.positions:
                     first, second = logits[batch, position].topk(2).indices.tolist()
                     u = model.W_U[:, first] - model.W_U[:, second]
                     writers, names = analysis.residual_writers(lens, cache, layer, position, batch)
