@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from polylens import demo
+from polylens.training import TraceData, Tracer
 
 CONFIG = {
     "vocab_size": 256,
@@ -42,7 +43,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(demo.__file__).parent)
-    parser.add_argument("--checkpoints", type=Path, help="also save weights at steps 1, 2, 4, ...")
+    parser.add_argument(
+        "--trace", type=Path, help="R2 of degree 1 to 3 at steps 0, 1, 2, 4, ..., as JSON lines"
+    )
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
@@ -52,10 +55,13 @@ def main() -> None:
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, args.steps))
     generator = torch.Generator().manual_seed(args.seed)
 
+    windows = TraceData(*(demo.batches(text, 16, 128) for text in demo.texts()))
+    tracer = Tracer(windows, 3, path=args.trace) if args.trace else None
+
     curve, start = [], time.time()
     for step in tqdm(range(args.steps)):
-        if args.checkpoints and step & (step - 1) == 0:
-            save(model, args.checkpoints / f"step{step:06d}.safetensors")
+        if tracer is not None:
+            tracer(step, model)
         starts = torch.randint(len(training) - LENGTH, (BATCH,), generator=generator)
         batch = torch.stack([training[i : i + LENGTH] for i in starts.tolist()])
         loss = model(batch, labels=batch).loss
@@ -68,6 +74,9 @@ def main() -> None:
             curve.append({"step": step + 1, "train": round(loss.item(), 4)})
             tqdm.write(json.dumps(curve[-1]))
 
+    if tracer is not None:
+        tracer.measure(args.steps, lambda: model)
+        tracer.trace.plot().savefig(args.trace.with_suffix(".png"))
     save(model, args.out / "model.safetensors")
     (args.out / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
     figures = {

@@ -186,3 +186,20 @@ def test_bad_input_is_refused(data):
         Trace(()).plot()
     with pytest.raises(UnsupportedModel, match="pass layers="):
         sequential_layers(nn.Linear(2, 2))
+
+
+def test_many_layers_are_drawn_by_degree():
+    rows = [
+        TraceRow(step, layer, r2=(0.0, 0.9 - layer / 10, 0.99), loss=2.0)
+        for step in (0, 1, 8)
+        for layer in range(5)
+    ]
+    figure = Trace((*rows, TraceRow(4, error="lost"))).plot()
+    first, second, *losses, bar = figure.axes
+    assert [panel.get_title() for panel in (first, second)] == ["degree 1", "degree 2"]
+    for layer, line in enumerate(first.lines):
+        assert line.get_xdata().tolist() == [0, 1, 8]
+        assert line.get_ydata().tolist() == pytest.approx([0.1 + layer / 10] * 3)
+    assert len({line.get_color() for line in first.lines}) == 5
+    assert all(len(panel.lines) == 2 for panel in losses)
+    assert (first.get_xscale(), bar.get_ylabel()) == ("symlog", "layer")

@@ -101,47 +101,52 @@ def class_features_figure(
 
 
 def training_figure(trace: "Trace") -> "Figure":
-    """R2 by degree over training, a panel per layer and input model, and the loss below.
+    """R2 by degree over training, and the loss below.
 
-    Solid lines are measured on held-out data, dotted ones under the input model itself, on the
-    scale of 1 - R2 as in `report_figure`. Failed checkpoints are marked on the loss panel.
+    A panel per layer and input model with a line per degree; of more than two layers a panel per
+    degree with a line per layer, coloured by depth. Solid lines are measured on held-out data,
+    dotted ones under the input model itself, on the scale of 1 - R2 as in `report_figure`.
+    Failed checkpoints are marked on the loss panels.
 
     Raises:
         InvalidInputError: a trace in which nothing was measured.
     """
-    rows = [row for row in trace.rows if row.error is None and row.r2 is not None]
+    rows = trace.measured
     if not rows:
         raise InvalidInputError("the trace has no measured checkpoint, so there is nothing to draw")
     keys = list(dict.fromkeys((row.layer, row.inputs) for row in rows))
-    layers = {layer for layer, _ in keys}
+    layers = sorted({layer for layer, _ in keys if layer is not None})
+    deep = len(layers) > 2
+    columns = max(1, rows[0].degree) if deep else len(keys)
     losses = {row.step: row.loss for row in rows if row.loss is not None}
     heights = (2.4, 1) if losses else (1,)
-    with _figure((1.6 + 2.4 * len(keys), 3.4 if losses else 2.5)) as figure:
+    with _figure((1.6 + (1.9 if deep else 2.4) * columns, 3.4 if losses else 2.5)) as figure:
         panels = figure.subplots(
-            len(heights),
-            len(keys),
-            squeeze=False,
-            sharex=True,
-            height_ratios=heights,
-            sharey="row",
+            len(heights), columns, squeeze=False, sharex=True, height_ratios=heights, sharey="row"
         )
-        for column, (layer, inputs) in enumerate(keys):
-            _draw_trace(panels[0, column], [r for r in rows if (r.layer, r.inputs) == keys[column]])
-            where = f"layer {layer}, " if len(layers) > 1 else ""
-            panels[0, column].set_title(f"{where}{inputs} inputs")
-            if losses:
-                steps = sorted(losses)
-                panel = panels[1, column]
-                panel.plot(steps, [losses[s] for s in steps], color="black", linewidth=1.2)
-                for step in trace.errors:
-                    panel.axvline(step, color=COLOURS[1], linestyle=":", linewidth=0.8)
-                panel.set_ylim(bottom=0)
-                _tidy(panel)
-            panels[-1, column].set_xlabel("training step")
+        for column, panel in enumerate(panels[0]):
+            if deep:
+                _draw_layers(panel, rows, layers, column + 1)
+                continue
+            _draw_trace(panel, [r for r in rows if (r.layer, r.inputs) == keys[column]])
+            where = f"layer {keys[column][0]}, " if len(layers) > 1 else ""
+            panel.set_title(f"{where}{keys[column][1]} inputs")
+        for panel in panels[1] if losses else ():
+            steps = sorted(losses)
+            panel.plot(steps, [losses[s] for s in steps], color="black", linewidth=1.2)
+            for step in trace.errors:
+                panel.axvline(step, color=COLOURS[1], linestyle=":", linewidth=0.8)
+            panel.set_ylim(bottom=0)
+            _tidy(panel)
+        for panel in panels[-1]:
+            panel.set_xlabel("training step")
         scale_r2(panels[0, 0])  # all panels share it
         panels[0, 0].set_ylabel("R²")
-        handles, names = panels[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, frameon=False, fontsize=6.5, loc="outside right upper")
+        if deep:
+            _depth_bar(figure, list(panels[0]), layers)
+        else:
+            handles, names = panels[0, 0].get_legend_handles_labels()
+            figure.legend(handles, names, frameon=False, fontsize=6.5, loc="outside right upper")
         if losses:
             panels[1, 0].set_ylabel("loss [nats]")
     return figure
@@ -156,14 +161,10 @@ def shares_figure(shares: Mapping[str, Mapping[int, Sequence[float]]]) -> "Figur
     Raises:
         InvalidInputError: nothing to draw.
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
     layers = sorted({layer for by_layer in shares.values() for layer in by_layer})
     if not layers:
         raise InvalidInputError("no layer was opened, so there are no shares to draw")
-    # cividis reads the same to colour-blind eyes; its pale end is left out.
-    depth = ScalarMappable(Normalize(layers[0], max(layers[-1], layers[0] + 1) * 1.15), "cividis")
+    depth = _depth(layers)
     with _figure((0.6 + 2.2 * len(shares), 2.2)) as figure:
         panels = figure.subplots(1, len(shares), sharey=True, squeeze=False)[0]
         for panel, (title, by_layer) in zip(panels, shares.items(), strict=True):
@@ -180,9 +181,7 @@ def shares_figure(shares: Mapping[str, Mapping[int, Sequence[float]]]) -> "Figur
             panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
             _tidy(panel)
         panels[0].set_ylabel("share kept")
-        ticks = layers if len(layers) <= 6 else layers[:: -(-len(layers) // 6)]
-        bar = figure.colorbar(depth, ax=list(panels), label="layer", ticks=ticks)
-        bar.ax.set_ylim(layers[0], max(layers[-1], layers[0] + 1))
+        _depth_bar(figure, list(panels), layers)
     return figure
 
 
@@ -294,7 +293,7 @@ def _draw_pictures(
 def _draw_trace(panel: "Axes", rows: list[Any]) -> None:
     rows = sorted(rows, key=lambda row: row.step)
     steps = [row.step for row in rows]
-    for k in range(1, len(rows[0].r2)):
+    for k in range(1, rows[0].degree + 1):
         style = (k - 1) % len(COLOURS)
         colour, marker = COLOURS[style], MARKERS[style]
         left = [max(1 - row.r2[k], CLOSE) for row in rows]
@@ -312,10 +311,42 @@ def _draw_trace(panel: "Axes", rows: list[Any]) -> None:
             panel.plot(steps, left, color=colour, linewidth=1.0, linestyle=":")
     if rows[0].r2_model is not None:
         panel.plot([], [], color=GREY, linewidth=1.0, linestyle=":", label="under the model")
+    _scale_steps(panel, steps)
+
+
+def _draw_layers(panel: "Axes", rows: list[Any], layers: Sequence[int], degree: int) -> None:
+    """One degree, a line per layer."""
+    depth = _depth(layers)
+    for layer in layers:
+        found = sorted((r.step, r.r2[degree]) for r in rows if r.layer == layer)
+        steps, values = zip(*found, strict=True)
+        left = [max(1 - value, CLOSE) for value in values]
+        colour = depth.to_rgba(layer)
+        panel.plot(steps, left, color=colour, marker=".", markersize=3, linewidth=1.2)
+    panel.set_title(f"degree {degree}")
+    _scale_steps(panel, [row.step for row in rows])
+
+
+def _scale_steps(panel: "Axes", steps: Sequence[int]) -> None:
     # Step 0 has a place on the axis, left of step 1.
     panel.set_xscale("symlog", linthresh=1, linscale=0.3)
     panel.set_xlim(left=min(steps))
     _tidy(panel)
+
+
+def _depth(layers: Sequence[int]) -> Any:
+    """Colours by layer; cividis reads the same to colour-blind eyes, less its pale end."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    top = max(layers[-1], layers[0] + 1)
+    return ScalarMappable(Normalize(layers[0], top + 0.15 * (top - layers[0])), "cividis")
+
+
+def _depth_bar(figure: "Figure", panels: list[Any], layers: Sequence[int]) -> None:
+    ticks = layers if len(layers) <= 6 else layers[:: -(-len(layers) // 6)]
+    bar = figure.colorbar(_depth(layers), ax=panels, label="layer", ticks=list(ticks))
+    bar.ax.set_ylim(layers[0], max(layers[-1], layers[0] + 1))
 
 
 def _signed_map() -> Any:

@@ -83,6 +83,11 @@ class TraceRow:
     accuracy: float | None = None
     error: str | None = None
 
+    @property
+    def degree(self) -> int:
+        """Highest one measured; -1 where none was."""
+        return len(self.r2 or ()) - 1
+
 
 @dataclass(frozen=True)
 class Trace:
@@ -92,6 +97,11 @@ class Trace:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def measured(self) -> list[TraceRow]:
+        """The rows that have R2."""
+        return [row for row in self.rows if row.error is None and row.r2 is not None]
 
     @property
     def steps(self) -> list[int]:
@@ -118,8 +128,8 @@ class Trace:
 
     def __rich__(self) -> Table:
         """A line per step and input model; R2 is the median over layers."""
-        rows = [row for row in self.rows if row.r2 is not None]
-        degree = max((len(row.r2) - 1 for row in rows), default=0)
+        rows = self.measured
+        degree = max((row.degree for row in rows), default=0)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
         for title in ("step", "inputs", "loss", *(f"R² deg {k}" for k in range(1, degree + 1))):
             table.add_column(title, justify="left" if title == "inputs" else "right")
@@ -129,7 +139,7 @@ class Trace:
             for inputs in dict.fromkeys(row.inputs for row in rows if row.step == step):
                 there = [r for r in rows if (r.step, r.inputs) == (step, inputs)]
                 loss = "–" if there[0].loss is None else f"{there[0].loss:.4f}"
-                r2 = (median(r.r2[k] for r in there) for k in range(1, degree + 1))
+                r2 = (median((r.r2 or ())[k] for r in there) for k in range(1, degree + 1))
                 table.add_row(str(step), inputs, loss, *(f"{value:.4f}" for value in r2))
         return table
 

@@ -135,10 +135,14 @@ def feature_rows(
     )
     scores = scores - lens[layer].inputs.mean.to(scores) @ features.vectors
     shares = features.values.square() / features.energy
-    columns = (features.values, shares, features.residuals)
     return tuple(
-        FeatureRow(*numbers, *top_tokens(column, n_tokens, names))
-        for column, *numbers in zip(scores.T, *(c.tolist() for c in columns), strict=True)
+        FeatureRow(
+            float(features.values[i]),
+            float(shares[i]),
+            float(features.residuals[i]),
+            *top_tokens(scores[:, i], n_tokens, names),
+        )
+        for i in range(len(features))
     )
 
 

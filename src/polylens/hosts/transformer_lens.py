@@ -267,9 +267,13 @@ class TransformerLensHost:
     def final_norm(self) -> Norm:
         """The normalisation in front of the unembedding; UnsupportedModel if there is none."""
         calls: list[Call] = []
+
+        def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
+            calls.append((module, args[0], out))
+
         last = getattr(self.model, "ln_final", None)
         if isinstance(last, nn.Module):
-            hook = last.register_forward_hook(lambda m, args, out: calls.append((m, args[0], out)))
+            hook = last.register_forward_hook(keep)
             try:
                 self._probe("logits")
             finally:
