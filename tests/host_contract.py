@@ -181,7 +181,8 @@ class HostContract:
                 for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
                 if hasattr(hook, "__self__")
             }
-            assert not any(getattr(p, "_x", None) is not None for p in passages), name
+            held = [getattr(p, n, None) for p in passages for n in ("_x", "_inside", "_done")]
+            assert not any(v is not None and v is not False and v != {} for v in held), name
         assert failed > 8
         assert torch.equal(logits(model), reference)
         lens.detach()

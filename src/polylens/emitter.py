@@ -60,9 +60,26 @@ class SiteEmitter:
             tap("error", y - out)
         if self.replacing is None:
             return y
-        if self.keep_first and out.dim() >= 3 and out.shape[-2] > 1:
+        if self._keeps_first(out):
             out = torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2)
         return out
+
+    def neurons(self, y: Tensor, *others: Tensor) -> Tensor | None:
+        """What the out-projection reads while replacing, from what the host has computed."""
+        *z, h = others
+        assert self.replacing is not None
+        self.refresh()
+        polynomial = self.truncated(self.replacing)
+        W = polynomial.W_in
+        if not all(t.dtype == W.dtype and t.device == W.device for t in (y, *others)):
+            return None
+        out = polynomial.neurons(y, *z)
+        if self._keeps_first(out):
+            out.narrow(-2, 0, 1).copy_(h.narrow(-2, 0, 1))
+        return out
+
+    def _keeps_first(self, out: Tensor) -> bool:
+        return self.keep_first and out.dim() >= 3 and out.shape[-2] > 1
 
     def truncated(self, degree: int) -> Polynomial:
         """The optimum of this degree, made once."""

@@ -203,6 +203,9 @@ class Lens:
 
         Nestable: an inner context adds to or changes the outer one, which comes back on exit,
         also after an exception. With `exclude_first` position 0 of each sequence stays true.
+        Without autograd and while nobody listens at or inside a layer, its polynomial reads the
+        preactivations that the model computes anyway: a few elementwise operations more than
+        the true layer. Otherwise it is evaluated beside the true layer, to the same values.
 
         Args:
             layers: one, several, or all (default).

@@ -15,9 +15,10 @@ from polylens.records import Record
 from polylens.selection import check_degree
 from polylens.weights import ROLES, GLUWeights, MLPWeights, Sized
 
-# Elements of one elementwise block on a CPU: three float32 blocks stay in a core's cache.
-BLOCK = 1 << 16
+# Elements of one elementwise block on a CPU: many for the cost of a call, few for a cache.
+BLOCK = 1 << 18
 
+_Horner = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]
 _COEFFICIENTS = ("m", "s", "P", "Q")
 
 
@@ -69,7 +70,7 @@ class Polynomial(Sized, Approximation):
             self.register_buffer(name, None if tensor is None else tensor.detach())
         for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q), strict=True):
             self.register_buffer(name, None if tensor is None else tensor.contiguous())
-        self._horner_cache: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor, Tensor | None]] = {}
+        self._horner_cache: dict[tuple[int, torch.dtype], _Horner] = {}
 
     @property
     def degree(self) -> int:
@@ -269,8 +270,8 @@ class Polynomial(Sized, Approximation):
         z_powers = torch.einsum("kj,kh->jh", basis[:degree, :degree], self.Q[degree, :degree])
         return powers, z_powers * scale[:degree]
 
-    def _horner(self, degree: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """(bias of v, coefficients of P, coefficients of Q) in the dtype of evaluation."""
+    def _horner(self, degree: int) -> _Horner:
+        """(bias of v, m, coefficients of P, coefficients of Q) in the dtype of evaluation."""
         half = self.W_in.dtype in (torch.float16, torch.bfloat16)
         dtype = torch.float32 if half else self.W_in.dtype
         key = (degree, dtype)
@@ -281,8 +282,9 @@ class Polynomial(Sized, Approximation):
             limit = torch.finfo(dtype).max
             self._horner_cache[key] = (
                 shift.to(dtype),
-                powers.clamp(-limit, limit).to(dtype),
-                None if z_powers is None else z_powers.clamp(-limit, limit).to(dtype),
+                self.m.to(dtype),
+                powers.clamp(-limit, limit).to(dtype).unbind(),
+                None if z_powers is None else z_powers.clamp(-limit, limit).to(dtype).unbind(),
             )
         return self._horner_cache[key]
 
@@ -293,35 +295,53 @@ class Polynomial(Sized, Approximation):
                 f"x must be [..., {self.d_in}] of {self.W_in.dtype}, got {tuple(x.shape)} of "
                 f"{x.dtype}; cast x, or the polynomial with .to(dtype)"
             )
-        shift, _, _ = self._horner(self.degree)
+        shift, *_ = self._horner(self.degree)
         if self.W_gate is None:
             return _affine(x, self.W_in, shift), None
         return _affine(x, self.W_gate, shift), _affine(x, self.W_in, self.b_in)
 
-    def _neurons(self, v: Tensor, z: Tensor | None, degree: int, reuse: bool) -> Tensor:
-        """P(v) + z Q(v); overwrites v if `reuse` and autograd does not need it."""
-        _, p, q = self._horner(degree)
+    def neurons(self, y: Tensor, z: Tensor | None = None) -> Tensor:
+        """h of preactivations that somebody has computed already; f(x) = h W_out + b_out.
+
+        Args:
+            y: [..., d_mlp], activated: x W_in + b_in, of a GLU x W_gate + b_gate.
+            z: [..., d_mlp], linear branch of a GLU: x W_in + b_in.
+
+        Returns:
+            [..., d_mlp] in y's dtype. Cost: degree + 1 elementwise passes, of a GLU twice that.
+        """
+        mean = self._horner(self.degree)[1]
+        return self._neurons(y, z, self.degree, reuse=False, mean=mean).contiguous()
+
+    def _neurons(
+        self, v: Tensor, z: Tensor | None, degree: int, reuse: bool, mean: Tensor | None = None
+    ) -> Tensor:
+        """P(v) + z Q(v), of v - mean where there is one; overwrites v if `reuse` and autograd
+        does not need it."""
+        _, _, p, q = self._horner(degree)
         if degree == 0:
-            return p[0].expand_as(v)
+            return p[0].to(v.dtype).expand_as(v)
         needs_graph = torch.is_grad_enabled() and (
             v.requires_grad or (z is not None and z.requires_grad)
         )
         if needs_graph:
-            h = _horner(p, v)
-            return h if q is None or z is None else torch.addcmul(h, _horner(q, v), z)
+            centred = v if mean is None else v - mean
+            h = _horner(p, centred)
+            h = h if q is None or z is None else torch.addcmul(h, _horner(q, centred), z)
+            return h.to(v.dtype)
         flat = v.reshape(-1, v.shape[-1])
         flat_z = None if z is None else z.reshape(flat.shape)
-        target = flat if reuse else torch.empty_like(flat)
+        target = flat if reuse else flat.new_empty(flat.shape)
+        direct = not reuse and target.dtype == p[0].dtype
         rows = max(1, BLOCK // flat.shape[-1]) if v.device.type == "cpu" else max(1, len(flat))
         for i in range(0, len(flat), rows):
-            block = flat[i : i + rows]
-            h = _horner_inplace(p, block)
-            if q is None or flat_z is None:
-                target[i : i + rows] = h
-            else:
-                torch.addcmul(
-                    h, _horner_inplace(q, block), flat_z[i : i + rows], out=target[i : i + rows]
-                )
+            block, into = flat[i : i + rows], target[i : i + rows]
+            block = block if mean is None else block - mean
+            h = _horner_inplace(p, block, into if direct else None)
+            if q is not None and flat_z is not None:
+                h = torch.addcmul(h, _horner_inplace(q, block), flat_z[i : i + rows], out=h)
+            if h is not into:
+                into.copy_(h)
         return target.reshape(v.shape)
 
     def _project(self, h: Tensor) -> Tensor:
@@ -337,17 +357,19 @@ def _affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     return x @ W + b
 
 
-def _horner(coefficients: Tensor, v: Tensor) -> Tensor:
+def _horner(coefficients: tuple[Tensor, ...], v: Tensor) -> Tensor:
     value = coefficients[-1].expand_as(v)
     for a in reversed(coefficients[:-1]):
         value = torch.addcmul(a, value, v)
     return value
 
 
-def _horner_inplace(coefficients: Tensor, v: Tensor) -> Tensor:
+def _horner_inplace(
+    coefficients: tuple[Tensor, ...], v: Tensor, out: Tensor | None = None
+) -> Tensor:
     if len(coefficients) == 1:
         return coefficients[0].expand_as(v)
-    value = torch.addcmul(coefficients[-2], coefficients[-1], v)
+    value = torch.addcmul(coefficients[-2], coefficients[-1], v, out=out)
     for a in reversed(coefficients[:-2]):
         torch.addcmul(a, value, v, out=value)
     return value

@@ -124,7 +124,12 @@ class MLPWeights(_Weights):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer itself, [..., d_in] -> [..., d_out]."""
-        return _affine(self.act(_affine(x, self.W_in, self.b_in)), self.W_out, self.b_out)
+        return _affine(self.neurons(x)["h"], self.W_out, self.b_out)
+
+    def neurons(self, x: Tensor) -> dict[str, Tensor]:
+        """y = x W_in + b_in and h = act(y), each [..., d_mlp]."""
+        y = _affine(x, self.W_in, self.b_in)
+        return {"y": y, "h": self.act(y)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -160,8 +165,12 @@ class GLUWeights(_Weights):
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer itself, [..., d_in] -> [..., d_out]."""
-        gate = self.act(_affine(x, self.W_gate, self.b_gate))
-        return _affine(gate * _affine(x, self.W_in, self.b_in), self.W_out, self.b_out)
+        return _affine(self.neurons(x)["h"], self.W_out, self.b_out)
+
+    def neurons(self, x: Tensor) -> dict[str, Tensor]:
+        """y = x W_gate + b_gate, z = x W_in + b_in and h = act(y) * z, each [..., d_mlp]."""
+        y, z = _affine(x, self.W_gate, self.b_gate), _affine(x, self.W_in, self.b_in)
+        return {"y": y, "z": z, "h": self.act(y) * z}
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

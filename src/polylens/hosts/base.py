@@ -64,6 +64,10 @@ class Tap(Protocol):
         """Whether somebody listens at the point (a forward or a backward hook)."""
         ...
 
+    def listening(self) -> bool:
+        """Whether somebody listens at any point, or may ask for what the true layer computes."""
+        ...
+
     def __call__(self, name: str, value: Tensor) -> Tensor:
         """Pass value through the point; what comes back may have been edited by a hook."""
         ...
@@ -73,8 +77,17 @@ class Emitter(Protocol):
     """What is installed at a site: given true input and output, says what flows on."""
 
     point_names: tuple[str, ...]
+    replacing: int | None  # None while the true output flows on
 
     def __call__(self, x: Tensor, y: Tensor, tap: Tap) -> Tensor: ...
+
+    def neurons(self, y: Tensor, *others: Tensor) -> Tensor | None:
+        """While replacing: what the out-projection reads instead of its h = act(y) [* z].
+
+        Called with (y, h), for a GLU with (y, z, h), all [..., d_mlp]. None if only the call
+        on x and the true output will do.
+        """
+        ...
 
 
 class Host(Protocol):

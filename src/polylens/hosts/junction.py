@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polylens.errors import AttachmentError
-from polylens.hosts.passage import Function, Passage
+from polylens.hosts.passage import Function, Interior, Passage
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Wiring:
         x_point: x is its output; None where x is the first argument of `entry`.
         y_point: y is its first argument (x_point given) or its output.
         owner, y_name: y_point must still be owner.<y_name>, else it was spliced out.
+        interior: where the neurons can be seen and replaced, or None.
     """
 
     block: nn.Module
@@ -27,6 +28,25 @@ class Wiring:
     y_point: nn.Module
     owner: nn.Module
     y_name: str
+    interior: Interior | None = None
+
+
+def interior_of(mlp: Any) -> Interior | None:
+    """The hook points at which an MLP component should show its neurons."""
+    gate, first, last = (getattr(mlp, name, None) for name in ("gate", "in", "out"))
+    if hasattr(first, "hook_out") and hasattr(last, "hook_in"):
+        parts: list[Any] = [part for part in (gate, first) if hasattr(part, "hook_out")]
+        *y_z, h = *(part.hook_out for part in parts), last.hook_in  # type: ignore
+        modules = {m for part in (*parts, last) for m in part.modules()}  # type: ignore
+        modules.add(mlp.hook_out)
+    else:
+        names = ("hook_pre", "hook_pre_linear", "hook_post")
+        *y_z, h = (p for name in names if (p := getattr(mlp, name, None)) is not None)
+        modules = {mlp, *y_z, h}
+    if not y_z:
+        return None
+    z = (y_z[1], 0) if len(y_z) > 1 else None
+    return Interior((y_z[0], 0), z, h, tuple(modules))
 
 
 class Junction(Passage):
@@ -40,7 +60,7 @@ class Junction(Passage):
         self.wiring = wiring
         self._first = first
         self._grab_id: int | None = None
-        super().__init__(function)
+        super().__init__(function, wiring.interior)
 
     def _register(self) -> None:
         wiring, first = self.wiring, self._first

@@ -10,7 +10,7 @@ from polylens.errors import AttachmentError, UnsupportedModel
 from polylens.hosts.base import Emitter, MLPSite
 from polylens.hosts.dataflow import Block
 from polylens.hosts.inline import InlinePolynomial
-from polylens.hosts.passage import PolyPoint, Taps, emitting
+from polylens.hosts.passage import Emitting, PolyPoint, Taps
 from polylens.hosts.torch import TorchHost
 
 _CHILD = "poly"
@@ -82,7 +82,7 @@ class NNsightHost(TorchHost):
             undo.callback(_detach, owner, block.owner)
             setattr(owner, _CHILD, child)
             taps = _Taps(points, self.model.interleaver, f"{owner.path}.{_CHILD}.")
-            undo.callback(self._join(site.layer, emitting(emitter, taps), False).remove)
+            undo.callback(self._join(site.layer, Emitting(emitter, taps), False).remove)
             self._points[site.layer] = points
             undo.callback(self._points.pop, site.layer, None)
             return undo.pop_all().close
@@ -133,6 +133,10 @@ class _Taps(Taps):
 
     def wants(self, name: str) -> bool:
         return super().wants(name) or self._traced()
+
+    def listening(self) -> bool:
+        # a trace may yet ask for the true output
+        return self.interleaver is None or self.interleaver.interleaving or super().listening()
 
     def _traced(self) -> bool:
         run = self.interleaver

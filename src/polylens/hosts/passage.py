@@ -2,16 +2,40 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from polylens.errors import AttachmentError
 from polylens.hosts.base import Emitter, Tap
+from polylens.hosts.recording import half
 
 Function = Callable[[Tensor, Tensor], Tensor | None]
 Join = Callable[[int, Function, bool], "Passage"]
+
+
+@dataclass(frozen=True)
+class Interior:
+    """Where a site's neurons flow: out-projection(h), h = act(y) or act(y) * z.
+
+    Attributes:
+        y: (module, part): its output, or the half of it that is meant, is y.
+        z: the same for z, or None for an MLP.
+        h: the module whose first argument is h, which flows from there to the out-projection.
+        modules: those whose hooks tell what the true layer computes.
+    """
+
+    y: tuple[nn.Module, int]
+    z: tuple[nn.Module, int] | None
+    h: nn.Module
+    modules: tuple[nn.Module, ...]
+
+    def points(self) -> dict[str, nn.Module]:
+        """The modules by what flows there: y, h, and z of a GLU."""
+        return {"y": self.y[0], "h": self.h} | ({} if self.z is None else {"z": self.z[0]})
 
 
 class Passage:
@@ -20,15 +44,29 @@ class Passage:
     x and y are [batch, pos, d] even where the host flattens them. Only bound methods are
     registered, so a deep copy of the model carries an independent, working copy. A host's own
     passage registers its hooks in `_register`; nothing stays registered if that raises.
+
+    With an interior, an `Emitting` may replace h where the host has computed it anyway, and
+    then nothing is left to be done to y. This is for speed and shows nowhere: it needs that
+    nobody but this passage has a hook inside, and no autograd, since the host's out-projection
+    would now differentiate the polynomial.
     """
 
-    def __init__(self, function: Function) -> None:
+    def __init__(self, function: Function, interior: Interior | None = None) -> None:
         self.function = function
+        self._interior = interior if isinstance(function, Emitting) else None
         self._x: Tensor | None = None
+        self._inside: dict[str, tuple[Tensor, int]] = {}
+        self._done = False
         self._shape: tuple[int, ...] = ()
         self._handles: list[Any] = []
         try:
             self._register()
+            interior = self._interior
+            if interior is not None:
+                self._add(interior.y[0].register_forward_hook(self._see_y))
+                if interior.z is not None:
+                    self._add(interior.z[0].register_forward_hook(self._see_z))
+                self._add(interior.h.register_forward_pre_hook(self._at_neurons))
         except BaseException:
             self.remove()
             raise
@@ -38,12 +76,16 @@ class Passage:
 
     def __getstate__(self) -> dict:
         # Handles belong to the hooks of the original; a copy's hooks came with its modules.
-        return {**self.__dict__, "_handles": [], "_x": None}
+        return {**self.__dict__, "_handles": [], "_x": None, "_inside": {}, "_done": False}
 
     def remove(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._x = [], None
+        self._handles = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self._x, self._inside, self._done = None, {}, False
 
     def _add(self, handle: Any) -> None:
         self._handles.append(handle)
@@ -55,14 +97,60 @@ class Passage:
                 return
 
     def _let_go(self, module: nn.Module, args: tuple, out: Any) -> None:
-        self._x = None
+        self._forget()
 
     def _call(self, x: Tensor, y: Tensor) -> Tensor | None:
-        shape = self._shape
-        if x.dim() != 2 or len(shape) != 2 or x.shape[0] != shape[0] * shape[1]:
-            return self.function(x, y)
-        new = self.function(x.reshape(*shape, -1), y.reshape(*shape, -1))
-        return None if new is None else new.reshape(y.shape)
+        if self._done:
+            self._done = False
+            return None
+        return self._shaped(self.function, x, y)
+
+    def _shaped(self, function: Callable[..., Tensor | None], *values: Tensor) -> Tensor | None:
+        shape, last = self._shape, values[-1]
+        if last.dim() != 2 or len(shape) != 2 or len(last) != shape[0] * shape[1]:
+            return function(*values)
+        new = function(*(value.reshape(*shape, -1) for value in values))
+        return None if new is None else new.reshape(last.shape)
+
+    def _see_y(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self._see("y", out)
+
+    def _see_z(self, module: nn.Module, args: tuple, out: Any) -> None:
+        self._see("z", out)
+
+    def _see(self, name: str, out: Any) -> None:
+        # inference tensors do not tell whether an activation worked in place
+        if self.function.replacing and not (torch.is_grad_enabled() or out.is_inference()):  # type: ignore
+            self._inside[name] = out, out._version
+
+    def _at_neurons(self, module: nn.Module, args: tuple) -> tuple | None:
+        seen, self._inside, self._done = self._inside, {}, False
+        if not seen or not args or not self._alone():
+            return None
+        interior, h = self._interior, args[0]
+        assert interior is not None
+        sources = {"y": interior.y} if interior.z is None else {"y": interior.y, "z": interior.z}
+        values = []
+        for name, (_, part) in sources.items():
+            value, version = seen.get(name, (None, 0))
+            if value is None or value._version != version:
+                return None
+            values.append(half(value, part))
+        if any(v.shape != h.shape for v in values):
+            return None
+        new = self._shaped(self.function.neurons, *values, h)  # type: ignore
+        if new is None:
+            return None
+        self._done = True
+        return (new, *args[1:])
+
+    def _alone(self) -> bool:
+        """Whether all hooks inside are this passage's own."""
+        return all(
+            getattr(hook, "__self__", None) is self
+            for module in self._interior.modules  # type: ignore
+            for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        )
 
 
 @contextmanager
@@ -87,18 +175,28 @@ def substituting(join: Join, functions: Mapping[int, Function]) -> Iterator[None
         yield
 
 
-def emitting(emitter: Emitter, taps: Tap) -> Function:
+@dataclass
+class Emitting:
     """The function of a passage that runs an emitter."""
-    return partial(_emit, emitter, taps)
+
+    emitter: Emitter
+    taps: Tap
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
+        out = self.emitter(x, y, self.taps)
+        return None if out is y else out
+
+    @property
+    def replacing(self) -> bool:
+        return self.emitter.replacing is not None
+
+    def neurons(self, *values: Tensor) -> Tensor | None:
+        """`Emitter.neurons` of (y, h) or (y, z, h); None where somebody listens at a point."""
+        return None if self.taps.listening() else self.emitter.neurons(*values)
 
 
 def _watch(observer: Callable[[Tensor, Tensor], object], x: Tensor, y: Tensor) -> None:
     observer(x, y)
-
-
-def _emit(emitter: Emitter, taps: Tap, x: Tensor, y: Tensor) -> Tensor | None:
-    out = emitter(x, y, taps)
-    return None if out is y else out
 
 
 class PolyPoint(nn.Module):
@@ -129,6 +227,9 @@ class Taps:
             or point._backward_hooks
             or point._backward_pre_hooks
         )
+
+    def listening(self) -> bool:
+        return any(self.wants(name) for name in self.points)
 
     def __call__(self, name: str, value: Tensor) -> Tensor:
         return self.points[name](value)

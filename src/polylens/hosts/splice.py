@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from polylens.errors import AttachmentError
 from polylens.hosts.dataflow import Block
-from polylens.hosts.passage import Function, Passage
+from polylens.hosts.passage import Function, Interior, Passage, PolyPoint
 
 
 class Splice(Passage):
@@ -20,7 +20,7 @@ class Splice(Passage):
     ) -> None:
         self._block, self._end, self._first = block, end, first
         self._held = _holders(block.owner, (block.source.module, block.out.module))
-        super().__init__(function)
+        super().__init__(function, self._find_interior())
 
     def _register(self) -> None:
         block = self._block
@@ -30,6 +30,15 @@ class Splice(Passage):
         self._add(self._end.register_forward_hook(self._at_end, prepend=self._first))
         # an exception in between may end the pass before x is used
         self._add(block.owner.register_forward_hook(self._let_go, always_call=True))
+
+    def _find_interior(self) -> Interior:
+        block, out = self._block, self._block.out.module
+        y = block.source.module, block.source.part
+        z = None if block.linear is None else (block.linear.module, block.linear.part)
+        modules = {y[0], out, *(() if z is None else (z[0],))}
+        if self._end is not out:
+            modules.update(m for m in self._end.modules() if not isinstance(m, PolyPoint))
+        return Interior(y, z, out, tuple(modules))
 
     def _require_in_place(self) -> None:
         for parent, name, module in self._held:

@@ -14,10 +14,10 @@ from polylens.hosts.dataflow import Block, find_blocks
 from polylens.hosts.guessing import Inputs, accepted, guessed_inputs
 from polylens.hosts.norms import Call, norm_read
 from polylens.hosts.passage import (
+    Emitting,
     Function,
     PolyPoint,
     Taps,
-    emitting,
     observing,
     substituting,
 )
@@ -219,7 +219,7 @@ class TorchHost:
             for point in points.values():
                 block.owner.add_module(point.name, point)
                 undo.callback(block.owner._modules.pop, point.name, None)
-            undo.callback(self._join(site.layer, emitting(emitter, Taps(points)), False).remove)
+            undo.callback(self._join(site.layer, Emitting(emitter, Taps(points)), False).remove)
             self._points[site.layer] = points
             undo.callback(self._points.pop, site.layer, None)
             return undo.pop_all().close

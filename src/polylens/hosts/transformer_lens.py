@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from math import inf
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 from polylens.activations import Activation, activation
 from polylens.errors import PolylensError, UnsupportedModel
 from polylens.hosts.base import TOLERANCE, Emitter, MLPSite, Norm, Weights
-from polylens.hosts.junction import Junction, Wiring
+from polylens.hosts.junction import Junction, Wiring, interior_of
 from polylens.hosts.norms import Call, matching_norm, norm_read
 from polylens.hosts.passage import (
+    Emitting,
     Function,
     Taps,
-    emitting,
     observing,
     substituting,
 )
@@ -111,31 +112,40 @@ class TransformerLensHost:
         return sites, refused
 
     def _candidate_wirings(self, block: nn.Module, mlp: Any) -> list[Wiring]:
+        inside = interior_of(mlp)
         if not self.is_bridge:
-            return [Wiring(block, mlp, None, mlp, block, "mlp")]
+            return [Wiring(block, mlp, None, mlp, block, "mlp", inside)]
         found = []
         if getattr(mlp, "name", None) is not None:
-            found.append(Wiring(block, mlp, mlp.hook_in, mlp.hook_out, mlp, "hook_out"))
+            found.append(Wiring(block, mlp, mlp.hook_in, mlp.hook_out, mlp, "hook_out", inside))
         first: Any = getattr(mlp, "in", None)
         last: Any = getattr(mlp, "out", None)
         if hasattr(first, "hook_in") and hasattr(last, "hook_out"):
             # Containerless MLPs, and containers that add the residual inside. A container may
             # fire `in.hook_in` before it calls `in`, so the pass starts at the container.
             entry = mlp if found else first
-            found.append(Wiring(block, entry, first.hook_in, last.hook_out, last, "hook_out"))
+            points = first.hook_in, last.hook_out
+            found.append(Wiring(block, entry, *points, last, "hook_out", inside))
         return found
 
-    def _capture(self, candidates: dict[int, list[Wiring]]) -> dict[int, list[Any]]:
-        """(x, y) at every candidate wiring, from one tiny forward pass."""
-        captured: dict[int, list[Any]] = {n: [None] * len(c) for n, c in candidates.items()}
+    def _capture(self, candidates: dict[int, list[Wiring]]) -> dict[int, dict[Any, Any]]:
+        """From one tiny forward pass: (x, y) at every candidate wiring, and y, z, h inside."""
+        captured: dict[int, dict[Any, Any]] = {layer: {} for layer in candidates}
 
         def keep(layer: int, i: int, x: Tensor, y: Tensor) -> None:
             captured[layer][i] = (x.detach().clone(), y.detach().clone())
+
+        def look(layer: int, name: str, module: nn.Module, args: tuple, out: Tensor) -> None:
+            captured[layer][name] = out.detach().clone()
 
         with ExitStack() as stack:
             for layer, wirings in candidates.items():
                 for i, wiring in enumerate(wirings):
                     stack.callback(Junction(wiring, partial(keep, layer, i), first=True).remove)
+                interior = wirings[0].interior if wirings else None
+                for name, module in {} if interior is None else interior.points().items():
+                    hook = partial(look, layer, name)
+                    stack.callback(module.register_forward_hook(hook).remove)
             self._probe()
         return captured
 
@@ -160,12 +170,12 @@ class TransformerLensHost:
                     module.training = flag
 
     def _verified(
-        self, layer: int, path: str, wirings: list[Wiring], captured: list[Any]
+        self, layer: int, path: str, wirings: list[Wiring], captured: dict[Any, Any]
     ) -> tuple[MLPSite, Wiring]:
         mlp = self.model.blocks[layer].mlp
         reader = Reader(mlp, self._activation(mlp), gated_bias_after=not self.is_bridge)
         weights = reader.weights()
-        errors = [_relative_error(weights, pair) for pair in captured]
+        errors = [_relative_error(weights, captured.get(i)) for i in range(len(wirings))]
         best = min(errors, default=inf)
         if best == inf:
             raise UnsupportedModel("no hook point carries its input and output")
@@ -187,7 +197,10 @@ class TransformerLensHost:
             tensors=reader.tensors,
             weights=reader.weights,
         )
-        return site, wirings[errors.index(best)]
+        chosen = errors.index(best)
+        if not _shows_neurons(weights, captured[chosen][0], captured):
+            return site, replace(wirings[chosen], interior=None)
+        return site, wirings[chosen]
 
     def _activation(self, mlp: Any) -> Activation:
         original = getattr(mlp, "original_component", None)
@@ -220,7 +233,7 @@ class TransformerLensHost:
         try:
             for name, point in points.items():
                 self._add_point(site, name, point, undo)
-            undo.callback(self._join(site.layer, emitting(emitter, Taps(points)), False).remove)
+            undo.callback(self._join(site.layer, Emitting(emitter, Taps(points)), False).remove)
         except BaseException:
             undo.close()
             raise
@@ -331,10 +344,30 @@ def _relative_error(weights: Weights, pair: tuple[Tensor, Tensor] | None) -> flo
     """max |normal form - y| / max |y| on a few rows."""
     if pair is None or pair[0].shape[-1] != weights.d_in:
         return inf
-    x, y = (t.reshape(-1, t.shape[-1])[::4] for t in pair)
+    x, y = (_some_rows(t) for t in pair)
     with torch.no_grad():
-        difference = (weights(x.to(weights.dtype)).double() - y.double()).abs().max()
-        return float(difference / y.double().abs().max().clamp(min=1e-30))
+        return _difference(weights(x.to(weights.dtype)), y)
+
+
+def _difference(value: Tensor, expected: Tensor) -> float:
+    """Relative to the largest entry."""
+    difference = (value.double() - expected.double()).abs().max()
+    return float(difference / expected.double().abs().max().clamp(min=1e-30))
+
+
+def _shows_neurons(weights: Weights, x: Tensor, seen: dict[Any, Any]) -> bool:
+    """Whether y, z (of a GLU only) and h were seen, and are these weights'; on a few rows."""
+    with torch.no_grad():
+        expected = weights.neurons(_some_rows(x).to(weights.dtype))
+    got = {name: _some_rows(seen[name]) for name in "yzh" if name in seen}
+    if {k: t.shape for k, t in got.items()} != {k: t.shape for k, t in expected.items()}:
+        return False
+    tolerance = TOLERANCE.get(weights.dtype, 1e-4)
+    return all(_difference(got[name], value) <= tolerance for name, value in expected.items())
+
+
+def _some_rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])[::4]
 
 
 @contextmanager
