@@ -298,7 +298,7 @@ def test_harmless_ablation_and_constant_output(tokens):
     report = measure(lens, tokens, progress=False)
     assert report[1].r2 == (1.0,) * 4
     assert report[1].loss_recovered is None
-    assert any("[1]" in note for note in report.notes)
+    assert any("layers 1 does not vary" in note for note in report.notes)
     assert "–" in str(report)
     assert Report.from_dict(json.loads(report.to_json())) == report
     report.plot()

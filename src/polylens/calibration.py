@@ -8,28 +8,34 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
-from polylens.hosts.base import Host, MLPSite, Norm
+from polylens.hosts.base import Host, Layer, MLPSite, Norm
 from polylens.inputs import Gaussian, Moments
+from polylens.selection import label
 from polylens.tokens import batches, kept_rows, rows, validate_inputs
 
 SAMPLED_SEQUENCES, SAMPLED_LENGTH = 32, 128
+FEW_TOKENS = 64
 
 
 def measured_inputs(
     host: Host,
-    sites: Mapping[int, MLPSite],
+    sites: Mapping[Layer, MLPSite],
     tokens: Tensor,
+    refused: dict[Layer, str],
     *,
     attention_mask: Tensor | None = None,
     exclude_first: bool = True,
     batch_size: int = 8,
     progress: bool = True,
-) -> Iterator[tuple[int, Gaussian]]:
+) -> Iterator[tuple[Layer, Gaussian]]:
     """(layer, Gaussian with the moments of the MLP's true inputs on these tokens).
 
     One forward pass over the tokens for all layers; float64 sums on the model's device, so
     memory is d_in^2 float64 per layer and one batch of activations. Layers are handed out one
     at a time and their sums freed, so that the caller can fit as it goes.
+
+    An expert has the moments of the tokens that are routed to it. One that saw fewer than
+    FEW_TOKENS is left out, and why is put into `refused`.
 
     Raises:
         InvalidInputError: unusable tokens, or NaN activations (which layer, how many features).
@@ -39,7 +45,7 @@ def measured_inputs(
     moments = {layer: Moments() for layer in sites}
     kept: Tensor | None = None
 
-    def observer(layer: int):
+    def observer(layer: Layer):
         def observe(x: Tensor, y: Tensor) -> None:
             moments[layer].update(rows(x, kept))
 
@@ -51,10 +57,17 @@ def measured_inputs(
             kept = kept_rows(batch, batch_mask, exclude_first=exclude_first)
             host.run(batch, batch_mask)
     for layer, site in sites.items():
-        yield layer, moments.pop(layer).gaussian(f"layer {layer} ({site.path})")
+        seen = moments.pop(layer)
+        if isinstance(layer, tuple) and seen.count < FEW_TOKENS:
+            refused[layer] = (
+                f"{site.path}: the router sent {seen.count} of these tokens there, at least "
+                f"{FEW_TOKENS} are needed to fit an expert; give more tokens"
+            )
+        else:
+            yield layer, seen.gaussian(f"layer {label(layer)} ({site.path})")
 
 
-def norm_inputs(host: Host, sites: Mapping[int, MLPSite]) -> Iterator[tuple[int, Gaussian]]:
+def norm_inputs(host: Host, sites: Mapping[Layer, MLPSite]) -> Iterator[tuple[Layer, Gaussian]]:
     """(layer, maximum-entropy Gaussian that the preceding normalisation implies), without data.
 
     RMSNorm outputs have mean square one: N(0, I); LayerNorm removes the mean direction too:
@@ -74,8 +87,8 @@ def _gaussian_after(norm: Norm, d: int, device: torch.device) -> Gaussian:
 
 
 def given_inputs(
-    inputs: Gaussian | Mapping[int, Gaussian], sites: Mapping[int, MLPSite]
-) -> Iterator[tuple[int, Gaussian]]:
+    inputs: Gaussian | Mapping[Layer, Gaussian], sites: Mapping[Layer, MLPSite]
+) -> Iterator[tuple[Layer, Gaussian]]:
     """(layer, the input model that the user gave): one for all layers, or one for each."""
     if isinstance(inputs, Mapping):
         missing = sorted(set(sites) - set(inputs))
@@ -105,11 +118,11 @@ def require_deterministic(model: nn.Module) -> None:
 
 
 @contextmanager
-def naming(layer: int, site: MLPSite) -> Iterator[None]:
+def naming(layer: Layer, site: MLPSite) -> Iterator[None]:
     """Add layer and path to whatever polylens raises inside."""
     try:
         yield
     except UnsupportedModel:
         raise
     except PolylensError as error:
-        raise type(error)(f"layer {layer} ({site.path}): {error}") from error
+        raise type(error)(f"layer {label(layer)} ({site.path}): {error}") from error

@@ -60,9 +60,7 @@ class SiteEmitter:
             tap("error", y - out)
         if self.replacing is None:
             return y
-        if self._keeps_first(out):
-            out = torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2)
-        return out
+        return keep_first(out, y) if self.keep_first else out
 
     def neurons(self, y: Tensor, *others: Tensor) -> Tensor | None:
         """What the out-projection reads while replacing, from what the host has computed."""
@@ -74,12 +72,9 @@ class SiteEmitter:
         if not all(t.dtype == W.dtype and t.device == W.device for t in (y, *others)):
             return None
         out = polynomial.neurons(y, *z)
-        if self._keeps_first(out):
+        if self.keep_first and _has_first(out):
             out.narrow(-2, 0, 1).copy_(h.narrow(-2, 0, 1))
         return out
-
-    def _keeps_first(self, out: Tensor) -> bool:
-        return self.keep_first and out.dim() >= 3 and out.shape[-2] > 1
 
     def truncated(self, degree: int) -> Polynomial:
         """The optimum of this degree, made once."""
@@ -120,6 +115,18 @@ class SiteEmitter:
             self._parts = [self.polynomial.part(k) for k in range(self.polynomial.degree + 1)]
         values = [tap(f"degree_{k}", self._parts[k](x)) for k in range(degree + 1)]
         return torch.stack(values).sum(0)
+
+
+def keep_first(out: Tensor, y: Tensor) -> Tensor:
+    """out [batch, pos, d] with y at position 0; a single position continues a cached prompt."""
+    places = getattr(y, "places", None)
+    if places is not None:
+        return torch.where(places.first[:, None], y, out)
+    return torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2) if _has_first(out) else out
+
+
+def _has_first(out: Tensor) -> bool:
+    return out.dim() >= 3 and out.shape[-2] > 1
 
 
 def fingerprint(weights: Weights | Polynomial) -> dict[str, tuple[float, float, float]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from polylens.errors import InvalidInputError
+from polylens.hosts.base import Layer
 from polylens.plots import COLOURS, FONT, GREY, MARKERS, scale_r2
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def training_figure(trace: "Trace") -> "Figure":
     return figure
 
 
-def shares_figure(shares: Mapping[str, Mapping[int, Sequence[float]]]) -> "Figure":
+def shares_figure(shares: Mapping[str, Mapping[Layer, Sequence[float]]]) -> "Figure":
     """How many components carry a layer: a panel per kind, a line per layer, coloured by depth.
 
     Args:
@@ -161,7 +162,11 @@ def shares_figure(shares: Mapping[str, Mapping[int, Sequence[float]]]) -> "Figur
     Raises:
         InvalidInputError: nothing to draw.
     """
-    layers = sorted({layer for by_layer in shares.values() for layer in by_layer})
+
+    def block(layer: Layer) -> int:
+        return layer[0] if isinstance(layer, tuple) else layer
+
+    layers = sorted({block(layer) for by_layer in shares.values() for layer in by_layer})
     if not layers:
         raise InvalidInputError("no layer was opened, so there are no shares to draw")
     depth = _depth(layers)
@@ -170,7 +175,7 @@ def shares_figure(shares: Mapping[str, Mapping[int, Sequence[float]]]) -> "Figur
         for panel, (title, by_layer) in zip(panels, shares.items(), strict=True):
             for layer, values in by_layer.items():
                 ranks = range(1, len(values) + 1)
-                colour = depth.to_rgba(layer)
+                colour = depth.to_rgba(block(layer))
                 panel.plot(ranks, values, color=colour, linewidth=1.2, marker=".", markersize=3)
             panel.set_title(title)
             panel.set_xlabel("components")

@@ -14,7 +14,7 @@ from polylens.emitter import SiteEmitter
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.fit import fit
 from polylens.hosts import host_for
-from polylens.hosts.base import Host, MLPSite
+from polylens.hosts.base import Host, Layer, MLPSite
 from polylens.hosts.passage import require_free
 from polylens.inputs import Gaussian
 from polylens.polynomial import Polynomial
@@ -44,9 +44,9 @@ def attach(
     model: Any,
     tokens: Tensor | None = None,
     *,
-    inputs: Gaussian | Mapping[int, Gaussian] | str | None = None,
+    inputs: Gaussian | Mapping[Layer, Gaussian] | str | None = None,
     degree: int = 2,
-    layers: Iterable[int] | int | None = None,
+    layers: Iterable[Layer] | int | None = None,
     attention_mask: Tensor | None = None,
     exclude_first: bool = True,
     batch_size: int = 8,
@@ -105,13 +105,15 @@ def attach(
     sites = {site.layer: site for site in found}
     sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
     exclude_first = exclude_first and host.reads_tokens
-    summary, source = _input_models(
-        host, sites, tokens, inputs, attention_mask, exclude_first, batch_size, seed, progress
-    )
+    seen: dict[str, Any] = dict(attention_mask=attention_mask, exclude_first=exclude_first)
+    seen |= dict(batch_size=batch_size, progress=progress)
+    summary, source = _input_models(host, sites, refused, tokens, inputs, seed, seen)
     polynomials = {}
     for layer, gaussian in tqdm(source, "fitting", len(sites), disable=not progress):
         with calibration.naming(layer, sites[layer]):
             polynomials[layer] = fit(sites[layer].weights(), gaussian, degree)
+    sites = {layer: sites[layer] for layer in polynomials}
+    _require_sites(list(sites.values()), refused, model)
     lens = Lens(host, sites, polynomials, refused, summary, exclude_first)
     _LENSES[id(model)] = lens
     return lens
@@ -126,7 +128,9 @@ class Lens:
     """The polynomials of a model, attached to it. Made by `attach`.
 
     Attributes:
-        layers: attached layers, in order; `lens[layer]` is the layer's Polynomial.
+        layers: attached layers, in order; `lens[layer]` is the layer's Polynomial, and
+            `lens[layer, expert]` that of an expert. As an argument, the number of a layer
+            stands for the experts in it, too.
         sites: the MLPSite of each.
         degree: fitted degree.
         refused: reason for each layer that could not be read.
@@ -136,9 +140,9 @@ class Lens:
     def __init__(
         self,
         host: Host,
-        sites: dict[int, MLPSite],
-        polynomials: dict[int, Polynomial],
-        refused: dict[int, str],
+        sites: dict[Layer, MLPSite],
+        polynomials: dict[Layer, Polynomial],
+        refused: dict[Layer, str],
         inputs_summary: str,
         exclude_first: bool,
     ) -> None:
@@ -159,7 +163,7 @@ class Lens:
             emitter.owner = self
 
     @property
-    def layers(self) -> tuple[int, ...]:
+    def layers(self) -> tuple[Layer, ...]:
         return tuple(self.sites)
 
     @property
@@ -171,10 +175,13 @@ class Lens:
     def is_attached(self) -> bool:
         return self._undo is not None
 
-    def __getitem__(self, layer: int) -> Polynomial:
-        return self._emitters[self._chosen([layer])[0]].polynomial
+    def __getitem__(self, layer: Layer) -> Polynomial:
+        if layer not in self._emitters:
+            experts = self._chosen([layer])
+            raise InvalidInputError(f"layer {layer} is a mixture of experts; there are {experts}")
+        return self._emitters[layer].polynomial
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
 
     def __len__(self) -> int:
@@ -197,7 +204,7 @@ class Lens:
 
     @contextmanager
     def replaced(
-        self, layers: Iterable[int] | int | None = None, degree: int | None = None
+        self, layers: Iterable[Layer] | int | None = None, degree: int | None = None
     ) -> Iterator["Lens"]:
         """Within the context, these MLPs' outputs are those of their polynomials.
 
@@ -225,7 +232,7 @@ class Lens:
             yield self
 
     @contextmanager
-    def _flowing(self, degrees: Mapping[int, int | None]) -> Iterator[None]:
+    def _flowing(self, degrees: Mapping[Layer, int | None]) -> Iterator[None]:
         """Within the context, layer's polynomial of this degree (None: the true output) flows."""
         before = {layer: self._emitters[layer].replacing for layer in degrees}
         for layer, degree in degrees.items():
@@ -241,7 +248,7 @@ class Lens:
         tokens: Tensor,
         *,
         degree: int | None = None,
-        layers: Iterable[int] | int | None = None,
+        layers: Iterable[Layer] | int | None = None,
         attention_mask: Tensor | None = None,
         batch_size: int = 8,
         loss: bool = True,
@@ -282,8 +289,8 @@ class Lens:
 
     @contextmanager
     def cache(
-        self, layers: Iterable[int] | int | None = None, names: Iterable[str] | None = None
-    ) -> Iterator[dict[tuple[str, int], Tensor]]:
+        self, layers: Iterable[Layer] | int | None = None, names: Iterable[str] | None = None
+    ) -> Iterator[dict[tuple[str, Layer], Tensor]]:
         """Within the context, {(name, layer): tensor} of the latest forward pass.
 
         For torch and nnsight hosts; TransformerLens has `run_with_cache`. Names are those of
@@ -300,7 +307,7 @@ class Lens:
         with self.host.cache(self._chosen(layers), names) as found:  # type: ignore
             yield found
 
-    def inline(self, layer: int, degree: int | None = None) -> Module:
+    def inline(self, layer: Layer, degree: int | None = None) -> Module:
         """The layer's polynomial as a module f(x, y=None) that travels with a remote trace.
 
             f = lens.inline(3)
@@ -340,11 +347,11 @@ class Lens:
         if not self.is_attached:
             raise AttachmentError("this lens is detached; attach again to use it")
 
-    def _chosen(self, layers: Iterable[int] | int | None) -> list[int]:
+    def _chosen(self, layers: Iterable[Layer] | int | None) -> list[Layer]:
         return check_layers(layers, self.sites, self.refused, " in this lens")
 
 
-def _require_sites(sites: list[MLPSite], refused: dict[int, str], model: Any) -> None:
+def _require_sites(sites: list[MLPSite], refused: dict[Layer, str], model: Any) -> None:
     if not sites:
         reasons = "; ".join(refused.values()) or (
             "it has no MLP in which nothing but an activation, or its product with a linear "
@@ -355,15 +362,13 @@ def _require_sites(sites: list[MLPSite], refused: dict[int, str], model: Any) ->
 
 def _input_models(
     host: Host,
-    sites: dict[int, MLPSite],
+    sites: dict[Layer, MLPSite],
+    refused: dict[Layer, str],
     tokens: Tensor | None,
-    inputs: Gaussian | Mapping[int, Gaussian] | str | None,
-    attention_mask: Tensor | None,
-    exclude_first: bool,
-    batch_size: int,
+    inputs: Gaussian | Mapping[Layer, Gaussian] | str | None,
     seed: int,
-    progress: bool,
-) -> tuple[str, Iterator[tuple[int, Gaussian]]]:
+    seen: dict[str, Any],
+) -> tuple[str, Iterator[tuple[Layer, Gaussian]]]:
     if isinstance(inputs, str):
         if inputs != "norm":
             raise InvalidInputError(
@@ -377,17 +382,9 @@ def _input_models(
     if tokens is None:
         tokens = host.sample_tokens(calibration.SAMPLED_SEQUENCES, calibration.SAMPLED_LENGTH, seed)
         origin = "tokens sampled from the model"
-    count = int(tokens.numel()) if attention_mask is None else int((attention_mask != 0).sum())
+    mask, excluded = seen["attention_mask"], ", position 0 excluded" * seen["exclude_first"]
+    count = int(tokens.numel()) if mask is None else int((mask != 0).sum())
     if not host.reads_tokens:
         count, origin = len(tokens), "inputs"
-    summary = f"Gaussian, {count} {origin}" + (", position 0 excluded" if exclude_first else "")
-    source = calibration.measured_inputs(
-        host,
-        sites,
-        tokens,
-        attention_mask=attention_mask,
-        exclude_first=exclude_first,
-        batch_size=batch_size,
-        progress=progress,
-    )
-    return summary, source
+    source = calibration.measured_inputs(host, sites, tokens, refused, **seen)
+    return f"Gaussian, {count} {origin}{excluded}", source

@@ -26,9 +26,10 @@ from polylens.analysis.layer_features import (
 )
 from polylens.analysis.metric import gaussian_of
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
+from polylens.hosts.base import Layer
 from polylens.lens import Lens
 from polylens.report import Report
-from polylens.selection import check_layers
+from polylens.selection import check_layers, label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,7 +60,7 @@ class Opening:
         missing: why something is left out.
     """
 
-    layer: int
+    layer: Layer
     shares: dict[str, list[float]]
     features: EigenFeatures | None = None
     writes: tuple[TokenScores, TokenScores] | None = None
@@ -72,7 +73,7 @@ def html_page(
     report: Report,
     path: str | Path | None = None,
     *,
-    layers: Iterable[int] | int | None = None,
+    layers: Iterable[Layer] | int | None = None,
     names: Callable[[int], str] | None = None,
     k: int = 4,
     n_tokens: int = 5,
@@ -149,7 +150,7 @@ _FEATURES = (
 
 
 @torch.no_grad()
-def _open(lens: Lens, layer: int, k: int, n_tokens: int, names: Callable[[int], str]) -> Opening:
+def _open(lens: Lens, layer: Layer, k: int, n_tokens: int, names: Callable[[int], str]) -> Opening:
     polynomial, shares = lens[layer], {}
     try:
         shares["linear part"] = singular_features(polynomial, metric="covariance").share.tolist()
@@ -181,7 +182,7 @@ def _shares(openings: Sequence[Opening]) -> dict[str, dict[int, list[float]]]:
 
 
 def _opening(opening: Opening) -> str:
-    head = f"<h3>Layer {opening.layer}</h3>"
+    head = f"<h3>Layer {label(opening.layer)}</h3>"
     if opening.missing:
         head += _note(opening.missing)
     if opening.features is None:
@@ -220,7 +221,7 @@ def _layers_table(lens: Lens, report: Report) -> str:
             model_r2 = f"{float(polynomial.r2[top]):.4f}"
         cells.append(
             [
-                *(str(row.layer), site.kind, html.escape(site.activation.name)),
+                *(row.label, site.kind, html.escape(site.activation.name)),
                 *(str(site.d_in), str(site.d_mlp), *moments, held_out, model_r2),
                 *(f"{site.error:.0e}", html.escape(site.path)),
             ]

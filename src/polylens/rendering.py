@@ -9,6 +9,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from polylens.selection import label
+
 if TYPE_CHECKING:
     from polylens.report import LayerRow, Report
 
@@ -60,16 +62,24 @@ def _shown_degrees(report: "Report") -> range:
 def _columns(report: "Report") -> list[str]:
     r2 = [f"R² deg {k}" for k in _shown_degrees(report)]
     losses = [f"ΔCE deg {report.degree}", "KL", "ΔCE mean abl.", "recovered"]
-    return ["layer", *r2, *(losses if report.all_row is not None else [])]
+    tokens = ["tokens"] * _has_experts(report)
+    return ["layer", *tokens, *r2, *(losses if report.all_row is not None else [])]
+
+
+def _has_experts(report: "Report") -> bool:
+    return any(isinstance(row.layer, tuple) for row in report.rows)
 
 
 def _cells(report: "Report", row: "LayerRow") -> list[str]:
     r2 = [_r2(None if row.r2 is None else row.r2[k]) for k in _shown_degrees(report)]
+    first = [row.label]
+    if _has_experts(report):
+        first.append("–" if row.n_tokens is None else f"{row.n_tokens:,}")
     if report.all_row is None:
-        return [row.label, *r2]
+        return [*first, *r2]
     losses = [_number(row.delta_ce, "+.4f"), _number(row.kl, ".4f")]
     losses += [_number(row.ablation_delta_ce, "+.4f"), _share(row.loss_recovered)]
-    return [row.label, *r2, *losses]
+    return [*first, *r2, *losses]
 
 
 def _title(report: "Report") -> str:
@@ -89,7 +99,7 @@ def _remarks(report: "Report") -> list[str]:
         f"ΔCE and KL: nats per token, degree {report.degree} in place of one layer's MLP; "
         "all: of every listed layer at once"
     )
-    refused = [f"layer {layer} refused: {reason}" for layer, reason in report.refused.items()]
+    refused = [f"layer {label(n)} refused: {reason}" for n, reason in report.refused.items()]
     return [*([losses] if report.all_row is not None else []), *report.notes, *refused]
 
 
@@ -109,7 +119,7 @@ def _html_row(report: "Report", row: "LayerRow") -> str:
     cells = _cells(report, row)
     shades = [""] * len(cells)
     if row.r2 is not None:
-        for i, k in enumerate(_shown_degrees(report), start=1):
+        for i, k in enumerate(_shown_degrees(report), start=1 + _has_experts(report)):
             alpha = 0.35 * min(max(row.r2[k], 0.0), 1.0)
             shades[i] = f' style="background:rgba(0,114,178,{alpha:.2f})"'
     tds = "".join(f"<td{s}>{html.escape(c)}</td>" for s, c in zip(shades, cells, strict=True))

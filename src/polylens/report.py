@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from polylens import rendering
 from polylens.calibration import require_deterministic
 from polylens.errors import InvalidInputError
+from polylens.hosts.base import Layer
 from polylens.scoring import ResidualSums, score
-from polylens.selection import check_degree, check_layers
+from polylens.selection import check_degree, check_layers, label, labelled
 from polylens.tokens import batches, counted, kept_rows, rows, validate_inputs
 
 if TYPE_CHECKING:
@@ -43,25 +44,27 @@ class LayerRow:
     """One layer of a report; losses in nats per token, None where they were not measured.
 
     Attributes:
-        layer: index, or None for the row in which every listed layer is replaced at once.
+        layer: index, (index, expert), or None for the row in which all are replaced at once.
         r2: held-out R2 of degree 0, 1, ..., fitted degree; None for that last row. Of an output
             that does not vary it is 1 where it is reproduced, else 0.
         delta_ce: next-token cross entropy with the polynomial minus without.
         kl: mean over positions of KL(true model || model with the polynomial).
         ablation_delta_ce: the same as delta_ce with the output's mean in place of the polynomial.
         loss_recovered: 1 - delta_ce / ablation_delta_ce; None where the ablation is harmless.
+        n_tokens: activations that R2 counts; of an expert those that were routed to it.
     """
 
-    layer: int | None
+    layer: Layer | None
     r2: tuple[float, ...] | None
     delta_ce: float | None = None
     kl: float | None = None
     ablation_delta_ce: float | None = None
     loss_recovered: float | None = None
+    n_tokens: int | None = None
 
     @property
     def label(self) -> str:
-        return "all" if self.layer is None else str(self.layer)
+        return "all" if self.layer is None else label(self.layer)
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Report:
     base_ce: float | None
     rows: tuple[LayerRow, ...]
     all_row: LayerRow | None = None
-    refused: dict[int, str] = field(default_factory=dict)
+    refused: dict[Layer, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -100,7 +103,7 @@ class Report:
     def __iter__(self) -> Iterator[LayerRow]:
         return iter(self.rows)
 
-    def __getitem__(self, layer: int) -> LayerRow:
+    def __getitem__(self, layer: Layer) -> LayerRow:
         for row in self.rows:
             if row.layer == layer:
                 return row
@@ -142,7 +145,7 @@ class Report:
         try:
             values["rows"] = tuple(_row(row) for row in values["rows"])
             values["all_row"] = None if values["all_row"] is None else _row(values["all_row"])
-            values["refused"] = {int(k): reason for k, reason in values["refused"].items()}
+            values["refused"] = {labelled(k): r for k, r in values["refused"].items()}
             values["notes"] = tuple(values["notes"])
             return cls(**values)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -164,7 +167,7 @@ def measure(
     tokens: Tensor,
     *,
     degree: int | None = None,
-    layers: Iterable[int] | int | None = None,
+    layers: Iterable[Layer] | int | None = None,
     attention_mask: Tensor | None = None,
     batch_size: int = 8,
     loss: bool = True,
@@ -204,21 +207,23 @@ def measure(
     passes = len(steps) * (1 + (loss and 1 + 2 * len(_groups(chosen))))
     with torch.no_grad(), tqdm(total=passes, desc="report", disable=not progress) as bar:
         sums = _residual_sums(lens, chosen, steps, bar)
-        rows = [LayerRow(layer, sums[layer].r2(layer)) for layer in chosen]
+        rows = [LayerRow(n, sums[n].r2(n), n_tokens=sums[n].n) for n in chosen]
         base_ce = n_targets = all_row = None
         if loss:
-            means = {layer: sums[layer].mean for layer in chosen}
-            base_ce, n_targets, losses = _losses(lens, degree, means, steps, bar)
+            means = {layer: sums[layer].mean for layer in chosen if sums[layer].n}
+            base_ce, n_targets, losses = _losses(lens, degree, chosen, means, steps, bar)
             all_row = LayerRow(None, None, **losses[tuple(chosen)])
             rows = [
-                replace(row, **losses[(layer,)]) for layer, row in zip(chosen, rows, strict=True)
+                replace(row, **losses.get((n,), {})) for n, row in zip(chosen, rows, strict=True)
             ]
     notes = [FIRST_POSITION] if lens.exclude_first else []
     notes += [] if reads_tokens else [NO_LOSS]
-    if constant := [layer for layer in chosen if sums[layer].constant]:
+    if unseen := [label(n) for n in chosen if sums[n].n < 2]:
+        notes.append(f"no R² of experts {', '.join(unseen)}: fewer than 2 tokens were sent there")
+    if constant := [label(n) for n in chosen if sums[n].n > 1 and sums[n].constant]:
         notes.append(
-            f"the output of layers {constant} does not vary: R² is 1 there where the polynomial "
-            "reproduces it, else 0"
+            f"the output of layers {', '.join(constant)} does not vary: R² is 1 there where the "
+            "polynomial reproduces it, else 0"
         )
     return Report(
         model=lens.model_name,
@@ -226,7 +231,7 @@ def measure(
         inputs=lens.inputs_summary,
         degree=degree,
         fitted_degree=lens.degree,
-        n_tokens=sums[chosen[0]].n,
+        n_tokens=_counted(lens, steps) if reads_tokens else max(s.n for s in sums.values()),
         n_targets=n_targets,
         base_ce=base_ce,
         rows=tuple(rows),
@@ -236,14 +241,18 @@ def measure(
     )
 
 
+def _counted(lens: "Lens", steps: Sequence[Batch]) -> int:
+    return sum(int(counted(*step, exclude_first=lens.exclude_first).sum()) for step in steps)
+
+
 def _residual_sums(
-    lens: "Lens", layers: Sequence[int], steps: Sequence[Batch], bar: tqdm
-) -> dict[int, ResidualSums]:
+    lens: "Lens", layers: Sequence[Layer], steps: Sequence[Batch], bar: tqdm
+) -> dict[Layer, ResidualSums]:
     """One pass over the tokens with the true model, for all layers and degrees."""
     sums = {layer: ResidualSums() for layer in layers}
     kept: Tensor | None = None
 
-    def observer(layer: int):
+    def observer(layer: Layer):
         def observe(x: Tensor, y: Tensor) -> None:
             sums[layer].update(rows(y, kept), lens[layer].all_degrees(rows(x, kept)))
 
@@ -254,7 +263,7 @@ def _residual_sums(
             kept = kept_rows(batch, mask, exclude_first=lens.exclude_first)
             lens.host.run(batch, mask)
             bar.update()
-    if min(s.n for s in sums.values()) < 2:
+    if any(s.n < 2 for layer, s in sums.items() if isinstance(layer, int)):
         raise InvalidInputError(
             "fewer than 2 activations are left to measure R2 on after padding and position 0; "
             "give longer sequences, or more of them"
@@ -263,10 +272,15 @@ def _residual_sums(
 
 
 def _losses(
-    lens: "Lens", degree: int, means: dict[int, Tensor], steps: Sequence[Batch], bar: tqdm
-) -> tuple[float, int, dict[tuple[int, ...], dict[str, float | None]]]:
+    lens: "Lens",
+    degree: int,
+    layers: Sequence[Layer],
+    means: dict[Layer, Tensor],
+    steps: Sequence[Batch],
+    bar: tqdm,
+) -> tuple[float, int, dict[tuple[Layer, ...], dict[str, float | None]]]:
     """Base cross entropy, number of targets, and the losses of each group of layers."""
-    groups = _groups(list(means))
+    groups = _groups(layers)
     replaced = {group: torch.zeros(2, dtype=torch.float64) for group in groups}
     ablated = {group: torch.zeros(2, dtype=torch.float64) for group in groups}
     base, sizes = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
@@ -286,7 +300,9 @@ def _losses(
                 logits = lens.host.logits(batch, mask)
             replaced[group] += score(logits, truth, batch, real)
             constants = {
-                layer: _constant(means[layer], batch.shape, lens.exclude_first) for layer in group
+                layer: _constant(means[layer], batch.shape, lens.exclude_first)
+                for layer in group
+                if layer in means
             }
             with lens.host.substitute(constants):
                 logits = lens.host.logits(batch, mask)
@@ -317,26 +333,32 @@ def _constant(mean: Tensor, shape: torch.Size, keep_first: bool):
     """The mean in place of an MLP's output; position 0 stays true where `replaced` keeps it."""
 
     def ablate(x: Tensor, y: Tensor) -> Tensor:
-        out = mean.to(y).expand(*shape, -1)
+        flat = y.reshape(-1, y.shape[-1])
+        out = mean.to(y).expand_as(flat)
         if keep_first:
-            out = torch.cat([y.reshape(*shape, -1)[:, :1], out[:, 1:]], dim=1)
+            places = getattr(y, "places", None)
+            every = torch.arange(len(flat), device=y.device) % shape[1] == 0
+            out = torch.where((every if places is None else places.first)[:, None], flat, out)
         return out.reshape(y.shape)
 
     return ablate
 
 
-def _groups(layers: Sequence[int]) -> list[tuple[int, ...]]:
-    """Each layer alone, then all at once (which for one layer is the same)."""
-    return list(dict.fromkeys([*((layer,) for layer in layers), tuple(layers)]))
+def _groups(layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
+    """Each layer alone (experts are not, they are many), then all at once, if that is another."""
+    alone = [(layer,) for layer in layers if isinstance(layer, int)]
+    return list(dict.fromkeys([*alone, tuple(layers)]))
 
 
 def _row(data: dict[str, Any]) -> LayerRow:
-    return LayerRow(**{**data, "r2": None if data["r2"] is None else tuple(data["r2"])})
+    layer, r2 = data["layer"], data["r2"]
+    layer = tuple(layer) if isinstance(layer, list) else layer
+    return LayerRow(**{**data, "layer": layer, "r2": None if r2 is None else tuple(r2)})
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {k if isinstance(k, str) else label(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
     return None if isinstance(value, float) and not isfinite(value) else value

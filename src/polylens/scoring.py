@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
+from polylens.hosts.base import Layer
 from polylens.quality import is_constant, share_explained
+from polylens.selection import label
 
 
 class ResidualSums:
@@ -49,19 +51,22 @@ class ResidualSums:
         """Whether y does not vary."""
         return is_constant(self.variance, self.mean.square().sum())
 
-    def r2(self, layer: int) -> tuple[float, ...]:
-        """1 - residual / centred squares for every degree (see `quality.share_explained`).
+    def r2(self, layer: Layer) -> tuple[float, ...] | None:
+        """1 - residual / centred squares for every degree (see `quality.share_explained`); None
+        with fewer than two rows.
 
         Raises:
             InvalidInputError: outputs or polynomials that are not finite (`layer` names them).
         """
+        if self.n < 2:
+            return None
         variance, mse = self.variance, self.residual / self.n
         bad = [f"degree {k}" for k, value in enumerate(mse.tolist()) if not isfinite(value)]
         if not isfinite(variance) or bad:
             what = f"its polynomials of {', '.join(bad)}" if isfinite(variance) else "its outputs"
             raise InvalidInputError(
-                f"layer {layer}: {what} are not finite on these tokens, so R2 would be NaN; use a "
-                "wider dtype, and check the model's activations on them"
+                f"layer {label(layer)}: {what} are not finite on these tokens, so R2 would be "
+                "NaN; use a wider dtype, and check the model's activations on them"
             )
         return tuple(share_explained(mse, variance, self.mean.square().sum()).tolist())
 

@@ -1,8 +1,12 @@
 """Which layers and which degree a user asked for: checked once, said once."""
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from polylens.errors import InvalidInputError, UnsupportedModel
+
+if TYPE_CHECKING:
+    from polylens.hosts.base import Layer
 
 
 def check_degree(degree: int, fitted: int, remedy: str) -> int:
@@ -24,12 +28,14 @@ def check_degree(degree: int, fitted: int, remedy: str) -> int:
 
 
 def check_layers(
-    layers: Iterable[int] | int | None,
-    there: Collection[int],
-    refused: Mapping[int, str],
+    layers: "Iterable[Layer] | int | None",
+    there: "Collection[Layer]",
+    refused: "Mapping[Layer, str]",
     where: str = "",
-) -> list[int]:
-    """The layers in order, each once; all that are there for None.
+) -> "list[Layer]":
+    """The layers in the order of `there`, each once; all that are there for None.
+
+    A number stands for everything in that layer, (number, expert) for one expert.
 
     Args:
         where: what they are missing from, for the error.
@@ -42,10 +48,24 @@ def check_layers(
         return list(there)
     chosen = [layers] if isinstance(layers, int) else list(layers)
     if not chosen:
-        raise InvalidInputError(f"layers is empty; there are {sorted(there)}")
+        raise InvalidInputError(f"layers is empty; there are {list(there)}")
+    wanted: set[Layer] = set()
     for layer in chosen:
-        if layer in refused:
+        members = {n for n in there if layer in (n, n[0] if isinstance(n, tuple) else n)}
+        if not members and layer in refused:
             raise UnsupportedModel(refused[layer])
-        if isinstance(layer, bool) or layer not in there:
-            raise InvalidInputError(f"no layer {layer!r}{where}; there are {sorted(there)}")
-    return sorted(set(chosen))
+        if not members or isinstance(layer, bool):
+            raise InvalidInputError(f"no layer {layer!r}{where}; there are {list(there)}")
+        wanted |= members
+    return [layer for layer in there if layer in wanted]
+
+
+def label(layer: "Layer") -> str:
+    """`3`, and `3.7` for expert 7 of layer 3."""
+    return f"{layer[0]}.{layer[1]}" if isinstance(layer, tuple) else str(layer)
+
+
+def labelled(text: str) -> "Layer":
+    """The layer that has this label."""
+    block, dot, expert = text.partition(".")
+    return (int(block), int(expert)) if dot else int(block)

@@ -114,9 +114,15 @@ def kept_rows(inputs: Tensor, mask: Tensor | None, *, exclude_first: bool) -> Te
 
 
 def rows(x: Tensor, kept: Tensor | None) -> Tensor:
-    """[n, d]: the rows of activations [..., d] that `kept_rows` has chosen."""
+    """[n, d]: the rows of activations [..., d] that `kept_rows` has chosen.
+
+    Of an expert's activations (hosts.base.Places) those that are among them.
+    """
     flat = x.reshape(-1, x.shape[-1])
-    return flat if kept is None else flat[kept.to(x.device)]
+    if kept is None:
+        return flat
+    kept, places = kept.to(x.device), getattr(x, "places", None)
+    return flat[kept if places is None else torch.isin(places.rows, kept)]
 
 
 def _validate_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

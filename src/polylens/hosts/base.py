@@ -12,6 +12,8 @@ from polylens.activations import Activation
 from polylens.weights import GLUWeights, MLPWeights
 
 Weights = MLPWeights | GLUWeights
+# What tells sites apart: the number of a block, or (number of a block, number of an expert).
+Layer = int | tuple[int, int]
 # Of a recomputed output, relative to its largest entry.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 
@@ -21,7 +23,7 @@ class MLPSite:
     """One MLP or GLU of a model, verified to be a normal form.
 
     Attributes:
-        layer: index of the block.
+        layer: index of the block; of an expert (index of the block, index of the expert).
         path: dotted path of the MLP component in the host.
         kind: "mlp" or "glu".
         activation: what the host's activation was found to compute.
@@ -31,7 +33,7 @@ class MLPSite:
         weights: the validated normal form over them, without copying a matrix.
     """
 
-    layer: int
+    layer: Layer
     path: str
     kind: str
     activation: Activation
@@ -41,6 +43,19 @@ class MLPSite:
     error: float
     tensors: Callable[[], dict[str, Tensor]]
     weights: Callable[[], Weights]
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the inputs of an expert are; `x.places` and `y.places` of what a host hands over.
+
+    Attributes:
+        rows: [n] indices among the batch * pos inputs of the layer.
+        first: [n] of bool, True at position 0 of a sequence that has more positions.
+    """
+
+    rows: Tensor
+    first: Tensor
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,7 @@ class Host(Protocol):
         """Whether what the model is run on are token ids; else floats. Known after `sites`."""
         ...
 
-    def sites(self) -> tuple[list[MLPSite], dict[int, str]]:
+    def sites(self) -> tuple[list[MLPSite], dict[Layer, str]]:
         """Verified sites by layer, and for each refused layer the reason.
 
         Runs one tiny forward pass. The model's training flag, hooks and RNG are as before.
@@ -125,13 +140,16 @@ class Host(Protocol):
         ...
 
     def observe(
-        self, observers: dict[int, Callable[[Tensor, Tensor], None]]
+        self, observers: dict[Layer, Callable[[Tensor, Tensor], None]]
     ) -> AbstractContextManager[None]:
-        """Within the context, observers[layer](x, y) sees the MLP's true input and output."""
+        """Within the context, observers[layer](x, y) sees the MLP's true input and output.
+
+        Of an expert x is [n, d_in], what was routed to it, and x.places says where that is.
+        """
         ...
 
     def substitute(
-        self, functions: dict[int, Callable[[Tensor, Tensor], Tensor]]
+        self, functions: dict[Layer, Callable[[Tensor, Tensor], Tensor]]
     ) -> AbstractContextManager[None]:
         """Within the context the output of layer's MLP is functions[layer](x, y)."""
         ...

@@ -1,7 +1,7 @@
 """Mixtures of experts: each expert of a stack as a GLU, on the tokens that are routed to it."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,29 +11,32 @@ from torch import Tensor, nn
 
 from polylens.activations import Activation, activation
 from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
-from polylens.hosts.base import TOLERANCE, MLPSite
-from polylens.hosts.recording import half, quiet
+from polylens.hosts.base import TOLERANCE, MLPSite, Places
+from polylens.hosts.passage import Function
+from polylens.hosts.recording import half, position, quiet
 from polylens.weights import GLUWeights
 
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
-
-Function = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class ExpertSite(MLPSite):
     """One expert, verified to be a GLU.
 
-    `layer` is the number of the block (or of the stack, in order of execution) and `path` that
-    of the module that holds the stack, with the expert's number in brackets.
+    `layer` is (number of the block, number of the expert), where the block's number is that of
+    the stack in order of execution if several stacks are in one block. `path` is that of the
+    module that holds the stack, with the expert's number in brackets.
 
     Attributes:
-        expert: its number in the stack.
         stack: the whole stack.
     """
 
-    expert: int
     stack: "Stack"
+
+    @property
+    def expert(self) -> int:
+        assert isinstance(self.layer, tuple)
+        return self.layer[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,6 +109,9 @@ def find_experts(
     Returns:
         Sites in order of execution, and for each refused stack (by path) the reason.
     """
+    stacks = [(path, m) for path, m in model.named_modules() if len(_stacked(m)) >= 2]
+    if not stacks:
+        return [], {}
     calls: dict[str, tuple[nn.Module, Routing | None, Any]] = {}
 
     def keep(path: str, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
@@ -113,95 +119,108 @@ def find_experts(
             calls[path] = (module, _routing(args, kwargs), out)
 
     with ExitStack() as hooks, quiet(model):
-        for path, module in model.named_modules():
-            if len(_stacked(module)) >= 2:
-                hook = partial(keep, path)
-                handle = module.register_forward_hook(hook, with_kwargs=True)
-                hooks.callback(handle.remove)
+        for path, module in stacks:
+            handle = module.register_forward_hook(partial(keep, path), with_kwargs=True)
+            hooks.callback(handle.remove)
         run()
     sites: list[ExpertSite] = []
     refused: dict[str, str] = {}
+    layers = [position(path) for path in calls]
+    one_each = None not in layers and len(set(layers)) == len(layers)
     for order, (path, (module, routing, out)) in enumerate(calls.items()):
         try:
             stack, error = _verified(path, module, routing, out)
         except PolylensError as problem:
             refused[path] = f"{path} ({type(module).__name__}): {problem}"
             continue
-        numbers = [int(name) for name in path.split(".") if name.isdigit()]
-        layer = numbers[0] if numbers else order
+        place = layers[order]
+        layer = place[1] if one_each and place is not None else order
         sites += [_site(stack, layer, expert, error) for expert in range(stack.n_experts)]
     return sites, refused
 
 
-@contextmanager
-def observe_experts(
-    sites: Iterable[ExpertSite], observer: Callable[[ExpertSite, Tensor, Tensor, Tensor], None]
-) -> Iterator[None]:
-    """Within the context, observer(site, x, y, rows) sees what each expert does.
+class ExpertPassage:
+    """Runs functions at experts of one stack in every forward pass of the model.
 
-    x [n, d_in] are the inputs routed to the expert, y [n, d_out] its outputs before they are
-    weighted, rows [n] their places among the batch * pos inputs of the layer. Experts without
-    inputs are not called.
+    A function gets (x [n, d_in], y [n, d_out]) of the inputs that are routed to its expert, y
+    before it is weighted; both carry `places` (hosts.base.Places). What it returns goes on in
+    place of y, to the next function and into the stack's output; None leaves y as it is. What
+    the other experts add, and the router, stay as they are.
     """
 
-    def look(members: list[ExpertSite], routing: Routing, out: Tensor) -> None:
-        for site in members:
-            rows, _ = routing.of(site.expert)
-            if len(rows):
-                x = routing.x[rows]
-                observer(site, x, site.stack.outputs(site.expert, x), rows)
+    def __init__(self, stack: Stack, parent: nn.Module) -> None:
+        self.stack, self.parent = stack, parent
+        self.functions: dict[int, list[Function]] = {}
+        self._handles: list[Any] = []
+        self._shape: tuple[int, ...] = ()
 
-    with _hooked(sites, look):
-        yield
+    def __getstate__(self) -> dict:
+        # the hooks of a copy came with its modules
+        return {**self.__dict__, "_handles": []}
 
+    def add(self, expert: int, function: Function, first: bool) -> "Member":
+        """Put a function at the end of an expert's functions, or in front of them."""
+        if not self._handles:
+            note, run = self._note_shape, self._at_stack
+            add = self._handles.append
+            add(self.parent.register_forward_pre_hook(note, with_kwargs=True))
+            add(self.stack.module.register_forward_hook(run, with_kwargs=True))
+        functions = self.functions.setdefault(expert, [])
+        functions.insert(0 if first else len(functions), function)
+        return Member(self, expert, function)
 
-@contextmanager
-def substitute_experts(functions: Mapping[ExpertSite, Function]) -> Iterator[None]:
-    """Within the context an expert's output is functions[site](x, y), weighted as before.
+    def drop(self, expert: int, function: Function) -> None:
+        kept = [f for f in self.functions[expert] if f is not function]
+        self.functions[expert] = kept
+        if not any(self.functions.values()):
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
 
-    What the other experts add, and the router, stay as they are.
-    """
+    def _note_shape(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        values = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 3)
+        self._shape = next((tuple(v.shape[:2]) for v in values), ())
 
-    def change(members: list[ExpertSite], routing: Routing, out: Tensor) -> Tensor:
-        total = out.clone()
-        flat = total.reshape(-1, total.shape[-1])
-        for site in members:
-            rows, weights = routing.of(site.expert)
-            if len(rows):
-                x = routing.x[rows]
-                y = site.stack.outputs(site.expert, x)
-                change = (functions[site](x, y) - y) * weights[:, None].to(y.dtype)
-                flat = flat.index_add(0, rows, change.to(flat.dtype))
-        return flat.reshape(out.shape)
-
-    with _hooked(functions, change):
-        yield
-
-
-@contextmanager
-def _hooked(
-    sites: Iterable[ExpertSite],
-    function: Callable[[list[ExpertSite], Routing, Tensor], Tensor | None],
-) -> Iterator[None]:
-    by_stack: dict[nn.Module, list[ExpertSite]] = {}
-    for site in sites:
-        by_stack.setdefault(site.stack.module, []).append(site)
-
-    def hook(
-        members: list[ExpertSite], module: nn.Module, args: tuple, kwargs: dict, out: Tensor
-    ) -> Tensor | None:
+    def _at_stack(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
         routing = _routing(args, kwargs)
         if routing is None:
             raise AttachmentError(
-                f"{members[0].stack.path} is called in another way than when it was found"
+                f"{self.stack.path} is called in another way than when it was found"
             )
-        return function(members, routing, out)
+        changed = None
+        for expert, functions in self.functions.items():
+            rows, weights = routing.of(expert)
+            if not functions or not len(rows):
+                continue
+            x, places = routing.x[rows], self._places(rows, len(routing.x))
+            true = y = self.stack.outputs(expert, x)
+            x.places = places  # type: ignore[attr-defined]
+            for function in functions:
+                y.places = places  # type: ignore[attr-defined]
+                new = function(x, y)
+                y = y if new is None else new
+            if y is not true:
+                change = ((y - true) * weights[:, None].to(y.dtype)).to(out.dtype)
+                flat = out.reshape(len(routing.x), -1) if changed is None else changed
+                changed = flat.index_add(0, rows, change)
+        return None if changed is None else changed.reshape(out.shape)
 
-    with ExitStack() as stack:
-        for module, members in by_stack.items():
-            handle = module.register_forward_hook(partial(hook, members), with_kwargs=True)
-            stack.callback(handle.remove)
-        yield
+    def _places(self, rows: Tensor, total: int) -> Places:
+        batch, pos = self._shape if len(self._shape) == 2 else (total, 1)
+        many = pos > 1 and batch * pos == total
+        return Places(rows, rows % pos == 0 if many else torch.zeros_like(rows, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Member:
+    """A function in a passage; `remove` takes it out."""
+
+    passage: ExpertPassage
+    expert: int
+    function: Function
+
+    def remove(self) -> None:
+        self.passage.drop(self.expert, self.function)
 
 
 def _stacked(module: nn.Module) -> dict[str, nn.Parameter]:
@@ -273,7 +292,7 @@ def _error(stack: Stack, routing: Routing, out: Tensor) -> float:
 def _site(stack: Stack, layer: int, expert: int, error: float) -> ExpertSite:
     tensors = stack.tensors(expert)
     return ExpertSite(
-        layer=layer,
+        layer=(layer, expert),
         path=f"{stack.path}[{expert}]",
         kind="glu",
         activation=stack.act,
@@ -283,6 +302,5 @@ def _site(stack: Stack, layer: int, expert: int, error: float) -> ExpertSite:
         error=error,
         tensors=partial(stack.tensors, expert),
         weights=partial(stack.weights, expert),
-        expert=expert,
         stack=stack,
     )

@@ -10,6 +10,7 @@ from polylens.errors import AttachmentError, UnsupportedModel
 from polylens.hosts.base import Emitter, MLPSite
 from polylens.hosts.dataflow import Block
 from polylens.hosts.inline import InlinePolynomial
+from polylens.hosts.moe import ExpertSite
 from polylens.hosts.passage import Emitting, PolyPoint, Taps
 from polylens.hosts.torch import TorchHost
 
@@ -30,7 +31,8 @@ class NNsightHost(TorchHost):
             error = mlp.poly.error.output.save()
 
     `mlp.poly.x.output` is the polynomial's input; requests follow the order x, degree_0 ...,
-    poly, error. Writing to `mlp.poly.output` while replaced changes what flows on.
+    poly, error. Writing to `mlp.poly.output` while replaced changes what flows on. The points
+    of an expert, whose parameters are in no module of its own, are read with `lens.cache()`.
 
     Args:
         model: the root of an nnsight model; dispatched here if its weights are not loaded yet.
@@ -64,7 +66,9 @@ class NNsightHost(TorchHost):
         return block.exit
 
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
-        block = self._block(site.layer)
+        if isinstance(site, ExpertSite):
+            return super().install(site, emitter)
+        block = self._block(site.layer)  # type: ignore[arg-type]
         if hasattr(block.owner, _CHILD):
             raise AttachmentError(
                 f"layer {site.layer} ({site.path}) has an attribute {_CHILD!r} of its own, which "

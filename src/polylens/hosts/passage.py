@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from polylens.errors import AttachmentError
-from polylens.hosts.base import Emitter, Tap
+from polylens.hosts.base import Emitter, Layer, Tap
 from polylens.hosts.recording import half
 
 Function = Callable[[Tensor, Tensor], Tensor | None]
-Join = Callable[[int, Function, bool], "Passage"]
+Join = Callable[[Layer, Function, bool], Any]  # what comes back has remove()
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class Passage:
 
 
 @contextmanager
-def observing(join: Join, observers: Mapping[int, Function]) -> Iterator[None]:
+def observing(join: Join, observers: Mapping[Layer, Function]) -> Iterator[None]:
     """`Host.observe`: observers see the true y, and what they return does not replace it."""
     with ExitStack() as stack:
         for layer, observer in observers.items():
@@ -163,9 +163,9 @@ def observing(join: Join, observers: Mapping[int, Function]) -> Iterator[None]:
 
 
 @contextmanager
-def substituting(join: Join, functions: Mapping[int, Function]) -> Iterator[None]:
+def substituting(join: Join, functions: Mapping[Layer, Function]) -> Iterator[None]:
     """`Host.substitute`: functions see the true y and have the last word on what flows on."""
-    true: dict[int, Tensor] = {}
+    true: dict[Layer, Tensor] = {}
     with ExitStack() as stack:
         for layer, function in functions.items():
             see = partial(lambda layer, x, y: true.update({layer: y}), layer)

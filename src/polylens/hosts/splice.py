@@ -11,21 +11,29 @@ class Splice(Passage):
     """A passage through a block: x is what the in-projection reads, y what `end` returns.
 
     Args:
+        model: what the block is in; where x has no batch axis, the shape is that of what flows
+            into the innermost module around the block that has both axes.
         end: the module whose output is y.
         first: see y before other hooks change it.
     """
 
     def __init__(
-        self, block: Block, end: nn.Module, function: Function, first: bool = False
+        self,
+        model: nn.Module,
+        block: Block,
+        end: nn.Module,
+        function: Function,
+        first: bool = False,
     ) -> None:
+        self._around = _around(model, block.path) if block.flat else []
         self._block, self._end, self._first = block, end, first
         self._held = _holders(block.owner, (block.source.module, block.out.module))
         super().__init__(function, self._find_interior())
 
     def _register(self) -> None:
         block = self._block
-        if block.flat and block.owner is not block.out.module:
-            self._add(block.owner.register_forward_pre_hook(self._note_shape, with_kwargs=True))
+        for module in self._around:
+            self._add(module.register_forward_pre_hook(self._note_shape, with_kwargs=True))
         self._add(block.source.module.register_forward_pre_hook(self._grab, with_kwargs=True))
         self._add(self._end.register_forward_hook(self._at_end, prepend=self._first))
         # an exception in between may end the pass before x is used
@@ -62,6 +70,12 @@ class Splice(Passage):
         if x.device != y.device:
             x = x.to(y.device)
         return self._call(x, y)
+
+
+def _around(model: nn.Module, path: str) -> list[nn.Module]:
+    """The model, and every module on the way to the one at this path, which is the last."""
+    names = path.split(".") if path else []
+    return [model.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
 
 
 def _holders(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from polylens.errors import InvalidInputError, UnsupportedModel
-from polylens.hosts.base import Emitter, MLPSite, Norm
+from polylens.hosts.base import Emitter, Layer, MLPSite, Norm
 from polylens.hosts.dataflow import Block, find_blocks
 from polylens.hosts.guessing import Inputs, accepted, guessed_inputs
+from polylens.hosts.moe import ExpertPassage, ExpertSite, Member, find_experts
 from polylens.hosts.norms import Call, norm_read
 from polylens.hosts.passage import (
     Emitting,
@@ -48,7 +49,9 @@ class TorchHost:
             single = isinstance(example_inputs, Tensor)
             self._examples = (example_inputs,) if single else tuple(example_inputs)
         self._blocks: dict[int, Block] = {}
-        self._points: dict[int, dict[str, PolyPoint]] = {}
+        self._experts: dict[Layer, ExpertSite] = {}
+        self._passages: dict[nn.Module, ExpertPassage] = {}
+        self._points: dict[Layer, dict[str, PolyPoint]] = {}
 
     @property
     def module(self) -> nn.Module:
@@ -69,10 +72,14 @@ class TorchHost:
         first = next((v for v in values if isinstance(v, Tensor)), None)
         return first is not None and not first.is_floating_point()
 
-    def sites(self) -> tuple[list[MLPSite], dict[int, str]]:
+    def sites(self) -> tuple[list[MLPSite], dict[Layer, str]]:
         blocks, refused = self._found()
         self._blocks = {block.layer: block for block in blocks}
-        return [_site(block) for block in blocks], refused
+        assert self._examples is not None
+        experts, problems = find_experts(self.module, partial(self._example_run, self._examples))
+        self._experts = {site.layer: site for site in experts}
+        sites = sorted([*map(_site, blocks), *experts], key=_place)
+        return sites, _still_refused(refused, experts, problems)
 
     def _found(self) -> tuple[list[Block], dict[int, str]]:
         guesses = guessed_inputs(self.module) if self._examples is None else [self._examples]
@@ -193,41 +200,61 @@ class TorchHost:
                 ) from error
         return out
 
-    def observe(self, observers: Mapping[int, Function]) -> AbstractContextManager[None]:
+    def observe(self, observers: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         return observing(self._join, observers)
 
-    def substitute(self, functions: Mapping[int, Function]) -> AbstractContextManager[None]:
+    def substitute(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         return substituting(self._join, functions)
 
-    def _join(self, layer: int, function: Function, first: bool) -> Splice:
+    def _join(self, layer: Layer, function: Function, first: bool) -> Splice | Member:
+        if isinstance(layer, tuple):
+            return self._passage(layer).add(layer[1], function, first)
         block = self._block(layer)
-        return Splice(block, self._end(block), function, first)
+        return Splice(self.module, block, self._end(block), function, first)
 
     def _block(self, layer: int) -> Block:
         if layer not in self._blocks:
             self.sites()
         return self._blocks[layer]
 
+    def _passage(self, layer: tuple[int, int]) -> ExpertPassage:
+        if layer not in self._experts:
+            self.sites()
+        stack = self._experts[layer].stack
+        if stack.module not in self._passages:
+            parent = self.module.get_submodule(stack.path.rpartition(".")[0])
+            self._passages[stack.module] = ExpertPassage(stack, parent)
+        return self._passages[stack.module]
+
     def _end(self, block: Block) -> nn.Module:
         """The module whose output a polynomial replaces."""
         return block.out.module
 
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
-        block = self._block(site.layer)
         points = {name: PolyPoint(f"hook_poly_{name}") for name in emitter.point_names}
         with ExitStack() as undo:
+            owner = self._owner(site, undo)
             for point in points.values():
-                block.owner.add_module(point.name, point)
-                undo.callback(block.owner._modules.pop, point.name, None)
+                owner.add_module(point.name, point)
+                undo.callback(owner._modules.pop, point.name, None)
             undo.callback(self._join(site.layer, Emitting(emitter, Taps(points)), False).remove)
             self._points[site.layer] = points
             undo.callback(self._points.pop, site.layer, None)
             return undo.pop_all().close
 
+    def _owner(self, site: MLPSite, undo: ExitStack) -> nn.Module:
+        """The module that gets the hook points: of an expert a new one, `expert_<number>`."""
+        if not isinstance(site, ExpertSite):
+            return self._block(site.layer).owner  # type: ignore[arg-type]
+        owner, name = nn.Module(), f"expert_{site.expert}"
+        site.stack.module.add_module(name, owner)
+        undo.callback(site.stack.module._modules.pop, name, None)
+        return owner
+
     @contextmanager
     def cache(
-        self, layers: Iterable[int] | None = None, names: Iterable[str] | None = None
-    ) -> Iterator[dict[tuple[str, int], Tensor]]:
+        self, layers: Iterable[Layer] | None = None, names: Iterable[str] | None = None
+    ) -> Iterator[dict[tuple[str, Layer], Tensor]]:
         """Within the context, values at the hook points are collected as the model runs.
 
         Args:
@@ -240,7 +267,7 @@ class TorchHost:
         Raises:
             InvalidInputError: a layer that is not attached, or an unknown name.
         """
-        values: dict[tuple[str, int], Tensor] = {}
+        values: dict[tuple[str, Layer], Tensor] = {}
 
         def keep(key: tuple[str, int], module: nn.Module, args: tuple, out: Tensor) -> None:
             values[key] = out
@@ -250,7 +277,7 @@ class TorchHost:
             for layer in self._points if layers is None else layers:
                 if layer not in self._points:
                     raise InvalidInputError(
-                        f"no layer {layer!r} is attached; there are {sorted(self._points)}"
+                        f"no layer {layer!r} is attached; there are {list(self._points)}"
                     )
                 points = self._points[layer]
                 for name in points if wanted is None else wanted:
@@ -263,7 +290,12 @@ class TorchHost:
             yield values
 
     def norm(self, site: MLPSite) -> Norm:
-        block = self._block(site.layer)
+        if isinstance(site, ExpertSite):
+            raise UnsupportedModel(
+                f"{site.path} sees the inputs that its router sends there, about which the norm "
+                "says nothing; give tokens"
+            )
+        block = self._block(site.layer)  # type: ignore[arg-type]
         passed: list[Call] = []
         read: list[Tensor] = []
 
@@ -290,6 +322,24 @@ class _ForwardFailed(Exception):
 
 def _is_hugging_face(module: Any) -> bool:
     return hasattr(module, "config") and hasattr(module, "main_input_name")
+
+
+def _place(site: MLPSite) -> tuple[int, int]:
+    """What is in front of what: a layer's experts after its shared ones."""
+    return site.layer if isinstance(site.layer, tuple) else (site.layer, -1)
+
+
+def _still_refused(
+    refused: dict[int, str], experts: list[ExpertSite], problems: dict[str, str]
+) -> dict[Layer, str]:
+    """Without the stacks of experts that can be read, and why others cannot."""
+    read = {site.stack.path for site in experts}
+    still: dict[Layer, str] = {}
+    for layer, reason in refused.items():
+        if not any(f"{path} (" in reason for path in read):
+            better = (p for path, p in problems.items() if f"{path} (" in reason)
+            still[layer] = next((f"layer {layer}: {p}" for p in better), reason)
+    return still
 
 
 def _site(block: Block) -> MLPSite:

@@ -326,8 +326,8 @@ class Reader:
         tensors = self.tensors()
         if not {"W_in", "W_out"} <= tensors.keys():
             raise UnsupportedModel(
-                f"{type(self.mlp).__name__} has no matrices W_in and W_out (mixture of experts, "
-                "or a quantised or custom MLP)"
+                f"{type(self.mlp).__name__} has no matrices W_in and W_out (mixture of experts: "
+                "attach to the Hugging Face model itself; or a quantised or custom MLP)"
             )
         if "W_gate" not in tensors:
             tensors.pop("b_gate", None)
