@@ -28,6 +28,7 @@ types: $(VENV)/installed
 
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py
+	for part in coefficients mixture layers growth; do $(BIN)/python benchmarks/core.py $$part; done
 
 clean:
 	rm -rf .venv .venv4 .pytest_cache .hypothesis
