@@ -1,80 +1,169 @@
-"""Input models for every layer of a model, measured in one pass or implied by its norms."""
+"""The polynomials of all layers of a model, from what it is seen to compute on some inputs."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
+from polylens.emitter import keep_first
+from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
+from polylens.estimators import Estimator
 from polylens.hosts.base import Host, Layer, MLPSite, Norm
-from polylens.inputs import Gaussian, Moments
+from polylens.inputs import Gaussian
+from polylens.lockstep import Arrivals, Flow, in_step
+from polylens.polynomial import Polynomial
 from polylens.selection import label
-from polylens.tokens import batches, kept_rows, rows, validate_inputs
+from polylens.tokens import batches, counted, kept_rows, rows, validate_inputs
 
-SAMPLED_SEQUENCES, SAMPLED_LENGTH = 32, 128
 FEW_TOKENS = 64
 
 
-def measured_inputs(
-    host: Host,
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is run on to see the inputs of its layers.
+
+    Attributes:
+        host: the model.
+        steps: (inputs, attention mask) of each batch.
+        exclude_first: leave out position 0, and keep it true where a polynomial flows on.
+        progress: show a progress bar.
+    """
+
+    host: Host
+    steps: Sequence[tuple[Tensor, Tensor | None]]
+    exclude_first: bool
+    progress: bool
+
+    @classmethod
+    def on(
+        cls,
+        host: Host,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        exclude_first: bool = True,
+        batch_size: int = 8,
+        progress: bool = True,
+    ) -> "Calibration":
+        """On these tokens [batch, pos] (floats, where the model reads those).
+
+        Raises:
+            InvalidInputError: unusable tokens, mask or batch size.
+        """
+        tokens, mask = validate_inputs(tokens, attention_mask, reads_tokens=host.reads_tokens)
+        steps = list(batches(tokens, mask, batch_size))
+        return cls(host, steps, exclude_first and host.reads_tokens, progress)
+
+    def describe(self, origin: str) -> list[str]:
+        """How many inputs there are, of which origin, and what was left out."""
+        if self.host.reads_tokens:
+            count = sum(int(counted(*step, exclude_first=False).sum()) for step in self.steps)
+        else:
+            count, origin = sum(len(batch) for batch, _ in self.steps), "inputs"
+        return [f"{count} {origin}"] + ["position 0 excluded"] * self.exclude_first
+
+    def kept(self, i: int) -> Tensor | None:
+        """Rows of batch i that count, None for all."""
+        return kept_rows(*self.steps[i], exclude_first=self.exclude_first)
+
+
+def on_true_stream(
+    calibration: Calibration,
     sites: Mapping[Layer, MLPSite],
-    tokens: Tensor,
+    kind: type[Estimator],
+    degree: int,
     refused: dict[Layer, str],
-    *,
-    attention_mask: Tensor | None = None,
-    exclude_first: bool = True,
-    batch_size: int = 8,
-    progress: bool = True,
-) -> Iterator[tuple[Layer, Gaussian]]:
-    """(layer, Gaussian with the moments of the MLP's true inputs on these tokens).
+) -> Iterator[tuple[Layer, Polynomial]]:
+    """(layer, polynomial fitted to the inputs that it has in the unchanged model).
 
-    One forward pass over the tokens for all layers; float64 sums on the model's device, so
-    memory is d_in^2 float64 per layer and one batch of activations. Layers are handed out one
-    at a time and their sums freed, so that the caller can fit as it goes.
-
-    An expert has the moments of the tokens that are routed to it. One that saw fewer than
-    FEW_TOKENS is left out, and why is put into `refused`.
+    One forward pass over the batches for all layers. Layers are handed out one at a time and
+    their sums freed. An expert is fitted to the tokens that are routed to it. One that saw
+    fewer than FEW_TOKENS is left out, and why is put into `refused`.
 
     Raises:
-        InvalidInputError: unusable tokens, or NaN activations (which layer, how many features).
+        InvalidInputError: NaN activations (which layer, how many).
     """
-    tokens, attention_mask = validate_inputs(tokens, attention_mask, reads_tokens=host.reads_tokens)
-    require_deterministic(host.module)
-    moments = {layer: Moments() for layer in sites}
+    estimators = {layer: kind(site, degree) for layer, site in sites.items()}
     kept: Tensor | None = None
 
     def observer(layer: Layer):
         def observe(x: Tensor, y: Tensor) -> None:
-            moments[layer].update(rows(x, kept))
+            estimators[layer].update(rows(x, kept))
 
         return observe
 
-    steps = list(batches(tokens, attention_mask, batch_size))
+    host, steps = calibration.host, calibration.steps
     with torch.no_grad(), host.observe({layer: observer(layer) for layer in sites}):
-        for batch, batch_mask in tqdm(steps, desc="calibrating", disable=not progress):
-            kept = kept_rows(batch, batch_mask, exclude_first=exclude_first)
-            host.run(batch, batch_mask)
-    for layer, site in sites.items():
-        seen = moments.pop(layer)
+        for i, step in enumerate(tqdm(steps, "calibrating", disable=not calibration.progress)):
+            kept = calibration.kept(i)
+            host.run(*step)
+    for layer, site in tqdm(sites.items(), "fitting", disable=not calibration.progress):
+        seen = estimators.pop(layer)
         if isinstance(layer, tuple) and seen.count < FEW_TOKENS:
             refused[layer] = (
                 f"{site.path}: the router sent {seen.count} of these tokens there, at least "
                 f"{FEW_TOKENS} are needed to fit an expert; give more tokens"
             )
-        else:
-            yield layer, seen.gaussian(f"layer {label(layer)} ({site.path})")
+            continue
+        with naming(layer, site):
+            yield layer, seen.polynomial()
 
 
-def norm_inputs(host: Host, sites: Mapping[Layer, MLPSite]) -> Iterator[tuple[Layer, Gaussian]]:
-    """(layer, maximum-entropy Gaussian that the preceding normalisation implies), without data.
+def on_replaced_stream(
+    calibration: Calibration,
+    sites: Mapping[Layer, MLPSite],
+    kind: type[Estimator],
+    degree: int,
+    refused: dict[Layer, str],
+) -> Iterator[tuple[Layer, Polynomial]]:
+    """(layer, polynomial fitted to the inputs that it has when the layers below are replaced).
+
+    One forward pass over all batches in step: at each MLP the polynomial is fitted to the
+    true layer on what arrives there, and its output flows on. See `in_step` for the memory.
+
+    Raises:
+        InvalidInputError: as `on_true_stream`.
+        UnsupportedModel: experts, and other layers that only some batches pass through.
+    """
+    if any(isinstance(layer, tuple) for layer in sites):
+        raise UnsupportedModel(
+            "experts cannot be calibrated one layer after the other: replaced layers would change "
+            'the routing; use calibration="true", or layers= without experts'
+        )
+    found: dict[Layer, Polynomial] = {}
+    total = len(sites) * len(calibration.steps)
+    with tqdm(total=total, desc="layer by layer", disable=not calibration.progress) as bar:
+
+        def visit(layer: Layer, arrivals: Arrivals) -> Flow:
+            with naming(layer, sites[layer]):
+                seen = kind(sites[layer], degree)
+                for i, x, _ in arrivals:
+                    seen.update(rows(x, calibration.kept(i)))
+                    bar.update()
+                found[layer] = seen.polynomial()
+            return partial(_flow, found[layer], calibration.exclude_first)
+
+        in_step(calibration.host, list(sites), calibration.steps, visit)
+    yield from ((layer, found[layer]) for layer in sites)
+
+
+def _flow(polynomial: Polynomial, exclude_first: bool, x: Tensor, y: Tensor) -> Tensor:
+    out = polynomial(x)
+    return keep_first(out, y) if exclude_first else out
+
+
+def norm_inputs(host: Host, sites: Mapping[Layer, MLPSite]) -> dict[Layer, Gaussian]:
+    """The maximum-entropy Gaussian that the normalisation in front of a layer implies.
 
     RMSNorm outputs have mean square one: N(0, I); LayerNorm removes the mean direction too:
     N(0, I - 11^T / d). Weight w and bias b that are not folded give diag(w) cov diag(w) and b.
     """
-    for layer, site in sites.items():
-        yield layer, _gaussian_after(host.norm(site), site.d_in, host.device)
+    device = host.device
+    return {n: _gaussian_after(host.norm(site), site.d_in, device) for n, site in sites.items()}
 
 
 def _gaussian_after(norm: Norm, d: int, device: torch.device) -> Gaussian:
@@ -84,21 +173,6 @@ def _gaussian_after(norm: Norm, d: int, device: torch.device) -> Gaussian:
     if not norm.centred:
         return Gaussian(bias, weight.square())
     return Gaussian(bias, torch.diag(weight.square()) - torch.outer(weight, weight) / d)
-
-
-def given_inputs(
-    inputs: Gaussian | Mapping[Layer, Gaussian], sites: Mapping[Layer, MLPSite]
-) -> Iterator[tuple[Layer, Gaussian]]:
-    """(layer, the input model that the user gave): one for all layers, or one for each."""
-    if isinstance(inputs, Mapping):
-        missing = sorted(set(sites) - set(inputs))
-        if missing:
-            raise InvalidInputError(
-                f"inputs has no entry for layers {missing}; give one for each of {sorted(sites)}, "
-                "or restrict layers="
-            )
-    for layer in sites:
-        yield layer, inputs[layer] if isinstance(inputs, Mapping) else inputs
 
 
 def require_deterministic(model: nn.Module) -> None:

@@ -53,11 +53,7 @@ def fit(
     """
     if scope not in ("neuron", "global"):
         raise InvalidInputError(f"scope must be 'neuron' or 'global', got {scope!r}")
-    if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= MAX_DEGREE:
-        raise InvalidInputError(
-            f"degree must be an integer in 0 ... {MAX_DEGREE} (beyond, He_k and k! cancel more "
-            f"digits than float64 has), got {degree!r}"
-        )
+    require_degree(degree)
     if not isinstance(inputs, (Gaussian, GaussianMixture, Samples)):
         raise InvalidInputError(
             "inputs must be a Gaussian, GaussianMixture or Samples, got "
@@ -83,3 +79,12 @@ def fit(
     if scope == "neuron":
         return fit_samples(weights, inputs, degree)
     return fit_joint(weights, inputs, degree)
+
+
+def require_degree(degree: int) -> None:
+    """InvalidInputError for a degree that cannot be fitted."""
+    if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= MAX_DEGREE:
+        raise InvalidInputError(
+            f"degree must be an integer in 0 ... {MAX_DEGREE} (beyond, He_k and k! cancel more "
+            f"digits than float64 has), got {degree!r}"
+        )

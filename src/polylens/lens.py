@@ -1,4 +1,4 @@
-"""`attach`: polynomials beside every MLP of a model, readable and switchable."""
+"""`Lens`: polynomials beside every MLP of a model, readable and switchable."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -7,121 +7,21 @@ from weakref import WeakValueDictionary
 
 from torch import Tensor
 from torch.nn import Module
-from tqdm.auto import tqdm
 
-from polylens import calibration
 from polylens.emitter import SiteEmitter
-from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
-from polylens.fit import fit
-from polylens.hosts import host_for
+from polylens.errors import AttachmentError, InvalidInputError
 from polylens.hosts.base import Host, Layer, MLPSite
-from polylens.hosts.passage import require_free
-from polylens.inputs import Gaussian
 from polylens.polynomial import Polynomial
 from polylens.report import Report, measure
 from polylens.selection import check_degree, check_layers
 
 # By id of the model; the installed emitters keep a lens alive as long as its model.
-_LENSES: "WeakValueDictionary[int, Lens]" = WeakValueDictionary()
-
-
-def find_mlps(model: Any, example_inputs: Any = None) -> list[MLPSite]:
-    """Every MLP and GLU of the model that has a normal form, verified by a tiny forward pass.
-
-    Args:
-        model: as in `attach`.
-        example_inputs: as in `attach`.
-
-    Raises:
-        UnsupportedModel: an unknown kind of model, or one in which no layer can be read.
-    """
-    sites, refused = host_for(model, example_inputs).sites()
-    _require_sites(sites, refused, model)
-    return sites
-
-
-def attach(
-    model: Any,
-    tokens: Tensor | None = None,
-    *,
-    inputs: Gaussian | Mapping[Layer, Gaussian] | str | None = None,
-    degree: int = 2,
-    layers: Iterable[Layer] | int | None = None,
-    attention_mask: Tensor | None = None,
-    exclude_first: bool = True,
-    batch_size: int = 8,
-    seed: int = 0,
-    example_inputs: Any = None,
-    progress: bool = True,
-) -> "Lens":
-    """Fit a polynomial to every MLP of the model and add it as hook points.
-
-    The model computes exactly what it did before; the hook points `hook_poly_in`,
-    `hook_poly_out`, `hook_poly_error` and `hook_poly_degree_k` appear on each MLP, and
-    `lens.replaced()` lets the polynomials flow on.
-
-    Args:
-        model: a HookedTransformer or a TransformerBridge, an nnsight model, a Hugging Face or
-            any other torch module.
-        tokens: [batch, pos] token ids whose activations define each layer's Gaussian. Without
-            tokens (and inputs) 32 x 128 tokens are sampled from the model itself. For a model
-            that reads no token ids, the floats [batch, ...] it reads: images, features.
-        inputs: instead of tokens, a Gaussian (for all layers or by layer), or "norm" for the
-            data-free model that the preceding normalisation implies.
-        degree: fitted degree, 0 ... 12; lower ones come with it.
-        layers: which layers; all that can be read by default.
-        attention_mask: [batch, pos], 0 at padding, which is left out of the moments.
-        exclude_first: leave position 0 out of the moments and R2, and true under
-            `replaced`: language models park attention there, far from all other inputs. Of
-            models that read no token ids nothing is left out.
-        batch_size: sequences per forward pass.
-        seed: of the text sampled when there are no tokens.
-        example_inputs: what a torch module is called with, where that cannot be guessed.
-        progress: show progress bars.
-
-    Returns:
-        A Lens; also a context manager that detaches.
-
-    Raises:
-        InvalidInputError: tokens, layers, degree or inputs that cannot be used.
-        UnsupportedModel: no readable MLP, or a named layer that was refused (with the reason).
-        AttachmentError: already attached, or in training mode with dropout.
-
-    Cost: one forward pass over the tokens, d_in^2 float64 of memory per layer, and one product
-    cov @ W per layer. If anything fails nothing stays attached.
-    """
-    host = host_for(model, example_inputs)
-    if attached(model) is not None:
-        raise AttachmentError(
-            "this model has a lens already: polylens.attached(model); detach() it first, or use "
-            "lens.replaced(degree=...) for a lower degree"
-        )
-    require_free(host.module)
-    if tokens is not None and inputs is not None:
-        raise InvalidInputError("give tokens= or inputs=, not both: each defines the input model")
-    calibration.require_deterministic(host.module)
-    found, refused = host.sites()
-    _require_sites(found, refused, model)
-    sites = {site.layer: site for site in found}
-    sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
-    exclude_first = exclude_first and host.reads_tokens
-    seen: dict[str, Any] = dict(attention_mask=attention_mask, exclude_first=exclude_first)
-    seen |= dict(batch_size=batch_size, progress=progress)
-    summary, source = _input_models(host, sites, refused, tokens, inputs, seed, seen)
-    polynomials = {}
-    for layer, gaussian in tqdm(source, "fitting", len(sites), disable=not progress):
-        with calibration.naming(layer, sites[layer]):
-            polynomials[layer] = fit(sites[layer].weights(), gaussian, degree)
-    sites = {layer: sites[layer] for layer in polynomials}
-    _require_sites(list(sites.values()), refused, model)
-    lens = Lens(host, sites, polynomials, refused, summary, exclude_first)
-    _LENSES[id(model)] = lens
-    return lens
+LENSES: "WeakValueDictionary[int, Lens]" = WeakValueDictionary()
 
 
 def attached(model: Any) -> "Lens | None":
     """The lens attached to this model, or None."""
-    return _LENSES.get(id(model))
+    return LENSES.get(id(model))
 
 
 class Lens:
@@ -339,7 +239,7 @@ class Lens:
         """
         self._require_attached()
         undo, self._undo = self._undo, None
-        _LENSES.pop(id(self.host.model), None)
+        LENSES.pop(id(self.host.model), None)
         assert undo is not None
         undo.close()
 
@@ -349,42 +249,3 @@ class Lens:
 
     def _chosen(self, layers: Iterable[Layer] | int | None) -> list[Layer]:
         return check_layers(layers, self.sites, self.refused, " in this lens")
-
-
-def _require_sites(sites: list[MLPSite], refused: dict[Layer, str], model: Any) -> None:
-    if not sites:
-        reasons = "; ".join(refused.values()) or (
-            "it has no MLP in which nothing but an activation, or its product with a linear "
-            "branch, is between two linear maps"
-        )
-        raise UnsupportedModel(f"{type(model).__name__} has no layer to attach to: {reasons}")
-
-
-def _input_models(
-    host: Host,
-    sites: dict[Layer, MLPSite],
-    refused: dict[Layer, str],
-    tokens: Tensor | None,
-    inputs: Gaussian | Mapping[Layer, Gaussian] | str | None,
-    seed: int,
-    seen: dict[str, Any],
-) -> tuple[str, Iterator[tuple[Layer, Gaussian]]]:
-    if isinstance(inputs, str):
-        if inputs != "norm":
-            raise InvalidInputError(
-                f"inputs={inputs!r} is unknown; 'norm', a Gaussian, or a mapping from layer to "
-                "Gaussian are possible, or give tokens"
-            )
-        return "data-free Gaussian implied by the norm", calibration.norm_inputs(host, sites)
-    if inputs is not None:
-        return "given Gaussian", calibration.given_inputs(inputs, sites)
-    origin = "tokens"
-    if tokens is None:
-        tokens = host.sample_tokens(calibration.SAMPLED_SEQUENCES, calibration.SAMPLED_LENGTH, seed)
-        origin = "tokens sampled from the model"
-    mask, excluded = seen["attention_mask"], ", position 0 excluded" * seen["exclude_first"]
-    count = int(tokens.numel()) if mask is None else int((mask != 0).sum())
-    if not host.reads_tokens:
-        count, origin = len(tokens), "inputs"
-    source = calibration.measured_inputs(host, sites, tokens, refused, **seen)
-    return f"Gaussian, {count} {origin}{excluded}", source

@@ -8,7 +8,7 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from polylens.errors import UnsupportedModel
-from polylens.hosts.base import Host
+from polylens.hosts.base import Host, Layer
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 Arrivals = Iterator[tuple[int, Tensor, Tensor]]
@@ -18,9 +18,9 @@ Step = tuple[Tensor, Tensor | None]
 @torch.no_grad()
 def in_step(
     host: Host,
-    layers: Sequence[int],
+    layers: Sequence[Layer],
     steps: Sequence[Step],
-    visit: Callable[[int, Arrivals], Flow],
+    visit: Callable[[Layer, Arrivals], Flow],
 ) -> None:
     """One forward pass over all batches, MLP by MLP: no batch is ahead of the others.
 
@@ -66,11 +66,11 @@ class _Column:
         self._passes = [greenlet(host.run) for _ in steps]
         self._held: list[tuple[Tensor, Tensor] | None] = [None] * len(steps)
 
-    def wait(self, layer: int, x: Tensor, y: Tensor) -> Tensor:
+    def wait(self, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
         """Called inside a forward pass at an MLP; returns what flows on, when it may go on."""
         return self._main.switch(layer, x, y)
 
-    def advance(self, i: int) -> int:
+    def advance(self, i: int) -> Layer:
         """Batch i goes on to its next MLP, which is returned."""
         held = self._held[i]
         place = self._passes[i].switch(*(self._steps[i] if held is None else (self.flow(*held),)))
@@ -83,7 +83,7 @@ class _Column:
         layer, *self._held[i] = place
         return layer
 
-    def arrivals(self, layer: int) -> Arrivals:
+    def arrivals(self, layer: Layer) -> Arrivals:
         for i in range(len(self._passes)):
             place = self.advance(i) if i else layer
             if place != layer:

@@ -242,7 +242,7 @@ def _classifier_rows(
 
 
 def _language_model_rows(step: int, model: Any, data: TraceData, degree: int) -> list[TraceRow]:
-    from polylens.lens import attach
+    from polylens.attachment import attach
 
     total = 0.0
     with torch.no_grad(), attach(model, data.calibration, degree=degree, progress=False) as lens:

@@ -1,0 +1,193 @@
+"""`attach`: fit a polynomial to every MLP of a model and put it beside it."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from polylens import calibration as streams
+from polylens.calibration import Calibration
+from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
+from polylens.estimators import estimator
+from polylens.fit import fit, require_degree
+from polylens.hosts import host_for
+from polylens.hosts.base import Host, Layer, MLPSite
+from polylens.hosts.passage import require_free
+from polylens.inputs import Gaussian
+from polylens.lens import LENSES, Lens, attached
+from polylens.polynomial import Polynomial
+from polylens.selection import check_layers
+
+SAMPLED_SEQUENCES, SAMPLED_LENGTH = 32, 128
+
+STREAMS = {"true": streams.on_true_stream, "sequential": streams.on_replaced_stream}
+
+
+def find_mlps(model: Any, example_inputs: Any = None) -> list[MLPSite]:
+    """Every MLP and GLU of the model that has a normal form, verified by a tiny forward pass.
+
+    Args:
+        model: as in `attach`.
+        example_inputs: as in `attach`.
+
+    Raises:
+        UnsupportedModel: an unknown kind of model, or one in which no layer can be read.
+    """
+    sites, refused = host_for(model, example_inputs).sites()
+    _require_sites(sites, refused, model)
+    return sites
+
+
+def attach(
+    model: Any,
+    tokens: Tensor | None = None,
+    *,
+    inputs: Gaussian | Mapping[Layer, Gaussian] | str | None = None,
+    calibration: str = "true",
+    degree: int = 2,
+    layers: Iterable[Layer] | int | None = None,
+    attention_mask: Tensor | None = None,
+    exclude_first: bool = True,
+    batch_size: int = 8,
+    seed: int = 0,
+    example_inputs: Any = None,
+    progress: bool = True,
+) -> Lens:
+    """Fit a polynomial to every MLP of the model and add it as hook points.
+
+    The model computes exactly what it did before; the hook points `hook_poly_in`,
+    `hook_poly_out`, `hook_poly_error` and `hook_poly_degree_k` appear on each MLP, and
+    `lens.replaced()` lets the polynomials flow on.
+
+    To study single layers, take the default: each polynomial is the optimum for the inputs
+    that its layer has in the true model. To replace many layers at once, take
+    calibration="sequential": each is the optimum for what the already replaced layers below
+    produce, so that errors do not pile up.
+
+    Args:
+        model: a HookedTransformer or a TransformerBridge, an nnsight model, a Hugging Face or
+            any other torch module.
+        tokens: [batch, pos] token ids on which the layers' inputs are seen. Without tokens
+            (and inputs) 32 x 128 tokens are sampled from the model itself. For a model that
+            reads no token ids, the floats [batch, ...] it reads: images, features.
+        inputs: "gaussian": the Gaussian with the moments of the inputs, whose optimum is in
+            closed form the one over all polynomials (default); "samples": least squares over
+            the inputs themselves, neuron by neuron, which heavier tails than a Gaussian's do
+            not mislead (default for "sequential"). Without tokens: "norm", the data-free model
+            that the preceding normalisation implies, a Gaussian, or one for each layer.
+        calibration: "true", on the stream of the unchanged model; "sequential", layer by
+            layer on the stream that the replaced layers below produce.
+        degree: fitted degree, 0 ... 12; lower ones come with it.
+        layers: which layers; all that can be read by default.
+        attention_mask: [batch, pos], 0 at padding, which is left out.
+        exclude_first: leave position 0 out of the fit and R2, and true under `replaced`:
+            language models park attention there, far from all other inputs. Of models that
+            read no token ids nothing is left out.
+        batch_size: sequences per forward pass.
+        seed: of the text sampled when there are no tokens.
+        example_inputs: what a torch module is called with, where that cannot be guessed.
+        progress: show progress bars.
+
+    Returns:
+        A Lens; also a context manager that detaches.
+
+    Raises:
+        InvalidInputError: tokens, layers, degree or inputs that cannot be used.
+        UnsupportedModel: no readable MLP, or a named layer that was refused (with the reason).
+        AttachmentError: already attached, or in training mode with dropout.
+
+    Cost: one forward pass over the tokens, and for each layer
+    - "gaussian": d_in^2 float64 of memory and one product cov @ W;
+    - "samples": (2 degree + 2)^2 float64 per neuron and about the layer's own products;
+    - "sequential": the polynomial's output, too; all batches are in memory at once, with
+      about four activations of d_model for every token.
+    If anything fails nothing stays attached.
+    """
+    host = host_for(model, example_inputs)
+    if attached(model) is not None:
+        raise AttachmentError(
+            "this model has a lens already: polylens.attached(model); detach() it first, or use "
+            "lens.replaced(degree=...) for a lower degree"
+        )
+    require_free(host.module)
+    if calibration not in STREAMS:
+        raise InvalidInputError(
+            f"calibration={calibration!r} is unknown; there are {', '.join(map(repr, STREAMS))}"
+        )
+    require_degree(degree)
+    streams.require_deterministic(host.module)
+    found, refused = host.sites()
+    _require_sites(found, refused, model)
+    sites = {site.layer: site for site in found}
+    sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
+    exclude_first = exclude_first and host.reads_tokens
+    if inputs is None or (isinstance(inputs, str) and inputs != "norm"):
+        kind = estimator(inputs or ("samples" if calibration == "sequential" else "gaussian"))
+        origin = "tokens"
+        if tokens is None:
+            tokens = host.sample_tokens(SAMPLED_SEQUENCES, SAMPLED_LENGTH, seed)
+            origin = "tokens sampled from the model"
+        data = Calibration.on(
+            host,
+            tokens,
+            attention_mask,
+            exclude_first=exclude_first,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        polynomials = dict(STREAMS[calibration](data, sites, kind, degree, refused))
+        layer_by_layer = ["layer by layer"] * (calibration == "sequential")
+        summary = ", ".join([kind.name, *data.describe(origin), *layer_by_layer])
+    else:
+        if tokens is not None:
+            raise InvalidInputError(
+                "give tokens= or inputs=, not both: each defines the input model"
+            )
+        if calibration != "true":
+            raise InvalidInputError(
+                f"calibration={calibration!r} sees the inputs on tokens; inputs= says what they "
+                "are. Give one of the two"
+            )
+        models, summary = _given(host, sites, inputs)
+        polynomials = _fitted(sites, models, degree)
+    sites = {layer: sites[layer] for layer in polynomials}
+    _require_sites(list(sites.values()), refused, model)
+    lens = Lens(host, sites, polynomials, refused, summary, exclude_first)
+    LENSES[id(model)] = lens
+    return lens
+
+
+def _require_sites(sites: list[MLPSite], refused: dict[Layer, str], model: Any) -> None:
+    if not sites:
+        reasons = "; ".join(refused.values()) or (
+            "it has no MLP in which nothing but an activation, or its product with a linear "
+            "branch, is between two linear maps"
+        )
+        raise UnsupportedModel(f"{type(model).__name__} has no layer to attach to: {reasons}")
+
+
+def _given(
+    host: Host, sites: Mapping[Layer, MLPSite], inputs: Gaussian | Mapping[Layer, Gaussian] | str
+) -> tuple[Mapping[Layer, Gaussian], str]:
+    """The input model of every layer, and what they are."""
+    if isinstance(inputs, str):
+        return streams.norm_inputs(host, sites), "data-free Gaussian implied by the norm"
+    if not isinstance(inputs, Mapping):
+        return dict.fromkeys(sites, inputs), f"given {type(inputs).__name__}"
+    missing = sorted(set(sites) - set(inputs))
+    if missing:
+        raise InvalidInputError(
+            f"inputs has no entry for layers {missing}; give one for each of {sorted(sites)}, "
+            "or restrict layers="
+        )
+    return inputs, "given input models"
+
+
+def _fitted(
+    sites: Mapping[Layer, MLPSite], models: Mapping[Layer, Gaussian], degree: int
+) -> dict[Layer, Polynomial]:
+    polynomials = {}
+    for layer, site in sites.items():
+        with streams.naming(layer, site):
+            polynomials[layer] = fit(site.weights(), models[layer], degree)
+    return polynomials

@@ -1,0 +1,90 @@
+"""From the inputs that a layer is seen to read to its polynomial, batch by batch."""
+
+from typing import Protocol
+
+from torch import Tensor
+
+from polylens.errors import InvalidInputError
+from polylens.fit import fit
+from polylens.hosts.base import MLPSite
+from polylens.inputs import Moments
+from polylens.neuron_gram import NeuronGram
+from polylens.polynomial import Polynomial
+from polylens.selection import label
+
+
+class Estimator(Protocol):
+    """Sums over the inputs of one layer; memory does not grow with their number."""
+
+    name: str
+
+    def __init__(self, site: MLPSite, degree: int) -> None: ...
+
+    @property
+    def count(self) -> int:
+        """Inputs seen so far."""
+        ...
+
+    def update(self, x: Tensor) -> None:
+        """Add inputs [n, d_in]."""
+        ...
+
+    def polynomial(self) -> Polynomial:
+        """The fit to all inputs so far; InvalidInputError if they are NaN or too few."""
+        ...
+
+
+class GaussianEstimator:
+    """The closed form under a Gaussian with the moments of the inputs."""
+
+    name = "Gaussian"
+
+    def __init__(self, site: MLPSite, degree: int) -> None:
+        self.site, self.degree = site, degree
+        self._moments = Moments()
+
+    @property
+    def count(self) -> int:
+        return self._moments.count
+
+    def update(self, x: Tensor) -> None:
+        self._moments.update(x)
+
+    def polynomial(self) -> Polynomial:
+        where = f"layer {label(self.site.layer)} ({self.site.path})"
+        return fit(self.site.weights(), self._moments.gaussian(where), self.degree)
+
+
+class SamplesEstimator:
+    """Least squares over the inputs themselves, neuron by neuron."""
+
+    name = "samples per neuron"
+
+    def __init__(self, site: MLPSite, degree: int) -> None:
+        self._gram = NeuronGram(site.weights(), degree)
+
+    @property
+    def count(self) -> int:
+        return int(self._gram.count)
+
+    def update(self, x: Tensor) -> None:
+        self._gram.update(x)
+
+    def polynomial(self) -> Polynomial:
+        return self._gram.solve()
+
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "gaussian": GaussianEstimator,
+    "samples": SamplesEstimator,
+}
+
+
+def estimator(name: str) -> type[Estimator]:
+    """The estimator of this name; InvalidInputError lists those there are."""
+    if name not in ESTIMATORS:
+        raise InvalidInputError(
+            f"inputs={name!r} is unknown; {', '.join(map(repr, ESTIMATORS))} are measured on "
+            "tokens, 'norm' needs none; or give a Gaussian, or a mapping from layer to Gaussian"
+        )
+    return ESTIMATORS[name]
