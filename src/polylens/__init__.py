@@ -49,6 +49,7 @@ _LAZY = {
     "attach": "polylens.attachment",
     "attached": "polylens.lens",
     "find_mlps": "polylens.attachment",
+    "load": "polylens.attachment",
     "trace_training": "polylens.training",
     "TraceData": "polylens.training",
     "Tracer": "polylens.training",

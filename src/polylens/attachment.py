@@ -1,10 +1,12 @@
-"""`attach`: fit a polynomial to every MLP of a model and put it beside it."""
+"""`attach` and `load`: put a polynomial beside every MLP of a model."""
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
+from polylens import artifact
 from polylens import calibration as streams
 from polylens.calibration import Calibration
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
@@ -16,7 +18,8 @@ from polylens.hosts.passage import require_free
 from polylens.inputs import Gaussian
 from polylens.lens import LENSES, Lens, attached
 from polylens.polynomial import Polynomial
-from polylens.selection import check_layers
+from polylens.report import Report
+from polylens.selection import check_layers, labelled
 
 SAMPLED_SEQUENCES, SAMPLED_LENGTH = 32, 128
 
@@ -103,21 +106,13 @@ def attach(
       about four activations of d_model for every token.
     If anything fails nothing stays attached.
     """
-    host = host_for(model, example_inputs)
-    if attached(model) is not None:
-        raise AttachmentError(
-            "this model has a lens already: polylens.attached(model); detach() it first, or use "
-            "lens.replaced(degree=...) for a lower degree"
-        )
-    require_free(host.module)
     if calibration not in STREAMS:
         raise InvalidInputError(
             f"calibration={calibration!r} is unknown; there are {', '.join(map(repr, STREAMS))}"
         )
     require_degree(degree)
+    host, found, refused = _read(model, example_inputs)
     streams.require_deterministic(host.module)
-    found, refused = host.sites()
-    _require_sites(found, refused, model)
     sites = {site.layer: site for site in found}
     sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
     exclude_first = exclude_first and host.reads_tokens
@@ -152,9 +147,52 @@ def attach(
         polynomials = _fitted(sites, models, degree)
     sites = {layer: sites[layer] for layer in polynomials}
     _require_sites(list(sites.values()), refused, model)
-    lens = Lens(host, sites, polynomials, refused, summary, exclude_first)
-    LENSES[id(model)] = lens
+    return _attached(Lens(host, sites, polynomials, refused, summary, exclude_first))
+
+
+def load(path: str | os.PathLike[str], model: Any, example_inputs: Any = None) -> Lens:
+    """Attach the polynomials that `Lens.save` wrote, without fitting them again.
+
+    The model may be in another framework than the one it was in when the lens was saved, as
+    long as its layers have the same weights.
+
+    Args:
+        path: of the file.
+        model, example_inputs: as in `attach`.
+
+    Raises:
+        ArtifactError: a damaged or cut file, one of another kind or a later format, another
+            model, other weights, or a layer that the model has not. Nothing is attached.
+        OSError: no such file.
+        AttachmentError, UnsupportedModel: as `attach`.
+    """
+    host, found, refused = _read(model, example_inputs)
+    header, polynomials = artifact.read(path, found, refused)
+    sites = {site.layer: site for site in found if site.layer in polynomials}
+    refused = {**refused, **{labelled(n): why for n, why in header["refused"].items()}}
+    lens = Lens(host, sites, polynomials, refused, header["inputs"], header["exclude_first"])
+    if header["report"] is not None:
+        lens.saved_report = Report.from_dict(header["report"])
+    return _attached(lens)
+
+
+def _attached(lens: Lens) -> Lens:
+    LENSES[id(lens.host.model)] = lens
     return lens
+
+
+def _read(model: Any, example_inputs: Any) -> tuple[Host, list[MLPSite], dict[Layer, str]]:
+    """The host of a model that has no lens yet, and what can be attached to in it."""
+    host = host_for(model, example_inputs)
+    if attached(model) is not None:
+        raise AttachmentError(
+            "this model has a lens already: polylens.attached(model); detach() it first, or use "
+            "lens.replaced(degree=...) for a lower degree"
+        )
+    require_free(host.module)
+    found, refused = host.sites()
+    _require_sites(found, refused, model)
+    return host, found, refused
 
 
 def _require_sites(sites: list[MLPSite], refused: dict[Layer, str], model: Any) -> None:

@@ -96,7 +96,7 @@ class SiteEmitter:
         if identity == self._identity and not contents:
             return
         weights = self.site.weights()
-        if not _same(self._fingerprint, fingerprint(weights), weights):
+        if not same_weights(self._fingerprint, fingerprint(weights), weights):
             raise StalePolynomialError(
                 f"layer {self.site.layer} ({self.site.path}): the weights changed after the "
                 "polynomial was fitted to them (weight processing, training or an edit); detach "
@@ -148,11 +148,17 @@ def fingerprint(weights: Weights | Polynomial) -> dict[str, tuple[float, float, 
     return found
 
 
-def _same(fitted: dict, now: dict, weights: Weights) -> bool:
+def same_weights(fitted: dict, now: dict, weights: Weights, eps: float = 1e-12) -> bool:
+    """Whether two fingerprints can be those of the same weights.
+
+    Args:
+        now: of `weights`.
+        eps: of the dtype that the fitted ones had, if it was coarser than that of `weights`.
+    """
     if fitted.keys() != now.keys():
         return False
     # Rounding to the current dtype moves each sum by at most eps * norm * sqrt(size).
-    eps = max(torch.finfo(weights.dtype).eps, 1e-12)
+    eps = max(torch.finfo(weights.dtype).eps, eps)
     for name, (total, square, mixed) in now.items():
         before = fitted[name]
         scale = eps * (before[1] * getattr(weights, name).numel()) ** 0.5 + 1e-300

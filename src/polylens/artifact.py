@@ -1,0 +1,160 @@
+"""The polynomials of a model in one file, without the model's weights."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polylens import storage
+from polylens.emitter import fingerprint, same_weights
+from polylens.errors import ArtifactError
+from polylens.hosts.base import Layer, MLPSite, Weights
+from polylens.polynomial import Polynomial
+from polylens.records import activation_of, activation_record
+from polylens.selection import label, labelled
+from polylens.weights import ROLES
+
+KIND = "lens"
+
+
+def write(
+    path: str | os.PathLike[str],
+    header: Mapping[str, Any],
+    sites: Mapping[Layer, MLPSite],
+    polynomials: Mapping[Layer, Polynomial],
+) -> None:
+    """Write the coefficients of every layer, and what identifies its weights, to one file.
+
+    Of a polynomial only m, s and the coefficients that are not zero by definition are kept, in
+    float64: (degree + 1)(degree + 2) / 2 + degree (degree + 1) / 2 + 2 numbers for a neuron of
+    a GLU. Of the weights a SHA-256 of their values and three sums are kept.
+
+    Args:
+        header: what else belongs to the lens; anything JSON can hold.
+
+    Raises:
+        ArtifactError, OSError: see `polylens.storage.write`.
+    """
+    layers, tensors = [], {}
+    for layer, polynomial in polynomials.items():
+        site, weights, name = sites[layer], polynomial.weights, label(layer)
+        act, values = activation_record(weights.act)
+        layers.append(
+            {
+                "layer": name,
+                "path": site.path,
+                "kind": site.kind,
+                "sizes": [site.d_in, site.d_mlp, site.d_out],
+                "degree": polynomial.degree,
+                "ridge": polynomial.ridge,
+                "activation": act,
+                "weights": {
+                    "dtype": str(weights.dtype),
+                    "sha256": _digest(weights),
+                    "sums": {role: list(sums) for role, sums in fingerprint(weights).items()},
+                },
+            }
+        )
+        kept = {"m": polynomial.m, "s": polynomial.s, "P": _packed(polynomial.P, 1)}
+        if polynomial.Q is not None:
+            kept["Q"] = _packed(polynomial.Q, 0)
+        tensors |= storage.prefixed(kept, f"{name}:")
+        tensors |= storage.prefixed(values, f"{name}:activation.")
+    storage.write(path, KIND, {**header, "layers": layers}, tensors)
+
+
+def read(
+    path: str | os.PathLike[str], sites: Iterable[MLPSite], refused: Mapping[Layer, str]
+) -> tuple[dict[str, Any], dict[Layer, Polynomial]]:
+    """(header, polynomials over the weights that these sites have now).
+
+    Args:
+        sites, refused: of the model that the file is for.
+
+    Raises:
+        ArtifactError: a damaged file or one of another kind or a later format; a layer that the
+            model has not, or of another size, kind or activation, or with other weights.
+        OSError: no such file.
+    """
+    header, tensors = storage.read(path, KIND)
+    there = {site.layer: site for site in sites}
+    found = {}
+    for record in header.pop("layers"):
+        layer = labelled(record["layer"])
+        if layer not in there:
+            reason = refused.get(layer, f"it has layers {list(map(label, there))}")
+            raise ArtifactError(
+                f"{path} has a polynomial for layer {record['layer']} ({record['path']}), which "
+                f"cannot be read in this model: {reason}"
+            )
+        mine = storage.within(tensors, f"{record['layer']}:")
+        found[layer] = _polynomial(f"{path}, layer {record['layer']}", there[layer], record, mine)
+    return header, found
+
+
+def _polynomial(
+    where: str, site: MLPSite, record: Mapping[str, Any], tensors: dict[str, Tensor]
+) -> Polynomial:
+    weights = site.weights()
+    act = activation_of(record["activation"], storage.within(tensors, "activation."))
+    saved = (record["kind"], record["sizes"], act.name)
+    here = (site.kind, [site.d_in, site.d_mlp, site.d_out], weights.act.name)
+    if saved != here:
+        raise ArtifactError(
+            f"{where}: saved for (kind, [d_in, d_mlp, d_out], activation) = {saved}, the model "
+            f"has {here} at {site.path}; it is another model"
+        )
+    _require_same_weights(where, weights, record["weights"])
+    n, device = record["degree"], weights.device
+    m, s = tensors["m"].to(device), tensors["s"].to(device)
+    P = _unpacked(tensors["P"].to(device), n + 1, n + 1, 1)
+    Q = _unpacked(tensors["Q"].to(device), n + 1, n, 0) if "Q" in tensors else None
+    polynomial = Polynomial(weights, m, s, P, Q)
+    polynomial.ridge = record["ridge"]
+    return polynomial
+
+
+def _require_same_weights(where: str, weights: Weights, record: Mapping[str, Any]) -> None:
+    if str(weights.dtype) == record["dtype"]:
+        same = _digest(weights) == record["sha256"]
+    else:
+        sums = {role: tuple(values) for role, values in record["sums"].items()}
+        eps = torch.finfo(getattr(torch, record["dtype"].removeprefix("torch."))).eps
+        same = same_weights(sums, fingerprint(weights), weights, eps)
+    if not same:
+        raise ArtifactError(
+            f"{where}: the model's weights are not those that the polynomial was fitted to "
+            "(another checkpoint, folded norms, training or an edit); load the model as it was "
+            "when the lens was saved, or attach anew"
+        )
+
+
+def _digest(weights: Weights) -> str:
+    """SHA-256 of every role's name and values, in x @ W orientation whatever the host's."""
+    sha = hashlib.sha256()
+    for role in ROLES:
+        tensor = getattr(weights, role, None)
+        if tensor is None:
+            continue
+        tensor = tensor.detach().contiguous().cpu()
+        sha.update(role.encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def _packed(table: Tensor, extra: int) -> Tensor:
+    """[numbers, d_mlp] of table [n + 1, ., d_mlp], whose row k has k + extra entries."""
+    return torch.cat([row[: k + extra] for k, row in enumerate(table)])
+
+
+def _unpacked(packed: Tensor, rows: int, columns: int, extra: int) -> Tensor:
+    """Inverse of `_packed`."""
+    table = packed.new_zeros(rows, columns, packed.shape[1])
+    start = 0
+    for k in range(rows):
+        table[k, : k + extra] = packed[start : start + k + extra]
+        start += k + extra
+    return table
