@@ -91,15 +91,16 @@ def hook_counts(module):
     ]
 
 
-@pytest.mark.parametrize("inputs", ["samples", "gaussian"])
+@pytest.mark.parametrize("inputs", ["samples", "gaussian", "joint"])
 def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, inputs):
-    with attach(model, degree=2, inputs=inputs, batch_size=10) as lens:
+    with attach(model, degree=2, inputs=inputs, batch_size=24) as lens:
         for layer in (0, 2, 3):
             with lens.replaced(range(layer)) if layer else nullcontext():
                 x = seen_inputs(lens.host, [layer], [(CALIBRATION, None)])[layer][0]
             x = x[:, 1:].reshape(-1, x.shape[-1])
-            given = Samples(x) if inputs == "samples" else polylens.Gaussian.from_samples(x)
-            expected = polylens.fit(lens.sites[layer].weights(), given, 2)(x)
+            given = polylens.Gaussian.from_samples(x) if inputs == "gaussian" else Samples([x])
+            scope = "global" if inputs == "joint" else "neuron"
+            expected = polylens.fit(lens.sites[layer].weights(), given, 2, scope)(x)
             assert (lens[layer](x) - expected).norm() < 2e-4 * expected.norm()
 
 

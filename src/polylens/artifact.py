@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from polylens import storage
-from polylens.emitter import fingerprint, same_weights
+from polylens.emitter import Fitted, fingerprint, same_weights
 from polylens.errors import ArtifactError
 from polylens.hosts.base import Layer, MLPSite, Weights
+from polylens.joint import JointPolynomial
 from polylens.polynomial import Polynomial
 from polylens.records import activation_of, activation_record
 from polylens.selection import label, labelled
@@ -24,7 +25,7 @@ def write(
     path: str | os.PathLike[str],
     header: Mapping[str, Any],
     sites: Mapping[Layer, MLPSite],
-    polynomials: Mapping[Layer, Polynomial],
+    polynomials: Mapping[Layer, Fitted],
 ) -> None:
     """Write the coefficients of every layer, and what identifies its weights, to one file.
 
@@ -49,7 +50,7 @@ def write(
                 "kind": site.kind,
                 "sizes": [site.d_in, site.d_mlp, site.d_out],
                 "degree": polynomial.degree,
-                "ridge": polynomial.ridge,
+                "ridge": getattr(polynomial, "base", polynomial).ridge,
                 "activation": act,
                 "weights": {
                     "dtype": str(weights.dtype),
@@ -58,17 +59,14 @@ def write(
                 },
             }
         )
-        kept = {"m": polynomial.m, "s": polynomial.s, "P": _packed(polynomial.P, 1)}
-        if polynomial.Q is not None:
-            kept["Q"] = _packed(polynomial.Q, 0)
-        tensors |= storage.prefixed(kept, f"{name}:")
+        tensors |= storage.prefixed(_tables(polynomial), f"{name}:")
         tensors |= storage.prefixed(values, f"{name}:activation.")
     storage.write(path, KIND, {**header, "layers": layers}, tensors)
 
 
 def read(
     path: str | os.PathLike[str], sites: Iterable[MLPSite], refused: Mapping[Layer, str]
-) -> tuple[dict[str, Any], dict[Layer, Polynomial]]:
+) -> tuple[dict[str, Any], dict[Layer, Fitted]]:
     """(header, polynomials over the weights that these sites have now).
 
     Args:
@@ -97,7 +95,7 @@ def read(
 
 def _polynomial(
     where: str, site: MLPSite, record: Mapping[str, Any], tensors: dict[str, Tensor]
-) -> Polynomial:
+) -> Fitted:
     weights = site.weights()
     act = activation_of(record["activation"], storage.within(tensors, "activation."))
     saved = (record["kind"], record["sizes"], act.name)
@@ -108,13 +106,29 @@ def _polynomial(
             f"has {here} at {site.path}; it is another model"
         )
     _require_same_weights(where, weights, record["weights"])
-    n, device = record["degree"], weights.device
-    m, s = tensors["m"].to(device), tensors["s"].to(device)
-    P = _unpacked(tensors["P"].to(device), n + 1, n + 1, 1)
-    Q = _unpacked(tensors["Q"].to(device), n + 1, n, 0) if "Q" in tensors else None
-    polynomial = Polynomial(weights, m, s, P, Q)
+    n = record["degree"]
+    tensors = {name: tensor.to(weights.device) for name, tensor in tensors.items()}
+    P = _unpacked(tensors["P"], n + 1, n + 1, 1)
+    Q = _unpacked(tensors["Q"], n + 1, n, 0) if "Q" in tensors else None
+    polynomial = Polynomial(weights, tensors["m"], tensors["s"], P, Q)
     polynomial.ridge = record["ridge"]
-    return polynomial
+    if "center" not in tensors:
+        return polynomial
+    corrections = [tensors[f"D{k}"] for k in range(n + 1)]
+    ridge, held_out = (tuple(tensors[name].tolist()) for name in ("ridge", "held_out"))
+    centers = tensors["center"], tensors["z_mean"]
+    return JointPolynomial(polynomial, *centers, corrections, ridge, held_out)
+
+
+def _tables(polynomial: Fitted) -> dict[str, Tensor]:
+    """The coefficients, and for a joint fit its readouts, each as large as the layer's own."""
+    if isinstance(polynomial, JointPolynomial):
+        own = {name: t for name, t in polynomial._buffers.items() if t is not None}
+        for name in ("ridge", "held_out"):
+            own[name] = torch.tensor(getattr(polynomial, name), dtype=torch.float64)
+        return _tables(polynomial.base) | own
+    kept = {"m": polynomial.m, "s": polynomial.s, "P": _packed(polynomial.P, 1)}
+    return kept if polynomial.Q is None else {**kept, "Q": _packed(polynomial.Q, 0)}
 
 
 def _require_same_weights(where: str, weights: Weights, record: Mapping[str, Any]) -> None:

@@ -76,7 +76,8 @@ def attach(
         inputs: "gaussian": the Gaussian with the moments of the inputs, whose optimum is in
             closed form the one over all polynomials (default); "samples": least squares over
             the inputs themselves, neuron by neuron, which heavier tails than a Gaussian's do
-            not mislead (default for "sequential"). Without tokens: "norm", the data-free model
+            not mislead (default for "sequential"); "joint": the same with the features of all
+            neurons for every output, closer and dearer. Without tokens: "norm", the data-free model
             that the preceding normalisation implies, a Gaussian, or one for each layer.
         calibration: "true", on the stream of the unchanged model; "sequential", layer by
             layer on the stream that the replaced layers below produce.
@@ -102,6 +103,7 @@ def attach(
     Cost: one forward pass over the tokens, and for each layer
     - "gaussian": d_in^2 float64 of memory and one product cov @ W;
     - "samples": (2 degree + 2)^2 float64 per neuron and about the layer's own products;
+    - "joint": see `polylens.fit` with scope="global"; keeps the inputs of the layers;
     - "sequential": the polynomial's output, too; all batches are in memory at once, with
       about four activations of d_model for every token.
     If anything fails nothing stays attached.

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from polylens.emitter import keep_first
+from polylens.emitter import Fitted, keep_first
 from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
 from polylens.estimators import Estimator
 from polylens.hosts.base import Host, Layer, MLPSite, Norm
 from polylens.inputs import Gaussian
 from polylens.lockstep import Arrivals, Flow, in_step
-from polylens.polynomial import Polynomial
 from polylens.selection import label
 from polylens.tokens import batches, counted, kept_rows, rows, validate_inputs
 
@@ -77,7 +76,7 @@ def on_true_stream(
     kind: type[Estimator],
     degree: int,
     refused: dict[Layer, str],
-) -> Iterator[tuple[Layer, Polynomial]]:
+) -> Iterator[tuple[Layer, Fitted]]:
     """(layer, polynomial fitted to the inputs that it has in the unchanged model).
 
     One forward pass over the batches for all layers. Layers are handed out one at a time and
@@ -119,7 +118,7 @@ def on_replaced_stream(
     kind: type[Estimator],
     degree: int,
     refused: dict[Layer, str],
-) -> Iterator[tuple[Layer, Polynomial]]:
+) -> Iterator[tuple[Layer, Fitted]]:
     """(layer, polynomial fitted to the inputs that it has when the layers below are replaced).
 
     One forward pass over all batches in step: at each MLP the polynomial is fitted to the
@@ -134,7 +133,7 @@ def on_replaced_stream(
             "experts cannot be calibrated one layer after the other: replaced layers would change "
             'the routing; use calibration="true", or layers= without experts'
         )
-    found: dict[Layer, Polynomial] = {}
+    found: dict[Layer, Fitted] = {}
     total = len(sites) * len(calibration.steps)
     with tqdm(total=total, desc="layer by layer", disable=not calibration.progress) as bar:
 
@@ -151,7 +150,7 @@ def on_replaced_stream(
     yield from ((layer, found[layer]) for layer in sites)
 
 
-def _flow(polynomial: Polynomial, exclude_first: bool, x: Tensor, y: Tensor) -> Tensor:
+def _flow(polynomial: Fitted, exclude_first: bool, x: Tensor, y: Tensor) -> Tensor:
     out = polynomial(x)
     return keep_first(out, y) if exclude_first else out
 

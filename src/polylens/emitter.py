@@ -5,8 +5,12 @@ from torch import Tensor
 
 from polylens.errors import StalePolynomialError
 from polylens.hosts.base import MLPSite, Tap, Weights
+from polylens.joint import JointPolynomial
 from polylens.polynomial import Polynomial
 from polylens.weights import ROLES
+
+# What stands beside an MLP: both are over the weights that the model has.
+Fitted = Polynomial | JointPolynomial
 
 
 class SiteEmitter:
@@ -23,7 +27,7 @@ class SiteEmitter:
             continuations of a cached prompt and are replaced.
     """
 
-    def __init__(self, site: MLPSite, polynomial: Polynomial, keep_first: bool) -> None:
+    def __init__(self, site: MLPSite, polynomial: Fitted, keep_first: bool) -> None:
         self.site = site
         self.polynomial = polynomial
         self.keep_first = keep_first
@@ -35,10 +39,9 @@ class SiteEmitter:
             "error",
             *(f"degree_{k}" for k in range(polynomial.degree + 1)),
         )
-        self._parts: list[Polynomial] = []
-        self._truncated: dict[int, Polynomial] = {polynomial.degree: polynomial}
+        self._truncated: dict[int, Fitted] = {polynomial.degree: polynomial}
         self._identity = _identity(site.tensors())
-        self._fingerprint = fingerprint(polynomial)
+        self._fingerprint = fingerprint(polynomial.weights)
 
     def __getstate__(self) -> dict:
         # A copy of the model gets its own emitters, but the lens stays with the original.
@@ -68,6 +71,8 @@ class SiteEmitter:
         assert self.replacing is not None
         self.refresh()
         polynomial = self.truncated(self.replacing)
+        if not isinstance(polynomial, Polynomial):
+            return None
         W = polynomial.W_in
         if not all(t.dtype == W.dtype and t.device == W.device for t in (y, *others)):
             return None
@@ -76,7 +81,7 @@ class SiteEmitter:
             out.narrow(-2, 0, 1).copy_(h.narrow(-2, 0, 1))
         return out
 
-    def truncated(self, degree: int) -> Polynomial:
+    def truncated(self, degree: int) -> Fitted:
         """The optimum of this degree, made once."""
         if degree not in self._truncated:
             self._truncated[degree] = self.polynomial.truncate(degree)
@@ -103,18 +108,14 @@ class SiteEmitter:
                 "and attach again"
             )
         if identity != self._identity:
-            old = self.polynomial
-            Q = None if old.Q is None else old.Q.to(weights.device)
-            coefficients = (t.to(weights.device) for t in (old.m, old.s, old.P))
-            self.polynomial = Polynomial(weights, *coefficients, Q, inputs=old.inputs)
-            self._parts, self._truncated = [], {old.degree: self.polynomial}
+            self.polynomial = self.polynomial.over(weights)
+            self._truncated = {self.polynomial.degree: self.polynomial}
             self._identity = identity
 
     def _sum_of_parts(self, x: Tensor, degree: int, tap: Tap) -> Tensor:
-        if not self._parts:
-            self._parts = [self.polynomial.part(k) for k in range(self.polynomial.degree + 1)]
-        values = [tap(f"degree_{k}", self._parts[k](x)) for k in range(degree + 1)]
-        return torch.stack(values).sum(0)
+        optima = self.polynomial.all_degrees(x)[: degree + 1]
+        parts = [optima[0], *(optima[1:] - optima[:-1])]
+        return torch.stack([tap(f"degree_{k}", part) for k, part in enumerate(parts)]).sum(0)
 
 
 def keep_first(out: Tensor, y: Tensor) -> Tensor:
@@ -129,7 +130,7 @@ def _has_first(out: Tensor) -> bool:
     return out.dim() >= 3 and out.shape[-2] > 1
 
 
-def fingerprint(weights: Weights | Polynomial) -> dict[str, tuple[float, float, float]]:
+def fingerprint(weights: Weights) -> dict[str, tuple[float, float, float]]:
     """Sum, square sum and a position-dependent sum of each weight, in float64."""
     found = {}
     for name in ROLES:

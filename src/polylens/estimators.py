@@ -8,8 +8,10 @@ from polylens.errors import InvalidInputError
 from polylens.fit import fit
 from polylens.hosts.base import MLPSite
 from polylens.inputs import Moments
+from polylens.joint import JointPolynomial, fit_joint
 from polylens.neuron_gram import NeuronGram
 from polylens.polynomial import Polynomial
+from polylens.samples import Samples
 from polylens.selection import label
 
 
@@ -29,7 +31,7 @@ class Estimator(Protocol):
         """Add inputs [n, d_in]."""
         ...
 
-    def polynomial(self) -> Polynomial:
+    def polynomial(self) -> Polynomial | JointPolynomial:
         """The fit to all inputs so far; InvalidInputError if they are NaN or too few."""
         ...
 
@@ -74,9 +76,35 @@ class SamplesEstimator:
         return self._gram.solve()
 
 
+class JointEstimator:
+    """Least squares over the inputs, with the features of all neurons for every output.
+
+    Keeps the inputs: d_in numbers for each in memory.
+    """
+
+    name = "samples, jointly"
+
+    def __init__(self, site: MLPSite, degree: int) -> None:
+        self.site, self.degree = site, degree
+        self._batches: list[Tensor] = []
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self._batches))
+
+    def update(self, x: Tensor) -> None:
+        self._batches.append(x)
+
+    def polynomial(self) -> JointPolynomial:
+        fitted = fit_joint(self.site.weights(), Samples(self._batches), self.degree)
+        fitted.base.inputs = None  # would keep the inputs of all layers in memory
+        return fitted
+
+
 ESTIMATORS: dict[str, type[Estimator]] = {
     "gaussian": GaussianEstimator,
     "samples": SamplesEstimator,
+    "joint": JointEstimator,
 }
 
 

@@ -130,6 +130,15 @@ class JointPolynomial(Approximation):
         self._readouts = {}
         return self
 
+    def over(self, weights: MLPWeights | GLUWeights) -> "JointPolynomial":
+        """The same coefficients over the same weights, wherever and in whatever dtype they are."""
+        corrections = [getattr(self, f"D{n}") for n in range(self.degree + 1)]
+        center, z_mean, *corrections = (
+            t.to(weights.device) for t in (self.center, self.z_mean, *corrections)
+        )
+        base = self.base.over(weights)
+        return JointPolynomial(base, center, z_mean, corrections, self.ridge, self.held_out)
+
     def truncate(self, degree: int) -> "JointPolynomial":
         """The fit of a lower degree; the tensors are shared."""
         degree = check_degree(degree, self.degree, "fit")

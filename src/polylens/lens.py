@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from polylens import artifact
-from polylens.emitter import SiteEmitter
+from polylens.emitter import Fitted, SiteEmitter
 from polylens.errors import AttachmentError, InvalidInputError
 from polylens.hosts.base import Host, Layer, MLPSite
 from polylens.polynomial import Polynomial
@@ -47,7 +47,7 @@ class Lens:
         self,
         host: Host,
         sites: dict[Layer, MLPSite],
-        polynomials: dict[Layer, Polynomial],
+        polynomials: dict[Layer, Fitted],
         refused: dict[Layer, str],
         inputs_summary: str,
         exclude_first: bool,
@@ -81,7 +81,7 @@ class Lens:
     def is_attached(self) -> bool:
         return self._undo is not None
 
-    def __getitem__(self, layer: Layer) -> Polynomial:
+    def __getitem__(self, layer: Layer) -> Fitted:
         if layer not in self._emitters:
             experts = self._chosen([layer])
             raise InvalidInputError(f"layer {layer} is a mixture of experts; there are {experts}")
@@ -235,7 +235,13 @@ class Lens:
                 f"a {self.host.name} has no remote traces; use lens[layer], or lens.replaced()"
             )
         degree = self.degree if degree is None else check_degree(degree, self.degree, "attach")
-        return self.host.inline(self[layer].truncate(degree))  # type: ignore
+        polynomial = self[layer].truncate(degree)
+        if not isinstance(polynomial, Polynomial):
+            raise AttachmentError(
+                'only polynomials per neuron travel; attach with inputs="samples" or "gaussian" '
+                'rather than "joint"'
+            )
+        return self.host.inline(polynomial)  # type: ignore
 
     def save(self, path: str | os.PathLike[str], report: Report | None = None) -> None:
         """Write the polynomials to one file, for `polylens.load(path, model)`.

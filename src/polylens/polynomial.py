@@ -129,6 +129,12 @@ class Polynomial(Sized, Approximation):
             [self._project(self._neurons(v, z, k, reuse=False)) for k in range(self.degree + 1)]
         )
 
+    def over(self, weights: MLPWeights | GLUWeights) -> "Polynomial":
+        """The same coefficients over the same weights, wherever and in whatever dtype they are."""
+        coefficients = (getattr(self, name) for name in _COEFFICIENTS)
+        moved = (None if t is None else t.to(weights.device) for t in coefficients)
+        return Polynomial(weights, *moved, inputs=self.inputs)  # type: ignore[arg-type]
+
     def truncate(self, degree: int) -> "Polynomial":
         """The optimum of a lower degree; equal to fitting again at that degree.
 
