@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 
 import polylens
 from polylens.loading import load_model, token_windows
@@ -36,6 +37,27 @@ def tokens(smollm2):
 
     text = "\n\n".join(topics[name] for name in sorted(topics))
     return token_windows(smollm2[1], text, 32, 32, 128)
+
+
+def cross_entropy(model, tokens):
+    with torch.no_grad():
+        logits = model(tokens, return_type="logits")[:, :-1]
+    return float(torch.nn.functional.cross_entropy(logits.mT, tokens[:, 1:]))
+
+
+# before `lens` is made, which stays on the model
+def test_all_30_mlps_as_cubics_nearly_keep_the_loss(smollm2, tokens, tmp_path):
+    model, held_out = smollm2[0], tokens[1][:8]
+    base = cross_entropy(model, held_out)
+    options = {"degree": 3, "calibration": "sequential", "progress": False}
+    with polylens.attach(model, tokens[0], **options) as lens:
+        with lens.replaced():
+            replaced = cross_entropy(model, held_out)
+        lens.save(tmp_path / "lens")
+    assert replaced - base < 0.08
+    assert (tmp_path / "lens").stat().st_size < 8e6
+    with polylens.load(tmp_path / "lens", model) as lens, lens.replaced():
+        assert cross_entropy(model, held_out) == replaced
 
 
 @pytest.fixture(scope="module")
