@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -186,22 +187,21 @@ def attaching(pairs: int):
     tokens = demo.batches(demo.texts()[0], 64, 256)
     for name, model, module in hosts(demo.load_model):
 
-        def attach(model=model) -> None:
-            polylens.attach(model, tokens, degree=2, progress=False).detach()
+        def attach(model=model, **options) -> None:
+            polylens.attach(model, tokens, progress=False, **options).detach()
 
         def plain(module=module) -> None:
             with torch.no_grad():
                 for batch in tokens.split(8):
                     module(batch)
 
-        yield compare(
-            f"attach (Gaussian), {name}, embedded model",
-            attach,
-            plain,
-            "plain forward",
-            "<= 1.5",
-            pairs // 3,
-        )
+        sequential = partial(attach, degree=3, calibration="sequential")
+        for what, call, target in (
+            ("Gaussian", partial(attach, degree=2), "<= 1.5"),
+            ("samples, layer by layer, degree 3", sequential, "<= 3"),
+        ):
+            case = f"attach ({what}), {name}, embedded model"
+            yield compare(case, call, plain, "plain forward", target, pairs // 3)
 
 
 def observing(pairs: int):
