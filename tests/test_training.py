@@ -18,6 +18,7 @@ from polylens.training import (
     sequential_layers,
     trace_training,
 )
+from tests.hf_models import D_VOCAB, DECODER, from_config
 
 
 def network(seed=0, deep=False):
@@ -203,3 +204,28 @@ def test_many_layers_are_drawn_by_degree():
     assert len({line.get_color() for line in first.lines}) == 5
     assert all(len(panel.lines) == 2 for panel in losses)
     assert (first.get_xscale(), bar.get_ylabel()) == ("symlog", "layer")
+
+
+@pytest.mark.filterwarnings("ignore::polylens.NumericalWarning")
+def test_experts_of_a_mixture_are_traced_and_come_back_from_the_file(tmp_path):
+    experts = dict(num_experts_per_tok=2, moe_intermediate_size=16, num_local_experts=2)
+    model = from_config("MixtralConfig", "MixtralForCausalLM", {**DECODER, **experts})
+    tokens = torch.randint(3, D_VOCAB, (16, 16))
+    path = tmp_path / "trace.jsonl"
+    data = (tokens[:12], tokens[12:])
+    trace = trace_training([(0, model), (1, model)], data, 1, path=path, progress=False)
+    assert [row.layer for row in trace.rows[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert Trace.load(path) == trace
+    assert trace.series((1, 0)).shape == (2, 2)
+    first, *_ = trace.plot().axes
+    assert len(first.lines) == 4
+    # Two experts of one block share its colour.
+    assert len({line.get_color() for line in first.lines}) == 2
+
+
+def test_dense_layers_and_experts_are_drawn_together():
+    rows = [TraceRow(0, n, r2=(0.0, 0.5)) for n in (0, (1, 0), (1, 1))]
+    first, *_ = Trace(tuple(rows)).plot().axes
+    assert len(first.lines) == 3
+    title = Trace(tuple(rows[:2])).plot().axes[1].get_title()
+    assert title == "layer 1.0, gaussian inputs"

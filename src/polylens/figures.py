@@ -9,6 +9,7 @@ import numpy as np
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
 from polylens.plots import COLOURS, FONT, GREY, MARKERS, scale_r2
+from polylens.selection import label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -116,7 +117,7 @@ def training_figure(trace: "Trace") -> "Figure":
     if not rows:
         raise InvalidInputError("the trace has no measured checkpoint, so there is nothing to draw")
     keys = list(dict.fromkeys((row.layer, row.inputs) for row in rows))
-    layers = sorted({layer for layer, _ in keys if layer is not None})
+    layers = list(dict.fromkeys(layer for layer, _ in keys if layer is not None))
     deep = len(layers) > 2
     columns = max(1, rows[0].degree) if deep else len(keys)
     losses = {row.step: row.loss for row in rows if row.loss is not None}
@@ -129,9 +130,10 @@ def training_figure(trace: "Trace") -> "Figure":
             if deep:
                 _draw_layers(panel, rows, layers, column + 1)
                 continue
+            layer, inputs = keys[column]
             _draw_trace(panel, [r for r in rows if (r.layer, r.inputs) == keys[column]])
-            where = f"layer {keys[column][0]}, " if len(layers) > 1 else ""
-            panel.set_title(f"{where}{keys[column][1]} inputs")
+            where = f"layer {label(layer)}, " if layer is not None and len(layers) > 1 else ""
+            panel.set_title(f"{where}{inputs} inputs")
         for panel in panels[1] if losses else ():
             steps = sorted(losses)
             panel.plot(steps, [losses[s] for s in steps], color="black", linewidth=1.2)
@@ -144,7 +146,7 @@ def training_figure(trace: "Trace") -> "Figure":
         scale_r2(panels[0, 0])  # all panels share it
         panels[0, 0].set_ylabel("R²")
         if deep:
-            _depth_bar(figure, list(panels[0]), layers)
+            _depth_bar(figure, list(panels[0]), sorted({_block(layer) for layer in layers}))
         else:
             handles, names = panels[0, 0].get_legend_handles_labels()
             figure.legend(handles, names, frameon=False, fontsize=6.5, loc="outside right upper")
@@ -162,11 +164,7 @@ def shares_figure(shares: Mapping[str, Mapping[Layer, Sequence[float]]]) -> "Fig
     Raises:
         InvalidInputError: nothing to draw.
     """
-
-    def block(layer: Layer) -> int:
-        return layer[0] if isinstance(layer, tuple) else layer
-
-    layers = sorted({block(layer) for by_layer in shares.values() for layer in by_layer})
+    layers = sorted({_block(layer) for by_layer in shares.values() for layer in by_layer})
     if not layers:
         raise InvalidInputError("no layer was opened, so there are no shares to draw")
     depth = _depth(layers)
@@ -175,7 +173,7 @@ def shares_figure(shares: Mapping[str, Mapping[Layer, Sequence[float]]]) -> "Fig
         for panel, (title, by_layer) in zip(panels, shares.items(), strict=True):
             for layer, values in by_layer.items():
                 ranks = range(1, len(values) + 1)
-                colour = depth.to_rgba(block(layer))
+                colour = depth.to_rgba(_block(layer))
                 panel.plot(ranks, values, color=colour, linewidth=1.2, marker=".", markersize=3)
             panel.set_title(title)
             panel.set_xlabel("components")
@@ -319,14 +317,14 @@ def _draw_trace(panel: "Axes", rows: list[Any]) -> None:
     _scale_steps(panel, steps)
 
 
-def _draw_layers(panel: "Axes", rows: list[Any], layers: Sequence[int], degree: int) -> None:
-    """One degree, a line per layer."""
-    depth = _depth(layers)
+def _draw_layers(panel: "Axes", rows: list[Any], layers: Sequence[Layer], degree: int) -> None:
+    """One degree, a line per layer or expert."""
+    depth = _depth(sorted({_block(layer) for layer in layers}))
     for layer in layers:
         found = sorted((r.step, r.r2[degree]) for r in rows if r.layer == layer)
         steps, values = zip(*found, strict=True)
         left = [max(1 - value, CLOSE) for value in values]
-        colour = depth.to_rgba(layer)
+        colour = depth.to_rgba(_block(layer))
         panel.plot(steps, left, color=colour, marker=".", markersize=3, linewidth=1.2)
     panel.set_title(f"degree {degree}")
     _scale_steps(panel, [row.step for row in rows])
@@ -337,6 +335,10 @@ def _scale_steps(panel: "Axes", steps: Sequence[int]) -> None:
     panel.set_xscale("symlog", linthresh=1, linscale=0.3)
     panel.set_xlim(left=min(steps))
     _tidy(panel)
+
+
+def _block(layer: Layer) -> int:
+    return layer[0] if isinstance(layer, tuple) else layer
 
 
 def _depth(layers: Sequence[int]) -> Any:

@@ -172,7 +172,7 @@ def _open(lens: Lens, layer: Layer, k: int, n_tokens: int, names: Callable[[int]
         return Opening(layer, shares, features, missing=f"no tokens: {error}")
 
 
-def _shares(openings: Sequence[Opening]) -> dict[str, dict[int, list[float]]]:
+def _shares(openings: Sequence[Opening]) -> dict[str, dict[Layer, list[float]]]:
     kinds = ("output directions", "linear part", "eigenfeatures of u")
     found = {
         kind: {o.layer: o.shares[kind][:COMPONENTS] for o in openings if kind in o.shares}

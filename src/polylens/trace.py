@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
+from polylens.hosts.base import Layer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -66,7 +67,7 @@ class TraceRow:
 
     Attributes:
         step: training step.
-        layer: index, or None where the checkpoint failed.
+        layer: index, (index, expert) in a mixture, or None where the checkpoint failed.
         inputs: name of the input model.
         r2: degree 0, 1, ... on the held-out data, of the layer's output.
         r2_model: the same under the input model itself, in closed form; None for a language model.
@@ -75,7 +76,7 @@ class TraceRow:
     """
 
     step: int
-    layer: int | None = None
+    layer: Layer | None = None
     inputs: str = "gaussian"
     r2: tuple[float, ...] | None = None
     r2_model: tuple[float, ...] | None = None
@@ -113,7 +114,7 @@ class Trace:
         """Why each failed checkpoint failed."""
         return {row.step: row.error for row in self.rows if row.error is not None}
 
-    def series(self, layer: int, inputs: str = "gaussian", model: bool = False) -> Tensor:
+    def series(self, layer: Layer, inputs: str = "gaussian", model: bool = False) -> Tensor:
         """[steps, degree + 1] R2 of one layer, held-out or under the input model.
 
         Raises:
@@ -122,7 +123,7 @@ class Trace:
         rows = [r for r in self.rows if r.error is None and (r.layer, r.inputs) == (layer, inputs)]
         values = [r.r2_model if model else r.r2 for r in sorted(rows, key=lambda r: r.step)]
         if not values or any(v is None for v in values):
-            there = sorted({(r.layer, r.inputs) for r in self.rows if r.error is None})
+            there = list(dict.fromkeys((r.layer, r.inputs) for r in self.rows if r.error is None))
             raise InvalidInputError(f"no R2 of layer {layer}, inputs {inputs!r}; there are {there}")
         return torch.tensor(values, dtype=torch.float64)
 
@@ -155,8 +156,9 @@ class Trace:
         for number, line in enumerate(lines, 1):
             try:
                 values = json.loads(line)
-                for name in ("r2", "r2_model"):
-                    values[name] = None if values[name] is None else tuple(values[name])
+                for name in ("layer", "r2", "r2_model"):
+                    if isinstance(values[name], list):
+                        values[name] = tuple(values[name])
                 rows.append(TraceRow(**values))
             except (ValueError, TypeError, KeyError) as error:
                 if number < len(lines):

@@ -18,6 +18,8 @@ from polylens.analysis.readout import (
     unembedding_scores,
 )
 from polylens.errors import UnsupportedModel
+from polylens.hosts.base import Layer
+from polylens.selection import label
 
 TokenScores = list[tuple[str, float]]
 
@@ -51,7 +53,7 @@ class LayerFeatures:
         features: the same as tensors.
     """
 
-    layer: int
+    layer: Layer
     token: str
     against: str | None
     rows: tuple[FeatureRow, ...]
@@ -61,7 +63,7 @@ class LayerFeatures:
         against = "the mean of all tokens" if self.against is None else self.against
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
         table.title = (
-            f"layer {self.layer} along the logit of {self.token} against {against}: value × "
+            f"layer {label(self.layer)} along the logit of {self.token} against {against}: value × "
             "activation², activations of embeddings in standard deviations"
         )
         for title in ("", "value", "share", "one end", "other end"):
@@ -80,7 +82,7 @@ class LayerFeatures:
 @torch.no_grad()
 def layer_features(
     lens: Any,
-    layer: int,
+    layer: Layer,
     token: int,
     *,
     against: int | None = None,
@@ -118,7 +120,7 @@ def layer_features(
 
 @torch.no_grad()
 def feature_rows(
-    lens: Any, layer: int, features: EigenFeatures, n_tokens: int, names: Callable[[int], str]
+    lens: Any, layer: Layer, features: EigenFeatures, n_tokens: int, names: Callable[[int], str]
 ) -> tuple[FeatureRow, ...]:
     """Features of a layer along any direction, with the tokens they read as in `layer_features`.
 
