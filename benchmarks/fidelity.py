@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import torch
-from torch.nn.functional import cross_entropy
 
 import polylens
 from polylens.loading import load_model
+from polylens.scoring import score
 
 LENGTH = 128
 
@@ -33,8 +33,8 @@ def loss(model, tokens):
     total = 0.0
     with torch.no_grad():
         for batch in tokens.split(8):
-            logits = model(batch, return_type="logits")[:, :-1].float()
-            total += float(cross_entropy(logits.mT, batch[:, 1:], reduction="sum"))
+            logits = model(batch, return_type="logits")
+            total += float(score(logits, None, batch, torch.ones_like(batch, dtype=torch.bool))[0])
     return total / tokens[:, 1:].numel()
 
 

@@ -8,6 +8,7 @@ import torch
 import polylens
 from polylens import ArtifactError, InvalidInputError, storage
 from tests.hf_models import ARCHITECTURES, build, from_config
+from tests.host_contract import module_snapshot
 from tests.test_hosts_agree import bridge, nnsight, plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
@@ -124,11 +125,11 @@ def shortened(model):
 def test_another_model_is_refused_and_nothing_attached(saved, other, message):
     path, model = saved
     model = other(copy.deepcopy(model))
-    hooks = [len(m._forward_hooks) + len(m._modules) for m in model.modules()]
+    snapshot = module_snapshot(model)
     with pytest.raises(ArtifactError, match=message):
         polylens.load(path, model)
     assert polylens.attached(model) is None
-    assert hooks == [len(m._forward_hooks) + len(m._modules) for m in model.modules()]
+    assert module_snapshot(model) == snapshot
 
 
 def test_damage_is_refused(saved, tmp_path):

@@ -10,6 +10,7 @@ from polylens import InvalidInputError, Samples, UnsupportedModel, demo
 from polylens.hosts import host_for
 from polylens.lockstep import in_step
 from tests.hf_models import build, from_config
+from tests.host_contract import module_snapshot
 from tests.test_hosts_agree import bridge, hooked, nnsight, plain
 from tests.test_moe import MODELS
 
@@ -71,7 +72,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(make):
     layers = [site.layer for site in host.sites()[0]]
     steps = [(SMALL[:2], None), (SMALL[2:], None)]
     before = host.logits(SMALL)
-    hooks = hook_counts(host.module)
+    snapshot = module_snapshot(host.module)
 
     def visit(layer, arrivals):
         next(arrivals)
@@ -79,16 +80,9 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(make):
 
     with pytest.raises(KeyError):
         in_step(host, layers, steps, visit)
-    assert hook_counts(host.module) == hooks
+    assert module_snapshot(host.module) == snapshot
     assert torch.equal(host.logits(SMALL), before)
     assert polylens.attached(model) is None
-
-
-def hook_counts(module):
-    return [
-        (len(m._forward_hooks), len(m._forward_pre_hooks), len(m._modules))
-        for m in module.modules()
-    ]
 
 
 @pytest.mark.parametrize("inputs", ["samples", "gaussian", "joint"])

@@ -16,7 +16,6 @@ from polylens.joint import JointPolynomial
 from polylens.polynomial import Polynomial
 from polylens.records import activation_of, activation_record
 from polylens.selection import label, labelled
-from polylens.weights import ROLES
 
 KIND = "lens"
 
@@ -112,21 +111,13 @@ def _polynomial(
     Q = _unpacked(tensors["Q"], n + 1, n, 0) if "Q" in tensors else None
     polynomial = Polynomial(weights, tensors["m"], tensors["s"], P, Q)
     polynomial.ridge = record["ridge"]
-    if "center" not in tensors:
-        return polynomial
-    corrections = [tensors[f"D{k}"] for k in range(n + 1)]
-    ridge, held_out = (tuple(tensors[name].tolist()) for name in ("ridge", "held_out"))
-    centers = tensors["center"], tensors["z_mean"]
-    return JointPolynomial(polynomial, *centers, corrections, ridge, held_out)
+    return JointPolynomial.on(polynomial, tensors) if "center" in tensors else polynomial
 
 
 def _tables(polynomial: Fitted) -> dict[str, Tensor]:
     """The coefficients, and for a joint fit its readouts, each as large as the layer's own."""
     if isinstance(polynomial, JointPolynomial):
-        own = {name: t for name, t in polynomial._buffers.items() if t is not None}
-        for name in ("ridge", "held_out"):
-            own[name] = torch.tensor(getattr(polynomial, name), dtype=torch.float64)
-        return _tables(polynomial.base) | own
+        return _tables(polynomial.base) | polynomial.tables()
     kept = {"m": polynomial.m, "s": polynomial.s, "P": _packed(polynomial.P, 1)}
     return kept if polynomial.Q is None else {**kept, "Q": _packed(polynomial.Q, 0)}
 
@@ -135,9 +126,8 @@ def _require_same_weights(where: str, weights: Weights, record: Mapping[str, Any
     if str(weights.dtype) == record["dtype"]:
         same = _digest(weights) == record["sha256"]
     else:
-        sums = {role: tuple(values) for role, values in record["sums"].items()}
         eps = torch.finfo(getattr(torch, record["dtype"].removeprefix("torch."))).eps
-        same = same_weights(sums, fingerprint(weights), weights, eps)
+        same = same_weights(record["sums"], fingerprint(weights), weights, eps)
     if not same:
         raise ArtifactError(
             f"{where}: the model's weights are not those that the polynomial was fitted to "
@@ -149,10 +139,7 @@ def _require_same_weights(where: str, weights: Weights, record: Mapping[str, Any
 def _digest(weights: Weights) -> str:
     """SHA-256 of every role's name and values, in x @ W orientation whatever the host's."""
     sha = hashlib.sha256()
-    for role in ROLES:
-        tensor = getattr(weights, role, None)
-        if tensor is None:
-            continue
+    for role, tensor in weights.tensors().items():
         tensor = tensor.detach().contiguous().cpu()
         sha.update(role.encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)

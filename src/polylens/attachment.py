@@ -113,13 +113,22 @@ def attach(
             f"calibration={calibration!r} is unknown; there are {', '.join(map(repr, STREAMS))}"
         )
     require_degree(degree)
+    kind = None
+    if inputs is None or (isinstance(inputs, str) and inputs != "norm"):
+        kind = estimator(inputs or ("samples" if calibration == "sequential" else "gaussian"))
+    elif tokens is not None:
+        raise InvalidInputError("give tokens= or inputs=, not both: each defines the input model")
+    elif calibration != "true":
+        raise InvalidInputError(
+            f"calibration={calibration!r} sees the inputs on tokens; inputs= says what they are. "
+            "Give one of the two"
+        )
     host, found, refused = _read(model, example_inputs)
     streams.require_deterministic(host.module)
     sites = {site.layer: site for site in found}
     sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
     exclude_first = exclude_first and host.reads_tokens
-    if inputs is None or (isinstance(inputs, str) and inputs != "norm"):
-        kind = estimator(inputs or ("samples" if calibration == "sequential" else "gaussian"))
+    if kind is not None:
         origin = "tokens"
         if tokens is None:
             tokens = host.sample_tokens(SAMPLED_SEQUENCES, SAMPLED_LENGTH, seed)
@@ -136,15 +145,6 @@ def attach(
         layer_by_layer = ["layer by layer"] * (calibration == "sequential")
         summary = ", ".join([kind.name, *data.describe(origin), *layer_by_layer])
     else:
-        if tokens is not None:
-            raise InvalidInputError(
-                "give tokens= or inputs=, not both: each defines the input model"
-            )
-        if calibration != "true":
-            raise InvalidInputError(
-                f"calibration={calibration!r} sees the inputs on tokens; inputs= says what they "
-                "are. Give one of the two"
-            )
         models, summary = _given(host, sites, inputs)
         polynomials = _fitted(sites, models, degree)
     sites = {layer: sites[layer] for layer in polynomials}

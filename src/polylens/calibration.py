@@ -1,6 +1,6 @@
 """The polynomials of all layers of a model, from what it is seen to compute on some inputs."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
 from polylens.estimators import Estimator
 from polylens.hosts.base import Host, Layer, MLPSite, Norm
 from polylens.inputs import Gaussian
-from polylens.lockstep import Arrivals, Flow, in_step
+from polylens.lockstep import Arrivals, Flow, Step, in_step
 from polylens.selection import label
 from polylens.tokens import batches, counted, kept_rows, rows, validate_inputs
 
@@ -33,7 +33,7 @@ class Calibration:
     """
 
     host: Host
-    steps: Sequence[tuple[Tensor, Tensor | None]]
+    steps: Sequence[Step]
     exclude_first: bool
     progress: bool
 
@@ -42,11 +42,11 @@ class Calibration:
         cls,
         host: Host,
         tokens: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | None,
         *,
-        exclude_first: bool = True,
-        batch_size: int = 8,
-        progress: bool = True,
+        exclude_first: bool,
+        batch_size: int,
+        progress: bool,
     ) -> "Calibration":
         """On these tokens [batch, pos] (floats, where the model reads those).
 
@@ -55,7 +55,7 @@ class Calibration:
         """
         tokens, mask = validate_inputs(tokens, attention_mask, reads_tokens=host.reads_tokens)
         steps = list(batches(tokens, mask, batch_size))
-        return cls(host, steps, exclude_first and host.reads_tokens, progress)
+        return cls(host, steps, exclude_first, progress)
 
     def describe(self, origin: str) -> list[str]:
         """How many inputs there are, of which origin, and what was left out."""
@@ -87,19 +87,12 @@ def on_true_stream(
         InvalidInputError: NaN activations (which layer, how many).
     """
     estimators = {layer: kind(site, degree) for layer, site in sites.items()}
-    kept: Tensor | None = None
 
-    def observer(layer: Layer):
-        def observe(x: Tensor, y: Tensor) -> None:
-            estimators[layer].update(rows(x, kept))
+    def see(layer: Layer, x: Tensor, y: Tensor, kept: Tensor | None) -> None:
+        estimators[layer].update(rows(x, kept))
 
-        return observe
-
-    host, steps = calibration.host, calibration.steps
-    with torch.no_grad(), host.observe({layer: observer(layer) for layer in sites}):
-        for i, step in enumerate(tqdm(steps, "calibrating", disable=not calibration.progress)):
-            kept = calibration.kept(i)
-            host.run(*step)
+    steps = tqdm(calibration.steps, "calibrating", disable=not calibration.progress)
+    watch(calibration.host, sites, steps, calibration.exclude_first, see)
     for layer, site in tqdm(sites.items(), "fitting", disable=not calibration.progress):
         seen = estimators.pop(layer)
         if isinstance(layer, tuple) and seen.count < FEW_TOKENS:
@@ -153,6 +146,29 @@ def on_replaced_stream(
 def _flow(polynomial: Fitted, exclude_first: bool, x: Tensor, y: Tensor) -> Tensor:
     out = polynomial(x)
     return keep_first(out, y) if exclude_first else out
+
+
+@torch.no_grad()
+def watch(
+    host: Host,
+    layers: Iterable[Layer],
+    steps: Iterable[Step],
+    exclude_first: bool,
+    see: Callable[[Layer, Tensor, Tensor, Tensor | None], None],
+) -> None:
+    """One forward pass over the batches; see(layer, x, y, kept) at every layer of every batch.
+
+    x and y are the true input and output, `rows(x, kept)` those of their rows that count.
+    """
+    kept: Tensor | None = None
+
+    def observer(layer: Layer) -> Callable[[Tensor, Tensor], None]:
+        return lambda x, y: see(layer, x, y, kept)
+
+    with host.observe({layer: observer(layer) for layer in layers}):
+        for step in steps:
+            kept = kept_rows(*step, exclude_first=exclude_first)
+            host.run(*step)
 
 
 def norm_inputs(host: Host, sites: Mapping[Layer, MLPSite]) -> dict[Layer, Gaussian]:

@@ -7,7 +7,6 @@ from polylens.errors import StalePolynomialError
 from polylens.hosts.base import MLPSite, Tap, Weights
 from polylens.joint import JointPolynomial
 from polylens.polynomial import Polynomial
-from polylens.weights import ROLES
 
 # What stands beside an MLP: both are over the weights that the model has.
 Fitted = Polynomial | JointPolynomial
@@ -133,19 +132,17 @@ def _has_first(out: Tensor) -> bool:
 def fingerprint(weights: Weights) -> dict[str, tuple[float, float, float]]:
     """Sum, square sum and a position-dependent sum of each weight, in float64."""
     found = {}
-    for name in ROLES:
-        tensor = getattr(weights, name, None)
-        if tensor is not None:
-            rows = tensor.detach().double().reshape(len(tensor), -1)
-            pattern = [
-                torch.cos(torch.arange(n, dtype=torch.float64, device=rows.device) + 1)
-                for n in rows.shape
-            ]
-            found[name] = (
-                float(rows.sum()),
-                float(rows.square().sum()),
-                float(pattern[0] @ rows @ pattern[1]),
-            )
+    for name, tensor in weights.tensors().items():
+        rows = tensor.detach().double().reshape(len(tensor), -1)
+        pattern = [
+            torch.cos(torch.arange(n, dtype=torch.float64, device=rows.device) + 1)
+            for n in rows.shape
+        ]
+        found[name] = (
+            float(rows.sum()),
+            float(rows.square().sum()),
+            float(pattern[0] @ rows @ pattern[1]),
+        )
     return found
 
 

@@ -85,6 +85,11 @@ class JointPolynomial(Approximation):
     def d_out(self) -> int:
         return self.base.d_out
 
+    @property
+    def corrections(self) -> list[Tensor]:
+        """D_n [features, d_out] of every degree."""
+        return [getattr(self, f"D{n}") for n in range(self.degree + 1)]
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., d_in] -> [..., d_out], the fit of the highest degree."""
         return self._evaluate(x, self.degree)
@@ -132,22 +137,17 @@ class JointPolynomial(Approximation):
 
     def over(self, weights: MLPWeights | GLUWeights) -> "JointPolynomial":
         """The same coefficients over the same weights, wherever and in whatever dtype they are."""
-        corrections = [getattr(self, f"D{n}") for n in range(self.degree + 1)]
-        center, z_mean, *corrections = (
-            t.to(weights.device) for t in (self.center, self.z_mean, *corrections)
-        )
-        base = self.base.over(weights)
-        return JointPolynomial(base, center, z_mean, corrections, self.ridge, self.held_out)
+        moved = {name: tensor.to(weights.device) for name, tensor in self.tables().items()}
+        return JointPolynomial.on(self.base.over(weights), moved)
 
     def truncate(self, degree: int) -> "JointPolynomial":
         """The fit of a lower degree; the tensors are shared."""
         degree = check_degree(degree, self.degree, "fit")
-        corrections = [getattr(self, f"D{n}") for n in range(degree + 1)]
         lower = JointPolynomial(
             self.base.truncate(degree),
             self.center,
             self.z_mean,
-            corrections,
+            self.corrections[: degree + 1],
             self.ridge[: degree + 1],
             self.held_out[: degree + 1],
         )
@@ -174,19 +174,26 @@ class JointPolynomial(Approximation):
 
     def _record(self) -> Record:
         metadata, tensors = self.base._record()
-        own = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        # the ridge may be infinite, which JSON does not know
-        own["ridge"], own["held_out"] = (
-            torch.tensor(v, dtype=torch.float64) for v in (self.ridge, self.held_out)
-        )
-        return metadata, storage.prefixed(tensors, "base.") | own
+        return metadata, storage.prefixed(tensors, "base.") | self.tables()
 
     @classmethod
     def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "JointPolynomial":
-        base = Polynomial._of(metadata, storage.within(tensors, "base."))
-        corrections = [tensors[f"D{n}"] for n in range(base.degree + 1)]
-        ridge, held_out = (tuple(tensors[name].tolist()) for name in ("ridge", "held_out"))
-        return cls(base, tensors["center"], tensors["z_mean"], corrections, ridge, held_out)
+        return cls.on(Polynomial._of(metadata, storage.within(tensors, "base.")), tensors)
+
+    def tables(self) -> dict[str, Tensor]:
+        """Everything but the base, by name."""
+        own = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        # the ridge may be infinite, which JSON does not know
+        for name in ("ridge", "held_out"):
+            own[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
+        return own
+
+    @classmethod
+    def on(cls, base: Polynomial, tables: dict[str, Tensor]) -> "JointPolynomial":
+        """Inverse of `tables`; other tensors among them are ignored."""
+        corrections = [tables[f"D{n}"] for n in range(base.degree + 1)]
+        ridge, held_out = (tuple(tables[name].tolist()) for name in ("ridge", "held_out"))
+        return cls(base, tables["center"], tables["z_mean"], corrections, ridge, held_out)
 
 
 def features(base: Polynomial, center: Tensor, z_mean: Tensor, x: Tensor, n: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Streamed least squares, neuron by neuron: the per-neuron fit to samples."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,20 +69,17 @@ class NeuronGram:
         if not len(x):
             return
         self._rows += len(x) if sample_weights is None else int((sample_weights > 0).sum())
-        x = x.to(self.weights.device)
-        for i in range(0, len(x), ROWS):
-            w = None if sample_weights is None else sample_weights[i : i + ROWS].to(x.device)
-            self._add(x[i : i + ROWS], w)
+        for y, z, w in _blocks(self.weights, x, sample_weights):
+            self._add(y, z, w)
 
-    def _add(self, x: Tensor, w: Tensor | None) -> None:
-        y, z = _branches(self.weights, x)
+    def _add(self, y: Tensor, z: Tensor | None, w: Tensor | None) -> None:
         if self._standardise is None:
             moments = NeuronMoments(self.weights)
             moments.add(y, z, None)
             self._standardise = moments.standardise(fallback=1.0)
         target = self.weights.act(y)
-        step = BLOCK["cpu" if x.device.type == "cpu" else "other"]
-        step = max(1, step // (self._gram.shape[1] * len(x)))
+        step = BLOCK["cpu" if y.device.type == "cpu" else "other"]
+        step = max(1, step // (self._gram.shape[1] * y.shape[1]))
         for i in range(0, len(y), step):
             rows = slice(i, i + step)
             features = self._features(rows, y[rows], None if z is None else z[rows], target[rows])
@@ -198,7 +196,9 @@ class NeuronMoments:
 
     @torch.no_grad()
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        self.add(*_branches(self.weights, x.to(self.weights.device)), sample_weights)
+        """Add inputs x [n, d_in] of the layer, optionally weighted [n]."""
+        for y, z, w in _blocks(self.weights, x, sample_weights):
+            self.add(y, z, w)
 
     def add(self, y: Tensor, z: Tensor | None, sample_weights: Tensor | None) -> None:
         """Add preactivations [d_mlp, n]."""
@@ -221,6 +221,15 @@ class NeuronMoments:
         constant = deviation <= 1e-14 * mean.abs()
         s = torch.where(constant[0], fallback, deviation[0])
         return mean[0], s, mean[1], torch.where(constant[1], 1.0, deviation[1])
+
+
+def _blocks(
+    weights: MLPWeights | GLUWeights, x: Tensor, sample_weights: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """(y, z, sample weights) of ROWS inputs at a time, on the layer's device."""
+    for i in range(0, len(x), ROWS):
+        w = None if sample_weights is None else sample_weights[i : i + ROWS].to(weights.device)
+        yield *_branches(weights, x[i : i + ROWS].to(weights.device)), w
 
 
 def _branches(weights: MLPWeights | GLUWeights, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -251,9 +260,7 @@ def fit_samples(weights: MLPWeights | GLUWeights, samples: Samples, degree: int)
     if samples.reiterable:
         moments = NeuronMoments(weights)
         for x, sample_weights in samples.batches(dtype, device, weights.d_in):
-            for i in range(0, len(x), ROWS):
-                w = None if sample_weights is None else sample_weights[i : i + ROWS]
-                moments.update(x[i : i + ROWS], w)
+            moments.update(x, sample_weights)
         standardise = moments.standardise()
     gram = NeuronGram(weights, degree, standardise)
     for x, sample_weights in samples.batches(dtype, device, weights.d_in):

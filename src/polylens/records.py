@@ -56,9 +56,8 @@ def weights_record(weights: MLPWeights | GLUWeights) -> Record:
     """The form, the activation and the tensors of every role."""
     act, values = activation_record(weights.act)
     form = "glu" if isinstance(weights, GLUWeights) else "mlp"
-    roles = {name: getattr(weights, name, None) for name in ROLES}
-    present = {name: tensor for name, tensor in roles.items() if tensor is not None}
-    return {"form": form, "activation": act}, {**present, **prefixed(values, "activation.")}
+    tensors = weights.tensors() | prefixed(values, "activation.")
+    return {"form": form, "activation": act}, tensors
 
 
 def weights_of(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> MLPWeights | GLUWeights:

@@ -13,12 +13,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from polylens import rendering
-from polylens.calibration import require_deterministic
+from polylens.calibration import require_deterministic, watch
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
+from polylens.lockstep import Step
 from polylens.scoring import ResidualSums, score
 from polylens.selection import check_degree, check_layers, label, labelled
-from polylens.tokens import batches, counted, kept_rows, rows, validate_inputs
+from polylens.tokens import batches, counted, rows, validate_inputs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,8 +36,6 @@ FIRST_POSITION = (
 )
 
 NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be scored"
-
-Batch = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -241,28 +240,25 @@ def measure(
     )
 
 
-def _counted(lens: "Lens", steps: Sequence[Batch]) -> int:
+def _counted(lens: "Lens", steps: Sequence[Step]) -> int:
     return sum(int(counted(*step, exclude_first=lens.exclude_first).sum()) for step in steps)
 
 
 def _residual_sums(
-    lens: "Lens", layers: Sequence[Layer], steps: Sequence[Batch], bar: tqdm
+    lens: "Lens", layers: Sequence[Layer], steps: Sequence[Step], bar: tqdm
 ) -> dict[Layer, ResidualSums]:
     """One pass over the tokens with the true model, for all layers and degrees."""
     sums = {layer: ResidualSums() for layer in layers}
-    kept: Tensor | None = None
 
-    def observer(layer: Layer):
-        def observe(x: Tensor, y: Tensor) -> None:
-            sums[layer].update(rows(y, kept), lens[layer].all_degrees(rows(x, kept)))
+    def see(layer: Layer, x: Tensor, y: Tensor, kept: Tensor | None) -> None:
+        sums[layer].update(rows(y, kept), lens[layer].all_degrees(rows(x, kept)))
 
-        return observe
-
-    with lens.host.observe({layer: observer(layer) for layer in layers}):
-        for batch, mask in steps:
-            kept = kept_rows(batch, mask, exclude_first=lens.exclude_first)
-            lens.host.run(batch, mask)
+    def ticking() -> Iterator[Step]:
+        for step in steps:
+            yield step
             bar.update()
+
+    watch(lens.host, layers, ticking(), lens.exclude_first, see)
     if any(s.n < 2 for layer, s in sums.items() if isinstance(layer, int)):
         raise InvalidInputError(
             "fewer than 2 activations are left to measure R2 on after padding and position 0; "
@@ -276,7 +272,7 @@ def _losses(
     degree: int,
     layers: Sequence[Layer],
     means: dict[Layer, Tensor],
-    steps: Sequence[Batch],
+    steps: Sequence[Step],
     bar: tqdm,
 ) -> tuple[float, int, dict[tuple[Layer, ...], dict[str, float | None]]]:
     """Base cross entropy, number of targets, and the losses of each group of layers."""

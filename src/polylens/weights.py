@@ -76,6 +76,11 @@ class _Weights(Sized):
     def device(self) -> torch.device:
         return self.W_in.device
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by role, in the order of ROLES."""
+        roles = {name: getattr(self, name, None) for name in ROLES}
+        return {name: tensor for name, tensor in roles.items() if tensor is not None}
+
     def to(self, *args, **kwargs):
         """The same weights on another device or in another dtype, as `Tensor.to`."""
         changed = {f.name: getattr(self, f.name) for f in fields(self)}

@@ -18,6 +18,13 @@ Layer = int | tuple[int, int]
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 
 
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    """max |value - expected| / max |expected|, in float64."""
+    expected = expected.double()
+    difference = (value.double() - expected).abs().max()
+    return float(difference / expected.abs().max().clamp(min=1e-30))
+
+
 @dataclass(frozen=True)
 class MLPSite:
     """One MLP or GLU of a model, verified to be a normal form.

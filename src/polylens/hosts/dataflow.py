@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from polylens.activations import Activation, activation
 from polylens.errors import PolylensError, UnsupportedActivation, UnsupportedModel
-from polylens.hosts.base import TOLERANCE, Weights
+from polylens.hosts.base import TOLERANCE, Weights, relative_error
 from polylens.hosts.functional import functional_matches
 from polylens.hosts.recording import (
     Call,
@@ -19,6 +19,7 @@ from polylens.hosts.recording import (
     position,
     read_projection,
     record,
+    stacked,
     within,
 )
 from polylens.weights import GLUWeights, MLPWeights
@@ -291,7 +292,7 @@ def _verified(model: nn.Module, match: Match, place: str, index: _Index) -> Bloc
 def _error(block: Block, x: Tensor, y: Tensor) -> float:
     """max |normal form - y| / max |y| on a few rows."""
     some = slice(None, None, max(1, len(x) // 4))
-    x, y = x[some], y.reshape(len(x), -1)[some].double()
+    x, y = x[some], y.reshape(len(x), -1)[some]
 
     def through(projection: Projection, x: Tensor) -> Tensor:
         x, bias = x.to(projection.weight()), projection.bias()
@@ -300,14 +301,13 @@ def _error(block: Block, x: Tensor, y: Tensor) -> float:
     with torch.no_grad():
         h = block.activation(through(block.source, x))
         h = h if block.linear is None else h * through(block.linear, x)
-        difference = through(block.out, h).to(y) - y
-        return float(difference.abs().max() / y.abs().max().clamp(min=1e-30))
+        return relative_error(through(block.out, h).to(y.device), y)
 
 
 def _expert_stacks(model: nn.Module) -> list[Refusal]:
     found = []
     for order, (path, module) in enumerate(model.named_modules()):
-        three = {n: p for n, p in module.named_parameters(recurse=False) if p.dim() == 3}
+        three = stacked(module)
         stacks = list(three)
         if len(stacks) < 2 or len({len(p) for p in three.values()}) > 1:
             continue

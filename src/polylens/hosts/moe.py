@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from polylens.activations import Activation, activation
 from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
-from polylens.hosts.base import TOLERANCE, MLPSite, Places
-from polylens.hosts.passage import Function
-from polylens.hosts.recording import half, position, quiet
+from polylens.hosts.base import TOLERANCE, MLPSite, Places, relative_error
+from polylens.hosts.passage import Function, batch_shape
+from polylens.hosts.recording import half, position, quiet, stacked
 from polylens.weights import GLUWeights
 
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
@@ -109,7 +109,7 @@ def find_experts(
     Returns:
         Sites in order of execution, and for each refused stack (by path) the reason.
     """
-    stacks = [(path, m) for path, m in model.named_modules() if len(_stacked(m)) >= 2]
+    stacks = [(path, m) for path, m in model.named_modules() if len(stacked(m)) >= 2]
     if not stacks:
         return [], {}
     calls: dict[str, tuple[nn.Module, Routing | None, Any]] = {}
@@ -178,8 +178,7 @@ class ExpertPassage:
             self._handles = []
 
     def _note_shape(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        values = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 3)
-        self._shape = next((tuple(v.shape[:2]) for v in values), ())
+        self._shape = batch_shape(args, kwargs)
 
     def _at_stack(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
         routing = _routing(args, kwargs)
@@ -223,10 +222,6 @@ class Member:
         self.passage.drop(self.expert, self.function)
 
 
-def _stacked(module: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in module.named_parameters(recurse=False) if p.dim() == 3}
-
-
 def _routing(args: tuple, kwargs: dict) -> Routing | None:
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
     chosen = [t for t in tensors if not t.is_floating_point() and t.dim() == 2]
@@ -255,7 +250,7 @@ def _verified(
     if source is None:
         raise UnsupportedModel("it has no activation to be read")
     act, best = activation(source), float("inf")
-    names = list(_stacked(module))
+    names = list(stacked(module))
     dtype = getattr(module, names[0]).dtype
     for up, down in ((a, b) for a in names for b in names if a != b):
         for out_first in (True, False):
@@ -285,8 +280,7 @@ def _error(stack: Stack, routing: Routing, out: Tensor) -> float:
             rows, weights = routing.of(expert)
             y = stack.outputs(expert, routing.x[rows]).double() * weights[:, None].double()
             total.index_add_(0, rows, y)
-    true = out.detach().reshape(total.shape).double()
-    return float((total - true).abs().max() / true.abs().max().clamp(min=1e-30))
+    return relative_error(total, out.detach().reshape(total.shape))
 
 
 def _site(stack: Stack, layer: int, expert: int, error: float) -> ExpertSite:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
-from torch import Tensor, nn
+from torch import nn
 
 from polylens.errors import AttachmentError, UnsupportedModel
 from polylens.hosts.base import Emitter, MLPSite
@@ -96,8 +96,7 @@ class NNsightHost(TorchHost):
         import nnsight
 
         nnsight.register(InlinePolynomial.__module__)
-        weights, degree = polynomial.weights, polynomial.degree
-        tensors = {name: t for name, t in vars(weights).items() if isinstance(t, Tensor)}
+        tensors, degree = polynomial.weights.tensors(), polynomial.degree
         Q = None if polynomial.Q is None else polynomial.Q[degree]
         return InlinePolynomial(tensors, polynomial.m, polynomial.s, polynomial.P[degree], Q)
 

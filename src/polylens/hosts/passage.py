@@ -91,10 +91,7 @@ class Passage:
         self._handles.append(handle)
 
     def _note_shape(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.dim() == 3:
-                self._shape = tuple(value.shape[:2])
-                return
+        self._shape = batch_shape(args, kwargs) or self._shape
 
     def _let_go(self, module: nn.Module, args: tuple, out: Any) -> None:
         self._forget()
@@ -151,6 +148,12 @@ class Passage:
             for module in self._interior.modules  # type: ignore
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         )
+
+
+def batch_shape(args: tuple, kwargs: dict) -> tuple[int, ...]:
+    """(batch, pos) of the first argument [batch, pos, d] of a call; () where there is none."""
+    values = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 3)
+    return next((tuple(v.shape[:2]) for v in values), ())
 
 
 @contextmanager

@@ -75,6 +75,11 @@ class Recording:
     containers: list[Call]
 
 
+def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The three-dimensional parameters of its own: stacks of experts' matrices."""
+    return {n: p for n, p in module.named_parameters(recurse=False) if p.dim() == 3}
+
+
 def half(t: Tensor, part: int) -> Tensor:
     """All of the last axis, or its first or second half, as a view."""
     if part == 0:

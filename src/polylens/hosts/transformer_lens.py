@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polylens.activations import Activation, activation
 from polylens.errors import PolylensError, UnsupportedModel
-from polylens.hosts.base import TOLERANCE, Emitter, MLPSite, Norm, Weights
+from polylens.hosts.base import TOLERANCE, Emitter, MLPSite, Norm, Weights, relative_error
 from polylens.hosts.junction import Junction, Wiring, interior_of
 from polylens.hosts.norms import Call, matching_norm, norm_read
 from polylens.hosts.passage import (
@@ -346,13 +346,7 @@ def _relative_error(weights: Weights, pair: tuple[Tensor, Tensor] | None) -> flo
         return inf
     x, y = (_some_rows(t) for t in pair)
     with torch.no_grad():
-        return _difference(weights(x.to(weights.dtype)), y)
-
-
-def _difference(value: Tensor, expected: Tensor) -> float:
-    """Relative to the largest entry."""
-    difference = (value.double() - expected.double()).abs().max()
-    return float(difference / expected.double().abs().max().clamp(min=1e-30))
+        return relative_error(weights(x.to(weights.dtype)), y)
 
 
 def _shows_neurons(weights: Weights, x: Tensor, seen: dict[Any, Any]) -> bool:
@@ -363,7 +357,7 @@ def _shows_neurons(weights: Weights, x: Tensor, seen: dict[Any, Any]) -> bool:
     if {k: t.shape for k, t in got.items()} != {k: t.shape for k, t in expected.items()}:
         return False
     tolerance = TOLERANCE.get(weights.dtype, 1e-4)
-    return all(_difference(got[name], value) <= tolerance for name, value in expected.items())
+    return all(relative_error(got[name], value) <= tolerance for name, value in expected.items())
 
 
 def _some_rows(t: Tensor) -> Tensor:
