@@ -9,16 +9,14 @@ from torch import Tensor, nn
 from polylens.approximation import Approximation, context_of, context_record
 from polylens.errors import InvalidInputError
 from polylens.hermite import hermite_to_monomial
+from polylens.horner import Coefficients, evaluate
 from polylens.quadratic import QuadraticForm
 from polylens.quality import r2
 from polylens.records import Record
 from polylens.selection import check_degree
 from polylens.weights import ROLES, GLUWeights, MLPWeights, Sized
 
-# Elements of one elementwise block on a CPU: many for the cost of a call, few for a cache.
-BLOCK = 1 << 18
-
-_Horner = tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]
+_Horner = tuple[Tensor, Tensor, Coefficients, Coefficients | None]
 _COEFFICIENTS = ("m", "s", "P", "Q")
 
 
@@ -325,30 +323,7 @@ class Polynomial(Sized, Approximation):
         """P(v) + z Q(v), of v - mean where there is one; overwrites v if `reuse` and autograd
         does not need it."""
         _, _, p, q = self._horner(degree)
-        if degree == 0:
-            return p[0].to(v.dtype).expand_as(v)
-        needs_graph = torch.is_grad_enabled() and (
-            v.requires_grad or (z is not None and z.requires_grad)
-        )
-        if needs_graph:
-            centred = v if mean is None else v - mean
-            h = _horner(p, centred)
-            h = h if q is None or z is None else torch.addcmul(h, _horner(q, centred), z)
-            return h.to(v.dtype)
-        flat = v.reshape(-1, v.shape[-1])
-        flat_z = None if z is None else z.reshape(flat.shape)
-        target = flat if reuse else flat.new_empty(flat.shape)
-        direct = not reuse and target.dtype == p[0].dtype
-        rows = max(1, BLOCK // flat.shape[-1]) if v.device.type == "cpu" else max(1, len(flat))
-        for i in range(0, len(flat), rows):
-            block, into = flat[i : i + rows], target[i : i + rows]
-            block = block if mean is None else block - mean
-            h = _horner_inplace(p, block, into if direct else None)
-            if q is not None and flat_z is not None:
-                h = torch.addcmul(h, _horner_inplace(q, block), flat_z[i : i + rows], out=h)
-            if h is not into:
-                into.copy_(h)
-        return target.reshape(v.shape)
+        return evaluate(p, q, v, z, mean, reuse)
 
     def _project(self, h: Tensor) -> Tensor:
         return _affine(h.to(self.W_out.dtype), self.W_out, self.b_out)
@@ -361,24 +336,6 @@ def _affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     if b.dtype == W.dtype:
         return torch.addmm(b, x.reshape(-1, x.shape[-1]), W).reshape(*x.shape[:-1], W.shape[1])
     return x @ W + b
-
-
-def _horner(coefficients: tuple[Tensor, ...], v: Tensor) -> Tensor:
-    value = coefficients[-1].expand_as(v)
-    for a in reversed(coefficients[:-1]):
-        value = torch.addcmul(a, value, v)
-    return value
-
-
-def _horner_inplace(
-    coefficients: tuple[Tensor, ...], v: Tensor, out: Tensor | None = None
-) -> Tensor:
-    if len(coefficients) == 1:
-        return coefficients[0].expand_as(v)
-    value = torch.addcmul(coefficients[-2], coefficients[-1], v, out=out)
-    for a in reversed(coefficients[:-2]):
-        torch.addcmul(a, value, v, out=value)
-    return value
 
 
 def _expand_about(powers: Tensor, shift: Tensor) -> Tensor:
