@@ -28,7 +28,7 @@ LAYERS = (
     ("fit",),
     ("hosts",),
     ("lockstep", "estimators", "emitter", "scoring", "rendering"),
-    ("calibration", "artifact"),
+    ("calibration", "artifact", "export"),
     ("report",),
     ("lens",),
     ("attachment",),

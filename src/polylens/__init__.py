@@ -50,6 +50,7 @@ _LAZY = {
     "attached": "polylens.lens",
     "find_mlps": "polylens.attachment",
     "load": "polylens.attachment",
+    "load_exported": "polylens.export",
     "trace_training": "polylens.training",
     "TraceData": "polylens.training",
     "Tracer": "polylens.training",

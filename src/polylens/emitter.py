@@ -76,7 +76,7 @@ class SiteEmitter:
         if not all(t.dtype == W.dtype and t.device == W.device for t in (y, *others)):
             return None
         out = polynomial.neurons(y, *z)
-        if self.keep_first and _has_first(out):
+        if self.keep_first and has_first(out):
             out.narrow(-2, 0, 1).copy_(h.narrow(-2, 0, 1))
         return out
 
@@ -122,10 +122,11 @@ def keep_first(out: Tensor, y: Tensor) -> Tensor:
     places = getattr(y, "places", None)
     if places is not None:
         return torch.where(places.first[:, None], y, out)
-    return torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2) if _has_first(out) else out
+    return torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2) if has_first(out) else out
 
 
-def _has_first(out: Tensor) -> bool:
+def has_first(out: Tensor) -> bool:
+    """Whether out [batch, pos, d] has a position 0 that starts a sequence."""
     return out.dim() >= 3 and out.shape[-2] > 1
 
 

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 from torch.nn import Module
 
-from polylens import artifact
+from polylens import artifact, export
 from polylens.emitter import Fitted, SiteEmitter
 from polylens.errors import AttachmentError, InvalidInputError
 from polylens.hosts.base import Host, Layer, MLPSite
@@ -130,12 +130,19 @@ class Lens:
             StalePolynomialError: weights changed since the fit.
         """
         self._require_attached()
+        chosen, degree = self._ready(layers, degree)
+        with self._flowing(dict.fromkeys(chosen, degree)):
+            yield self
+
+    def _ready(
+        self, layers: Iterable[Layer] | int | None, degree: int | None
+    ) -> tuple[list[Layer], int]:
+        """The layers and the degree that were asked for, fitted to the weights there are now."""
         chosen = self._chosen(layers)
         degree = self.degree if degree is None else check_degree(degree, self.degree, "attach")
         for layer in chosen:
             self._emitters[layer].refresh(contents=True)
-        with self._flowing(dict.fromkeys(chosen, degree)):
-            yield self
+        return chosen, degree
 
     @contextmanager
     def _flowing(self, degrees: Mapping[Layer, int | None]) -> Iterator[None]:
@@ -242,6 +249,49 @@ class Lens:
                 'rather than "joint"'
             )
         return self.host.inline(polynomial)  # type: ignore
+
+    def export(
+        self, layers: Iterable[Layer] | int | None = None, degree: int | None = None
+    ) -> Module:
+        """A new model in which these MLPs are polynomials, made of ordinary modules.
+
+            model = lens.export(degree=3)
+            model.save_pretrained("polynomial-model")
+            model = polylens.load_exported("polynomial-model")
+
+        Computes what `replaced` does, without a lens: generates, trains and is saved as the
+        model it was copied from. The original stays as it is, attached; nothing is shared.
+        With `exclude_first` the true activation remains for position 0 of each sequence, by
+        the same rule as in `replaced`. For Hugging Face models, also those in nnsight; other
+        torch modules have no `save_pretrained`. transformers alone does not load what was
+        saved: its weight files are named apart, so that nobody gets the true model instead.
+
+        Args:
+            layers, degree: as in `replaced`.
+
+        Raises:
+            InvalidInputError, StalePolynomialError: as `replaced`.
+            AttachmentError: detached; a TransformerLens host; experts, joint polynomials, and
+                layers whose activation is not a module of their own.
+
+        Cost: a copy of the model, and two small forward passes that compare it with `replaced`.
+        """
+        self._require_attached()
+        if not hasattr(self.host, "copied"):
+            raise AttachmentError(
+                f"a {self.host.name} cannot be exported; attach to the Hugging Face model that it "
+                "was made from (lens.save and polylens.load carry the polynomials over)"
+            )
+        chosen, degree = self._ready(layers, degree)
+        host: Any = self.host
+        polynomials = {layer: self._emitters[layer].truncated(degree) for layer in chosen}
+        copy, places = host.copied(chosen, self.exclude_first)
+        model = export.built(copy, places, polynomials, self.exclude_first, self.inputs_summary)
+        flowing = {layer: degree if layer in chosen else None for layer in self.layers}
+        with self._flowing(flowing):
+            expected = host.example_outputs(host.module)
+        export.require_equal(host.example_outputs(model), expected)
+        return model
 
     def save(self, path: str | os.PathLike[str], report: Report | None = None) -> None:
         """Write the polynomials to one file, for `polylens.load(path, model)`.

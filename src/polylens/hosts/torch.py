@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polylens.errors import InvalidInputError, UnsupportedModel
+from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Emitter, Layer, MLPSite, Norm
+from polylens.hosts.copying import Place, clean_copy, place_of, require_apart
 from polylens.hosts.dataflow import Block, find_blocks
 from polylens.hosts.guessing import Inputs, accepted, guessed_inputs
 from polylens.hosts.moe import ExpertPassage, ExpertSite, Member, find_experts
@@ -289,6 +290,30 @@ class TorchHost:
                     stack.callback(handle.remove)
             yield values
 
+    def copied(
+        self, layers: Iterable[Layer], keep_first: bool
+    ) -> tuple[nn.Module, dict[Layer, Place]]:
+        """A copy of the module without a lens, and where in it these layers' activations are.
+
+        Raises:
+            AttachmentError: experts, or what `place_of` and `require_apart` refuse.
+        """
+        if self._passages:
+            raise AttachmentError(
+                "a model with a lens on its experts cannot be exported; attach with layers= of "
+                "the others only, or use lens.replaced()"
+            )
+        require_apart(self.module, self._blocks.values())
+        blocks = {layer: self._block(layer) for layer in layers}  # type: ignore[arg-type]
+        places = {n: place_of(self.module, block, keep_first) for n, block in blocks.items()}
+        return clean_copy(self.module), places
+
+    def example_outputs(self, module: nn.Module) -> list[Tensor]:
+        """What a module like the host's returns for the example inputs, floats only."""
+        assert self._examples is not None
+        with quiet(module):
+            return list(_floats(self._call(module, self._examples)))
+
     def norm(self, site: MLPSite) -> Norm:
         if isinstance(site, ExpertSite):
             raise UnsupportedModel(
@@ -322,6 +347,14 @@ class _ForwardFailed(Exception):
 
 def _is_hugging_face(module: Any) -> bool:
     return hasattr(module, "config") and hasattr(module, "main_input_name")
+
+
+def _floats(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor) and out.is_floating_point():
+        yield out
+    elif isinstance(out, Mapping | tuple | list):
+        for value in out.values() if isinstance(out, Mapping) else out:
+            yield from _floats(value)
 
 
 def _place(site: MLPSite) -> tuple[int, int]:
