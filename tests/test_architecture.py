@@ -32,7 +32,7 @@ LAYERS = (
     ("report",),
     ("lens",),
     ("attachment",),
-    ("analysis", "trace", "training"),
+    ("analysis", "hub", "trace", "training"),
     ("plots", "figures", "demo", "loading"),
     ("page",),
     ("cli", "__main__", "__init__"),

@@ -49,6 +49,7 @@ _LAZY = {
     "attach": "polylens.attachment",
     "attached": "polylens.lens",
     "find_mlps": "polylens.attachment",
+    "from_hub": "polylens.hub",
     "load": "polylens.attachment",
     "load_exported": "polylens.export",
     "trace_training": "polylens.training",

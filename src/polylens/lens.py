@@ -320,6 +320,49 @@ class Lens:
         polynomials = {layer: emitter.polynomial for layer, emitter in self._emitters.items()}
         artifact.write(path, header, self.sites, polynomials)
 
+    def push_to_hub(
+        self,
+        repo_id: str,
+        report: Report | None = None,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Polynomials by polylens",
+    ) -> str:
+        """Upload what `save` writes, and a model card, for `polylens.from_hub(repo_id, model)`.
+
+        The repository is made if there is none; its card is replaced. Both files are one commit.
+
+        Args:
+            repo_id: "user/name".
+            report: its table goes into the card; `saved_report` by default.
+            base_model: on the Hub; where the model was loaded from by default.
+            private: whether a new repository is; the account's default if None.
+            token: of the Hub; by default the one of `hf auth login`.
+            revision: branch, made if there is none; main by default.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            StalePolynomialError: weights changed since the fit; nothing is uploaded.
+            OSError: what the Hub refuses, as its own errors.
+        """
+        from polylens.hub import push
+
+        return push(
+            self,
+            repo_id,
+            report,
+            base_model=base_model,
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
+
     def detach(self) -> None:
         """Take everything off the model; it is exactly as before `attach`.
 

@@ -50,6 +50,15 @@ def to_html(report: "Report") -> str:
     )
 
 
+def to_markdown(report: "Report") -> str:
+    """The table as Markdown, with its subtitle and remarks."""
+    rows = [_columns(report), *(_cells(report, row) for row in _listed(report))]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join(["---:"] * len(rows[0])) + " |")
+    remarks = (f"- {line}" for line in _remarks(report))
+    return "\n".join([_subtitle(report), "", *lines, "", *remarks]).rstrip()
+
+
 def _listed(report: "Report") -> list["LayerRow"]:
     return [*report.rows, *([] if report.all_row is None else [report.all_row])]
 
