@@ -164,7 +164,8 @@ def load_exported(
     Args:
         path: a directory, or a repository on the Hugging Face Hub.
         model_class: of the model, where it is none of transformers' own.
-        options: of transformers' `from_pretrained`: dtype, device_map, revision, token, ...
+        options: of transformers' `from_pretrained`: dtype (that of the file by default),
+            device_map, revision, token, ...
 
     Returns:
         A Hugging Face model like any other, in eval mode; outputs are those before saving, bit
@@ -201,6 +202,8 @@ def load_exported(
 
     # transformers fills whatever a model consists of after __init__; the class lasts till then
     namespace = {"__init__": start, "__module__": cls.__module__}
+    if "torch_dtype" not in options:
+        options = {"dtype": "auto", **options}
     options = {"variant": VARIANT, "use_safetensors": True, **options, "output_loading_info": True}
     loading = type(cls.__name__, (cls,), namespace)
     try:
