@@ -13,7 +13,7 @@ LIMIT = 400
 # Lowest first; a module may import from its own row and from rows above it here.
 LAYERS = (
     ("errors", "hermite", "horner"),
-    ("activations", "inputs", "tokens", "selection", "storage"),
+    ("activations", "inputs", "tokens", "selection", "storage", "offload"),
     ("custom", "mixture", "samples"),
     ("weights", "quadratic"),
     ("preactivation",),

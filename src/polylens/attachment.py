@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from polylens import artifact
 from polylens import calibration as streams
@@ -17,13 +19,14 @@ from polylens.hosts.base import Host, Layer, MLPSite
 from polylens.hosts.passage import require_free
 from polylens.inputs import Gaussian
 from polylens.lens import LENSES, Lens, attached
+from polylens.offload import store_for
 from polylens.polynomial import Polynomial
 from polylens.report import Report
 from polylens.selection import check_layers, labelled
 
 SAMPLED_SEQUENCES, SAMPLED_LENGTH = 32, 128
 
-STREAMS = {"true": streams.on_true_stream, "sequential": streams.on_replaced_stream}
+STREAMS = ("true", "sequential")
 
 
 def find_mlps(model: Any, example_inputs: Any = None) -> list[MLPSite]:
@@ -54,6 +57,7 @@ def attach(
     batch_size: int = 8,
     seed: int = 0,
     example_inputs: Any = None,
+    offload: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Lens:
     """Fit a polynomial to every MLP of the model and add it as hook points.
@@ -90,6 +94,9 @@ def attach(
         batch_size: sequences per forward pass.
         seed: of the text sampled when there are no tokens.
         example_inputs: what a torch module is called with, where that cannot be guessed.
+        offload: for "sequential": where the activations of the batches that wait are kept,
+            "cpu" for CPU memory (of a model on a GPU), or a directory, from which the files are
+            removed at the end; None leaves them all where they are.
         progress: show progress bars.
 
     Returns:
@@ -99,13 +106,15 @@ def attach(
         InvalidInputError: tokens, layers, degree or inputs that cannot be used.
         UnsupportedModel: no readable MLP, or a named layer that was refused (with the reason).
         AttachmentError: already attached, or in training mode with dropout.
+        OSError: the directory of offload is full.
 
     Cost: one forward pass over the tokens, and for each layer
     - "gaussian": d_in^2 float64 of memory and one product cov @ W;
     - "samples": (2 degree + 2)^2 float64 per neuron and about the layer's own products;
     - "joint": see `polylens.fit` with scope="global"; keeps the inputs of the layers;
     - "sequential": the polynomial's output, too; all batches are in memory at once, with
-      about four activations of d_model for every token.
+      about four activations of d_model for every token. With offload one batch is, and they
+      are written and read once for each layer.
     If anything fails nothing stays attached.
     """
     if calibration not in STREAMS:
@@ -113,12 +122,16 @@ def attach(
             f"calibration={calibration!r} is unknown; there are {', '.join(map(repr, STREAMS))}"
         )
     require_degree(degree)
+    sequential = calibration == "sequential"
+    if not sequential:
+        _require_none("offload", offload, "lets no batch wait for the others")
+    store = store_for(offload)
     kind = None
     if inputs is None or (isinstance(inputs, str) and inputs != "norm"):
-        kind = estimator(inputs or ("samples" if calibration == "sequential" else "gaussian"))
+        kind = estimator(inputs or ("samples" if sequential else "gaussian"))
     elif tokens is not None:
         raise InvalidInputError("give tokens= or inputs=, not both: each defines the input model")
-    elif calibration != "true":
+    elif sequential:
         raise InvalidInputError(
             f"calibration={calibration!r} sees the inputs on tokens; inputs= says what they are. "
             "Give one of the two"
@@ -141,12 +154,17 @@ def attach(
             batch_size=batch_size,
             progress=progress,
         )
-        polynomials = dict(STREAMS[calibration](data, sites, kind, degree, refused))
-        layer_by_layer = ["layer by layer"] * (calibration == "sequential")
+        if sequential:
+            streams.require_ordered(sites)
+            with store or nullcontext():
+                polynomials = streams.on_replaced_stream(data, sites, kind, degree, store)
+        else:
+            polynomials = dict(streams.on_true_stream(data, sites, kind, degree, refused))
+        layer_by_layer = ["layer by layer"] * sequential
         summary = ", ".join([kind.name, *data.describe(origin), *layer_by_layer])
     else:
         models, summary = _given(host, sites, inputs)
-        polynomials = _fitted(sites, models, degree)
+        polynomials = _fitted(sites, models, degree, progress)
     sites = {layer: sites[layer] for layer in polynomials}
     _require_sites(list(sites.values()), refused, model)
     return _attached(Lens(host, sites, polynomials, refused, summary, exclude_first))
@@ -197,6 +215,13 @@ def _read(model: Any, example_inputs: Any) -> tuple[Host, list[MLPSite], dict[La
     return host, found, refused
 
 
+def _require_none(name: str, value: Any, reason: str) -> None:
+    if value is not None:
+        raise InvalidInputError(
+            f'{name}={value!r} is for calibration="sequential"; calibration="true" {reason}'
+        )
+
+
 def _require_sites(sites: list[MLPSite], refused: dict[Layer, str], model: Any) -> None:
     if not sites:
         reasons = "; ".join(refused.values()) or (
@@ -224,10 +249,10 @@ def _given(
 
 
 def _fitted(
-    sites: Mapping[Layer, MLPSite], models: Mapping[Layer, Gaussian], degree: int
+    sites: Mapping[Layer, MLPSite], models: Mapping[Layer, Gaussian], degree: int, progress: bool
 ) -> dict[Layer, Polynomial]:
     polynomials = {}
-    for layer, site in sites.items():
+    for layer, site in tqdm(sites.items(), "fitting", disable=not progress):
         with streams.naming(layer, site):
             polynomials[layer] = fit(site.weights(), models[layer], degree)
     return polynomials

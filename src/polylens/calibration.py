@@ -15,6 +15,7 @@ from polylens.estimators import Estimator
 from polylens.hosts.base import Host, Layer, MLPSite, Norm
 from polylens.inputs import Gaussian
 from polylens.lockstep import Arrivals, Flow, Step, in_step
+from polylens.offload import Store
 from polylens.selection import label
 from polylens.tokens import batches, counted, kept_rows, rows, validate_inputs
 
@@ -110,40 +111,49 @@ def on_replaced_stream(
     sites: Mapping[Layer, MLPSite],
     kind: type[Estimator],
     degree: int,
-    refused: dict[Layer, str],
-) -> Iterator[tuple[Layer, Fitted]]:
-    """(layer, polynomial fitted to the inputs that it has when the layers below are replaced).
+    store: Store | None = None,
+) -> dict[Layer, Fitted]:
+    """The polynomial of each layer, for the inputs it has when the layers below are replaced.
 
     One forward pass over all batches in step: at each MLP the polynomial is fitted to the
     true layer on what arrives there, and its output flows on. See `in_step` for the memory.
 
+    Args:
+        store: of what waiting passes hold, and a joint fit's inputs; None leaves them in memory.
+
     Raises:
         InvalidInputError: as `on_true_stream`.
-        UnsupportedModel: experts, and other layers that only some batches pass through.
+        UnsupportedModel: layers that only some batches pass through.
+        OSError: the store is full.
     """
-    if any(isinstance(layer, tuple) for layer in sites):
-        raise UnsupportedModel(
-            "experts cannot be calibrated one layer after the other: replaced layers would change "
-            'the routing; use calibration="true", or layers= without experts'
-        )
     found: dict[Layer, Fitted] = {}
+    flow = partial(partial, _flow, calibration.exclude_first)
     total = len(sites) * len(calibration.steps)
     with tqdm(total=total, desc="layer by layer", disable=not calibration.progress) as bar:
 
         def visit(layer: Layer, arrivals: Arrivals) -> Flow:
             with naming(layer, sites[layer]):
-                seen = kind(sites[layer], degree)
+                seen = kind(sites[layer], degree, store)
                 for i, x, _ in arrivals:
                     seen.update(rows(x, calibration.kept(i)))
                     bar.update()
                 found[layer] = seen.polynomial()
-            return partial(_flow, found[layer], calibration.exclude_first)
+            return flow(found[layer])
 
-        in_step(calibration.host, list(sites), calibration.steps, visit)
-    yield from ((layer, found[layer]) for layer in sites)
+        in_step(calibration.host, list(sites), calibration.steps, visit, store)
+    return {layer: found[layer] for layer in sites}
 
 
-def _flow(polynomial: Fitted, exclude_first: bool, x: Tensor, y: Tensor) -> Tensor:
+def require_ordered(sites: Iterable[Layer]) -> None:
+    """UnsupportedModel for layers of which none is below another."""
+    if any(isinstance(layer, tuple) for layer in sites):
+        raise UnsupportedModel(
+            "experts cannot be calibrated one layer after the other: replaced layers would change "
+            'the routing; use calibration="true", or layers= without experts'
+        )
+
+
+def _flow(exclude_first: bool, polynomial: Fitted, x: Tensor, y: Tensor) -> Tensor:
     out = polynomial(x)
     return keep_first(out, y) if exclude_first else out
 

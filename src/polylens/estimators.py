@@ -10,17 +10,22 @@ from polylens.hosts.base import MLPSite
 from polylens.inputs import Moments
 from polylens.joint import JointPolynomial, fit_joint
 from polylens.neuron_gram import NeuronGram
+from polylens.offload import Kept, Store
 from polylens.polynomial import Polynomial
 from polylens.samples import Samples
 from polylens.selection import label
 
 
 class Estimator(Protocol):
-    """Sums over the inputs of one layer; memory does not grow with their number."""
+    """Sums over the inputs of one layer; memory does not grow with their number.
+
+    Args:
+        store: where an estimator that must keep the inputs puts them; None is memory.
+    """
 
     name: str
 
-    def __init__(self, site: MLPSite, degree: int) -> None: ...
+    def __init__(self, site: MLPSite, degree: int, store: Store | None = None) -> None: ...
 
     @property
     def count(self) -> int:
@@ -41,7 +46,7 @@ class GaussianEstimator:
 
     name = "Gaussian"
 
-    def __init__(self, site: MLPSite, degree: int) -> None:
+    def __init__(self, site: MLPSite, degree: int, store: Store | None = None) -> None:
         self.site, self.degree = site, degree
         self._moments = Moments()
 
@@ -62,7 +67,7 @@ class SamplesEstimator:
 
     name = "samples per neuron"
 
-    def __init__(self, site: MLPSite, degree: int) -> None:
+    def __init__(self, site: MLPSite, degree: int, store: Store | None = None) -> None:
         self._gram = NeuronGram(site.weights(), degree)
 
     @property
@@ -79,21 +84,18 @@ class SamplesEstimator:
 class JointEstimator:
     """Least squares over the inputs, with the features of all neurons for every output.
 
-    Keeps the inputs: d_in numbers for each in memory.
+    Keeps the inputs: d_in numbers for each, in memory or in the store.
     """
 
     name = "samples, jointly"
 
-    def __init__(self, site: MLPSite, degree: int) -> None:
-        self.site, self.degree = site, degree
-        self._batches: list[Tensor] = []
-
-    @property
-    def count(self) -> int:
-        return sum(map(len, self._batches))
+    def __init__(self, site: MLPSite, degree: int, store: Store | None = None) -> None:
+        self.site, self.degree, self.count = site, degree, 0
+        self._batches: list[Tensor] | Kept = [] if store is None else Kept(store, "inputs")
 
     def update(self, x: Tensor) -> None:
         self._batches.append(x)
+        self.count += len(x)
 
     def polynomial(self) -> JointPolynomial:
         fitted = fit_joint(self.site.weights(), Samples(self._batches), self.degree)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Host, Layer
+from polylens.offload import Offloaded, Resident, Store
 
 Flow = Callable[[Tensor, Tensor], Tensor]
 Arrivals = Iterator[tuple[int, Tensor, Tensor]]
@@ -21,6 +22,7 @@ def in_step(
     layers: Sequence[Layer],
     steps: Sequence[Step],
     visit: Callable[[Layer, Arrivals], Flow],
+    store: Store | None = None,
 ) -> None:
     """One forward pass over all batches, MLP by MLP: no batch is ahead of the others.
 
@@ -30,18 +32,21 @@ def in_step(
     about the model's blocks.
 
     Cost: one forward pass and one call of the flow for each batch. Memory: what a suspended
-    pass holds, about four activations [batch, pos, d_model] for each batch.
+    pass holds, about four activations [batch, pos, d_model] for each batch; with a store only
+    that of the batch that is going on, at one write and one read of it for each MLP.
 
     Args:
         host: the model.
         layers: of the MLPs that are visited; the passes end behind the last one.
         steps: (tokens, attention mask) of each batch.
-        visit: must exhaust arrivals.
+        visit: must exhaust arrivals, and not keep x and y.
+        store: where what a waiting pass holds is kept; None leaves it in memory.
 
     Raises:
         UnsupportedModel: the batches do not all meet at the same MLPs.
+        OSError: the store is full.
     """
-    column = _Column(host, steps)
+    column = _Column(host, steps, store)
     try:
         with host.substitute({layer: partial(column.wait, layer) for layer in layers}):
             for _ in layers:
@@ -60,11 +65,13 @@ class _Column:
 
     flow: Flow
 
-    def __init__(self, host: Host, steps: Sequence[Step]) -> None:
+    def __init__(self, host: Host, steps: Sequence[Step], store: Store | None) -> None:
         self._main = getcurrent()
         self._steps = steps
         self._passes = [greenlet(host.run) for _ in steps]
         self._held: list[tuple[Tensor, Tensor] | None] = [None] * len(steps)
+        alone = store is None or len(steps) == 1
+        self._memory = Resident() if alone else Offloaded(store, host.module, len(steps))
 
     def wait(self, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
         """Called inside a forward pass at an MLP; returns what flows on, when it may go on."""
@@ -72,8 +79,9 @@ class _Column:
 
     def advance(self, i: int) -> Layer:
         """Batch i goes on to its next MLP, which is returned."""
-        held = self._held[i]
-        place = self._passes[i].switch(*(self._steps[i] if held is None else (self.flow(*held),)))
+        self._memory.fill(i)
+        with self._memory.running(i):
+            place = self._passes[i].switch(*self._given(i))
         if self._passes[i].dead:
             raise UnsupportedModel(
                 "a forward pass ended before it had passed through every attached MLP: layers "
@@ -82,6 +90,11 @@ class _Column:
             )
         layer, *self._held[i] = place
         return layer
+
+    def _given(self, i: int) -> tuple:
+        """What batch i starts with, or goes on with."""
+        held, self._held[i] = self._held[i], None
+        return self._steps[i] if held is None else (self.flow(*held),)
 
     def arrivals(self, layer: Layer) -> Arrivals:
         for i in range(len(self._passes)):
@@ -92,8 +105,12 @@ class _Column:
                     'order of the layers depends on the input; use calibration="true"'
                 )
             yield i, *self._held[i]
+            self._memory.empty(i)
 
     def disband(self) -> None:
-        for each in self._passes:
+        self._held = []
+        for i, each in enumerate(self._passes):
             if each:
-                each.throw(GreenletExit)
+                with self._memory.running(i):
+                    each.throw(GreenletExit)
+        self._memory.close()
