@@ -29,7 +29,7 @@ LAYERS = (
     ("hosts",),
     ("lockstep", "estimators", "emitter", "scoring", "rendering"),
     ("calibration", "artifact", "export"),
-    ("report",),
+    ("checkpoint", "report"),
     ("lens",),
     ("attachment",),
     ("analysis", "hub", "trace", "training"),

@@ -1,6 +1,5 @@
 """The polynomials of a model in one file, without the model's weights."""
 
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -18,6 +17,8 @@ from polylens.records import activation_of, activation_record
 from polylens.selection import label, labelled
 
 KIND = "lens"
+# What of one layer goes into a file: its entry in the header, and its tensors.
+Entry = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def write(
@@ -38,28 +39,39 @@ def write(
     Raises:
         ArtifactError, OSError: see `polylens.storage.write`.
     """
+    write_entries(path, header, [entry(sites[layer], polynomials[layer]) for layer in polynomials])
+
+
+def entry(site: MLPSite, polynomial: Fitted) -> Entry:
+    """What `write` keeps of one layer."""
+    weights, name = polynomial.weights, label(site.layer)
+    act, values = activation_record(weights.act)
+    record = {
+        "layer": name,
+        "path": site.path,
+        "kind": site.kind,
+        "sizes": [site.d_in, site.d_mlp, site.d_out],
+        "degree": polynomial.degree,
+        "ridge": getattr(polynomial, "base", polynomial).ridge,
+        "activation": act,
+        "weights": {
+            "dtype": str(weights.dtype),
+            "sha256": storage.sha256(weights.tensors().items()),
+            "sums": {role: list(sums) for role, sums in fingerprint(weights).items()},
+        },
+    }
+    tensors = storage.prefixed(_tables(polynomial), f"{name}:")
+    return record, tensors | storage.prefixed(values, f"{name}:activation.")
+
+
+def write_entries(
+    path: str | os.PathLike[str], header: Mapping[str, Any], entries: Iterable[Entry]
+) -> None:
+    """`write`, of layers whose entries are made already."""
     layers, tensors = [], {}
-    for layer, polynomial in polynomials.items():
-        site, weights, name = sites[layer], polynomial.weights, label(layer)
-        act, values = activation_record(weights.act)
-        layers.append(
-            {
-                "layer": name,
-                "path": site.path,
-                "kind": site.kind,
-                "sizes": [site.d_in, site.d_mlp, site.d_out],
-                "degree": polynomial.degree,
-                "ridge": getattr(polynomial, "base", polynomial).ridge,
-                "activation": act,
-                "weights": {
-                    "dtype": str(weights.dtype),
-                    "sha256": _digest(weights),
-                    "sums": {role: list(sums) for role, sums in fingerprint(weights).items()},
-                },
-            }
-        )
-        tensors |= storage.prefixed(_tables(polynomial), f"{name}:")
-        tensors |= storage.prefixed(values, f"{name}:activation.")
+    for record, mine in entries:
+        layers.append(record)
+        tensors |= mine
     storage.write(path, KIND, {**header, "layers": layers}, tensors)
 
 
@@ -72,14 +84,32 @@ def read(
         sites, refused: of the model that the file is for.
 
     Raises:
-        ArtifactError: a damaged file or one of another kind or a later format; a layer that the
-            model has not, or of another size, kind or activation, or with other weights.
+        ArtifactError: a damaged file or one of another kind or a later format; a calibration
+            that was not finished; a layer that the model has not, or of another size, kind or
+            activation, or with other weights.
         OSError: no such file.
     """
     header, tensors = storage.read(path, KIND)
+    if header.get("unfinished"):
+        raise ArtifactError(
+            f"{path} holds {len(header['layers'])} of {len(header['calibration']['layers'])} "
+            "layers, of a calibration that was interrupted; attach(..., checkpoint=) with this "
+            "file and the same arguments as before finishes it"
+        )
+    return header, decode(path, header, tensors, sites, refused)
+
+
+def decode(
+    path: str | os.PathLike[str],
+    header: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    sites: Iterable[MLPSite],
+    refused: Mapping[Layer, str],
+) -> dict[Layer, Fitted]:
+    """The polynomials that are in a file's header and tensors; see `read`."""
     there = {site.layer: site for site in sites}
     found = {}
-    for record in header.pop("layers"):
+    for record in header["layers"]:
         layer = labelled(record["layer"])
         if layer not in there:
             reason = refused.get(layer, f"it has layers {list(map(label, there))}")
@@ -89,7 +119,7 @@ def read(
             )
         mine = storage.within(tensors, f"{record['layer']}:")
         found[layer] = _polynomial(f"{path}, layer {record['layer']}", there[layer], record, mine)
-    return header, found
+    return found
 
 
 def _polynomial(
@@ -124,7 +154,7 @@ def _tables(polynomial: Fitted) -> dict[str, Tensor]:
 
 def _require_same_weights(where: str, weights: Weights, record: Mapping[str, Any]) -> None:
     if str(weights.dtype) == record["dtype"]:
-        same = _digest(weights) == record["sha256"]
+        same = storage.sha256(weights.tensors().items()) == record["sha256"]
     else:
         eps = torch.finfo(getattr(torch, record["dtype"].removeprefix("torch."))).eps
         same = same_weights(record["sums"], fingerprint(weights), weights, eps)
@@ -134,16 +164,6 @@ def _require_same_weights(where: str, weights: Weights, record: Mapping[str, Any
             "(another checkpoint, folded norms, training or an edit); load the model as it was "
             "when the lens was saved, or attach anew"
         )
-
-
-def _digest(weights: Weights) -> str:
-    """SHA-256 of every role's name and values, in x @ W orientation whatever the host's."""
-    sha = hashlib.sha256()
-    for role, tensor in weights.tensors().items():
-        tensor = tensor.detach().contiguous().cpu()
-        sha.update(role.encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def _packed(table: Tensor, extra: int) -> Tensor:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from polylens import artifact
 from polylens import calibration as streams
 from polylens.calibration import Calibration
+from polylens.checkpoint import Checkpoint, identity
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.estimators import estimator
 from polylens.fit import fit, require_degree
@@ -57,6 +58,7 @@ def attach(
     batch_size: int = 8,
     seed: int = 0,
     example_inputs: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     offload: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> Lens:
@@ -94,6 +96,11 @@ def attach(
         batch_size: sequences per forward pass.
         seed: of the text sampled when there are no tokens.
         example_inputs: what a torch module is called with, where that cannot be guessed.
+        checkpoint: for "sequential": a file that gets the polynomials so far after each layer,
+            for a run that may be interrupted. The same call finds them there and goes on behind
+            them, after a forward pass through the finished layers, to the same polynomials bit
+            for bit (without the Gaussians that they were fitted to, as after `load`). In the
+            end it is the file that `Lens.save` writes; the same call then takes all from it.
         offload: for "sequential": where the activations of the batches that wait are kept,
             "cpu" for CPU memory (of a model on a GPU), or a directory, from which the files are
             removed at the end; None leaves them all where they are.
@@ -106,7 +113,9 @@ def attach(
         InvalidInputError: tokens, layers, degree or inputs that cannot be used.
         UnsupportedModel: no readable MLP, or a named layer that was refused (with the reason).
         AttachmentError: already attached, or in training mode with dropout.
-        OSError: the directory of offload is full.
+        ArtifactError: a checkpoint that is damaged, or belongs to another model, other tokens
+            or other arguments (it says which); it is left as it is.
+        OSError: checkpoint or offload cannot be written.
 
     Cost: one forward pass over the tokens, and for each layer
     - "gaussian": d_in^2 float64 of memory and one product cov @ W;
@@ -114,7 +123,8 @@ def attach(
     - "joint": see `polylens.fit` with scope="global"; keeps the inputs of the layers;
     - "sequential": the polynomial's output, too; all batches are in memory at once, with
       about four activations of d_model for every token. With offload one batch is, and they
-      are written and read once for each layer.
+      are written and read once for each layer. A checkpoint is written anew for each layer,
+      and all weights of the model are hashed once.
     If anything fails nothing stays attached.
     """
     if calibration not in STREAMS:
@@ -124,6 +134,7 @@ def attach(
     require_degree(degree)
     sequential = calibration == "sequential"
     if not sequential:
+        _require_none("checkpoint", checkpoint, "fits all layers after one pass; lens.save() them")
         _require_none("offload", offload, "lets no batch wait for the others")
     store = store_for(offload)
     kind = None
@@ -141,6 +152,7 @@ def attach(
     sites = {site.layer: site for site in found}
     sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
     exclude_first = exclude_first and host.reads_tokens
+    saved = None
     if kind is not None:
         origin = "tokens"
         if tokens is None:
@@ -156,8 +168,13 @@ def attach(
         )
         if sequential:
             streams.require_ordered(sites)
+            if checkpoint is not None:
+                own = identity(data, sites, kind.name, degree)
+                saved = Checkpoint(checkpoint, own, found, refused)
             with store or nullcontext():
-                polynomials = streams.on_replaced_stream(data, sites, kind, degree, store)
+                polynomials = streams.on_replaced_stream(
+                    data, sites, kind, degree, store=store, saved=saved
+                )
         else:
             polynomials = dict(streams.on_true_stream(data, sites, kind, degree, refused))
         layer_by_layer = ["layer by layer"] * sequential
@@ -167,7 +184,14 @@ def attach(
         polynomials = _fitted(sites, models, degree, progress)
     sites = {layer: sites[layer] for layer in polynomials}
     _require_sites(list(sites.values()), refused, model)
-    return _attached(Lens(host, sites, polynomials, refused, summary, exclude_first))
+    lens = Lens(host, sites, polynomials, refused, summary, exclude_first)
+    if saved is not None:
+        try:
+            saved.finish(lens.header(), lens.layers)
+        except BaseException:
+            lens.detach()
+            raise
+    return _attached(lens)
 
 
 def load(path: str | os.PathLike[str], model: Any, example_inputs: Any = None) -> Lens:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -106,12 +107,26 @@ def on_true_stream(
             yield layer, seen.polynomial()
 
 
+class Saved(Protocol):
+    """Polynomials that outlive an interruption.
+
+    Attributes:
+        found: those of the first layers, from an earlier run.
+    """
+
+    found: Mapping[Layer, Fitted]
+
+    def add(self, layer: Layer, polynomial: Fitted) -> None: ...
+
+
 def on_replaced_stream(
     calibration: Calibration,
     sites: Mapping[Layer, MLPSite],
     kind: type[Estimator],
     degree: int,
+    *,
     store: Store | None = None,
+    saved: Saved | None = None,
 ) -> dict[Layer, Fitted]:
     """The polynomial of each layer, for the inputs it has when the layers below are replaced.
 
@@ -120,16 +135,21 @@ def on_replaced_stream(
 
     Args:
         store: of what waiting passes hold, and a joint fit's inputs; None leaves them in memory.
+        saved: has the layers that were fitted before, where no batch waits for the others, and
+            gets each further one.
 
     Raises:
         InvalidInputError: as `on_true_stream`.
         UnsupportedModel: layers that only some batches pass through.
         OSError: the store is full.
     """
-    found: dict[Layer, Fitted] = {}
+    known = {} if saved is None else saved.found
+    found = dict(known)
     flow = partial(partial, _flow, calibration.exclude_first)
-    total = len(sites) * len(calibration.steps)
-    with tqdm(total=total, desc="layer by layer", disable=not calibration.progress) as bar:
+    left = [layer for layer in sites if layer not in known]
+    total, done = (n * len(calibration.steps) for n in (len(sites), len(known)))
+    off = not calibration.progress
+    with tqdm(total=total, initial=done, desc="layer by layer", disable=off) as bar:
 
         def visit(layer: Layer, arrivals: Arrivals) -> Flow:
             with naming(layer, sites[layer]):
@@ -138,9 +158,12 @@ def on_replaced_stream(
                     seen.update(rows(x, calibration.kept(i)))
                     bar.update()
                 found[layer] = seen.polynomial()
+                if saved is not None:
+                    saved.add(layer, found[layer])
             return flow(found[layer])
 
-        in_step(calibration.host, list(sites), calibration.steps, visit, store)
+        with calibration.host.substitute({layer: flow(known[layer]) for layer in known}):
+            in_step(calibration.host, left, calibration.steps, visit, store)
     return {layer: found[layer] for layer in sites}
 
 

@@ -309,7 +309,12 @@ class Lens:
         """
         for emitter in self._emitters.values():
             emitter.refresh(contents=True)
-        header = {
+        polynomials = {layer: emitter.polynomial for layer, emitter in self._emitters.items()}
+        artifact.write(path, self.header(report), self.sites, polynomials)
+
+    def header(self, report: Report | None = None) -> dict[str, Any]:
+        """What `save` keeps beside the polynomials, as JSON."""
+        return {
             "polylens": version("polylens"),
             "model": self.model_name,
             "inputs": self.inputs_summary,
@@ -317,8 +322,6 @@ class Lens:
             "refused": {label(layer): reason for layer, reason in self.refused.items()},
             "report": None if report is None else report.to_dict(),
         }
-        polynomials = {layer: emitter.polynomial for layer, emitter in self._emitters.items()}
-        artifact.write(path, header, self.sites, polynomials)
 
     def push_to_hub(
         self,

@@ -11,10 +11,11 @@ import json
 import os
 import struct
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -113,6 +114,16 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
         # clone: what safe_open returns is a view of the file
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     return record["metadata"], tensors
+
+
+def sha256(named: Iterable[tuple[str, Tensor]]) -> str:
+    """Hexadecimal SHA-256 of names and values, as contiguous bytes whatever the device."""
+    sha = hashlib.sha256()
+    for name, tensor in named:
+        sha.update(name.encode())
+        contiguous = tensor.detach().contiguous().cpu()
+        sha.update(contiguous.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def prefixed(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
