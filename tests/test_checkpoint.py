@@ -143,6 +143,31 @@ def test_an_interruption_at_any_write_leaves_a_usable_file(call, tmp_path, monke
     assert path.read_bytes() == (tmp_path / "whole").read_bytes()
 
 
+@pytest.mark.parametrize("calls", [0, 3, 5, 11])
+def test_an_interruption_within_a_pass(calls, tmp_path, half):
+    model, _ = half
+    with attach(model, tmp_path / "whole", batch_size=1):
+        pass
+    snapshot, left = module_snapshot(model), calls
+
+    def stop(module, args):
+        nonlocal left
+        if os.path.exists(tmp_path / "x"):  # calibration has begun
+            left -= 1
+        if left < 0:
+            raise KeyboardInterrupt
+
+    handles = [m.register_forward_pre_hook(stop) for m in model.model.layers]
+    with pytest.raises(KeyboardInterrupt):
+        attach(model, tmp_path / "x", offload=tmp_path, batch_size=1)
+    for handle in handles:
+        handle.remove()
+    assert module_snapshot(model) == snapshot
+    assert sorted(os.listdir(tmp_path)) == ["whole", "x"]
+    attach(model, tmp_path / "x", batch_size=1).detach()
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
 def nudged(model):
     model = copy.deepcopy(model)
     model.model.layers[1].self_attn.q_proj.weight.data[0, 0] += 1e-3

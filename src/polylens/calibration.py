@@ -108,15 +108,16 @@ def on_true_stream(
 
 
 class Saved(Protocol):
-    """Polynomials that outlive an interruption.
+    """Polynomials that outlive an interruption."""
 
-    Attributes:
-        found: those of the first layers, from an earlier run.
-    """
+    @property
+    def found(self) -> Mapping[Layer, Fitted]:
+        """Those of the first layers, from an earlier run."""
+        ...
 
-    found: Mapping[Layer, Fitted]
-
-    def add(self, layer: Layer, polynomial: Fitted) -> None: ...
+    def add(self, layer: Layer, polynomial: Fitted) -> None:
+        """Keep that of one more layer."""
+        ...
 
 
 def on_replaced_stream(

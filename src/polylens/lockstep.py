@@ -70,8 +70,9 @@ class _Column:
         self._steps = steps
         self._passes = [greenlet(host.run) for _ in steps]
         self._held: list[tuple[Tensor, Tensor] | None] = [None] * len(steps)
-        alone = store is None or len(steps) == 1
-        self._memory = Resident() if alone else Offloaded(store, host.module, len(steps))
+        self._memory = Resident()
+        if store is not None and len(steps) > 1:
+            self._memory = Offloaded(store, host.module, len(steps))
 
     def wait(self, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
         """Called inside a forward pass at an MLP; returns what flows on, when it may go on."""

@@ -100,7 +100,7 @@ class Files:
         part = torch.empty(end - start, dtype=torch.uint8, device="cpu")
         with open(self._path(key), "rb") as file:
             file.seek(start)
-            if file.readinto(part.numpy()) != end - start:
+            if file.readinto(part.numpy().data) != end - start:
                 raise OSError(f"offloaded activations in {self._path(key)} were cut short")
         return part
 
