@@ -124,7 +124,10 @@ def test_the_card_tells_what_a_reader_needs(directory, model):
     for row in report:
         shown = next(c for c in cells if c[0] == str(row.layer))
         assert float(shown[1]) == pytest.approx(row.r2[1], abs=5e-5)
-        assert float(shown[4]) == pytest.approx(row.delta_ce, abs=5e-5)
+        delta = shown[cells[0].index("ΔCE deg 3")]
+        assert float(delta) == pytest.approx(row.delta_ce, abs=5e-5)
+    assert report.worst
+    assert "seq:pos" not in found.text
 
 
 def test_without_a_report_or_an_origin(directory, model, tmp_path):

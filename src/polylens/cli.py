@@ -48,12 +48,19 @@ HtmlFile = Annotated[
     Path | None, typer.Option("--html", help="Write one page with everything about the layers.")
 ]
 NoLoss = Annotated[bool, typer.Option("--no-loss", help="R2 only: much faster.")]
+Prefixes = Annotated[
+    bool, typer.Option("--prefixes", help="Loss of the first 2, 3, ... layers replaced, too.")
+]
+Worst = Annotated[int, typer.Option(min=0, help="Tokens listed that lose most.")]
 
 
 @app.command()
 def report(
     model: ModelName,
     text: Annotated[Path, typer.Option(help="UTF-8 text to calibrate and measure on.")],
+    heldout_text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text of another source, to measure on instead.")
+    ] = None,
     degree: Degree = 2,
     layers: Annotated[str | None, typer.Option(help="Such as 0-5,10; all by default.")] = None,
     device: Device = "cpu",
@@ -66,12 +73,16 @@ def report(
     plot_file: PlotFile = None,
     html_file: HtmlFile = None,
     no_loss: NoLoss = False,
+    prefixes: Prefixes = False,
+    worst: Worst = 10,
 ) -> None:
     """Fit polynomials to every MLP of a language model and show how good they are."""
     with _one_line_errors():
         _check_outputs(json_file, plot_file, html_file)
+        _check_losses(no_loss, prefixes)
         chosen = parse_layers(layers)
         content = _read(text)
+        other = None if heldout_text is None else _read(heldout_text)
         import polylens
         from polylens.loading import load_model, token_windows
 
@@ -83,10 +94,12 @@ def report(
             _windows("calibration", calibration_tokens, seq_len),
             _windows("heldout", heldout_tokens, seq_len),
             seq_len,
+            other,
         )
         options = {"batch_size": batch_size, "progress": sys.stderr.isatty()}
         lens = polylens.attach(bridge, calibration, degree=degree, layers=chosen, **options)
-        result = lens.report(heldout, loss=not no_loss, **options)
+        measures = {"loss": not no_loss, "prefixes": prefixes, "worst": worst}
+        result = lens.report(heldout, decode=tokenizer.decode, **measures, **options)
         _show(result, json_file, plot_file)
         _page(lens, result, tokenizer, html_file)
 
@@ -98,6 +111,8 @@ def demo(
     plot_file: PlotFile = None,
     html_file: HtmlFile = None,
     no_loss: NoLoss = False,
+    prefixes: Prefixes = False,
+    worst: Worst = 10,
     sequences: Annotated[
         int, typer.Option(min=1, help=f"Sequences of {DEMO_LENGTH} bytes, twice.")
     ] = DEMO_SEQUENCES,
@@ -105,6 +120,7 @@ def demo(
     """The report on a small language model that comes with polylens; needs no network."""
     with _one_line_errors():
         _check_outputs(json_file, plot_file, html_file)
+        _check_losses(no_loss, prefixes)
         import polylens
         from polylens import demo as embedded
 
@@ -113,9 +129,11 @@ def demo(
         )
         progress = sys.stderr.isatty()
         lens = polylens.attach(embedded.load_bridge(), training, degree=degree, progress=progress)
-        result = lens.report(heldout, loss=not no_loss, progress=progress)
+        tokenizer = embedded.ByteTokenizer()
+        measures = {"loss": not no_loss, "prefixes": prefixes, "worst": worst}
+        result = lens.report(heldout, decode=tokenizer.decode, progress=progress, **measures)
         _show(result, json_file, plot_file)
-        _page(lens, result, embedded.ByteTokenizer(), html_file)
+        _page(lens, result, tokenizer, html_file)
 
 
 @app.command()
@@ -296,6 +314,11 @@ def _check_outputs(
             raise InvalidInputError(
                 f"{plot_file}: figures are written as {', '.join(sorted(known))}, by the name's end"
             )
+
+
+def _check_losses(no_loss: bool, prefixes: bool) -> None:
+    if no_loss and prefixes:
+        raise InvalidInputError("--prefixes measures losses and --no-loss leaves them out")
 
 
 def _windows(name: str, tokens: int, seq_len: int) -> int:

@@ -1,7 +1,7 @@
 """`Lens`: polynomials beside every MLP of a model, readable, switchable and savable."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -14,8 +14,9 @@ from polylens import artifact, export
 from polylens.emitter import Fitted, SiteEmitter
 from polylens.errors import AttachmentError, InvalidInputError
 from polylens.hosts.base import Host, Layer, MLPSite
+from polylens.measuring import measure
 from polylens.polynomial import Polynomial
-from polylens.report import Report, measure
+from polylens.report import Report
 from polylens.selection import check_degree, check_layers, label
 
 # By id of the model; the installed emitters keep a lens alive as long as its model.
@@ -165,11 +166,15 @@ class Lens:
         attention_mask: Tensor | None = None,
         batch_size: int = 8,
         loss: bool = True,
+        prefixes: bool = False,
+        worst: int = 10,
+        decode: Callable[[list[int]], str] | None = None,
         progress: bool = True,
     ) -> Report:
         """R2 by layer and degree on held-out tokens, and what replacing each layer costs.
 
-        Always against the true model: an enclosing `replaced` is suspended meanwhile.
+        Always against the true model: an enclosing `replaced` is suspended meanwhile. Give tokens
+        of another source than those of `attach` to see what carries over to other text.
 
         Args:
             tokens: [batch, pos] token ids, best disjoint from those of `attach`; floats
@@ -178,7 +183,13 @@ class Lens:
             layers: which rows; all attached layers by default.
             attention_mask: [batch, pos], 0 at padding.
             batch_size: sequences per forward pass.
-            loss: False skips the two forward passes per layer that the loss columns need.
+            loss: False skips the two forward passes per layer of the loss columns, and with them
+                all that is measured while layers are replaced.
+            prefixes: also replace the first 2, 3, ... layers together, to see where errors pile
+                up: one forward pass for each layer but the first and the last.
+            worst: how many tokens to list that lose most with all layers replaced, with what
+                stands out there: one forward pass over their sequences.
+            decode: list of token ids -> text; by default the model's tokenizer, else ids.
             progress: show progress bars.
 
         Raises:
@@ -197,6 +208,9 @@ class Lens:
                 attention_mask=attention_mask,
                 batch_size=batch_size,
                 loss=loss,
+                prefixes=prefixes,
+                worst=worst,
+                decode=decode,
                 progress=progress,
             )
 

@@ -127,12 +127,18 @@ def load_tokenizer(source: str) -> Any:
 
 
 def token_windows(
-    tokenizer: Any, text: str, calibration: int, heldout: int, seq_len: int
+    tokenizer: Any,
+    text: str,
+    calibration: int,
+    heldout: int,
+    seq_len: int,
+    heldout_text: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Two sets of windows of one text, without a token in common.
+    """Two sets of windows without a token in common, of one text or of two.
 
-    The first `calibration` windows of the text come first, the `heldout` ones follow. Every
-    window starts with the tokenizer's BOS token if it puts one in front of texts.
+    The first `calibration` windows of the text come first; the `heldout` ones follow, or are
+    the first of `heldout_text`. Every window starts with the tokenizer's BOS token if it puts
+    one in front of texts.
 
     Args:
         calibration, heldout: number of windows, at least 1.
@@ -142,27 +148,35 @@ def token_windows(
         int64 [calibration, seq_len] and [heldout, seq_len].
 
     Raises:
-        InvalidInputError: the text is too short (how many tokens it has and how many it needs).
+        InvalidInputError: a text is too short (how many tokens it has and how many it needs).
     """
     if min(calibration, heldout) < 1 or seq_len < 3:
         raise InvalidInputError(
             "at least one window of 3 positions is needed for calibration and for held-out text; "
             f"got {calibration} and {heldout} windows of {seq_len}"
         )
+    if heldout_text is None:
+        use = f"{calibration} calibration and {heldout} held-out"
+        windows = _first_windows(tokenizer, text, calibration + heldout, seq_len, use)
+        return windows[:calibration], windows[calibration:]
+    return (
+        _first_windows(tokenizer, text, calibration, seq_len, f"{calibration} calibration"),
+        _first_windows(tokenizer, heldout_text, heldout, seq_len, f"{heldout} held-out"),
+    )
+
+
+def _first_windows(tokenizer: Any, text: str, n: int, seq_len: int, use: str) -> Tensor:
     bos = _leading_bos(tokenizer)
     fresh = seq_len - len(bos)
-    needed = (calibration + heldout) * fresh
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < needed:
+    if len(ids) < n * fresh:
         raise InvalidInputError(
-            f"the text has {len(ids):,} tokens and {needed:,} are needed ({calibration} "
-            f"calibration and {heldout} held-out windows of {fresh}); give a longer text or ask "
-            "for fewer"
+            f"the text has {len(ids):,} tokens and {n * fresh:,} are needed ({use} windows of "
+            f"{fresh}); give a longer text or ask for fewer"
         )
-    windows = torch.tensor(ids[:needed], dtype=torch.long).reshape(-1, fresh)
+    windows = torch.tensor(ids[: n * fresh], dtype=torch.long).reshape(-1, fresh)
     start = torch.tensor(bos, dtype=torch.long).expand(len(windows), -1)
-    windows = torch.cat([start, windows], dim=1)
-    return windows[:calibration], windows[calibration:]
+    return torch.cat([start, windows], dim=1)
 
 
 def parse_dtype(name: str) -> torch.dtype:

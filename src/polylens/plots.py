@@ -28,7 +28,9 @@ def report_figure(report: "Report") -> "Figure":
     """Left R2 by layer, a line per degree; right the change of loss by layer.
 
     R2 is drawn on a log scale of 1 - R2, so that 0.9, 0.99 and 0.999 are equally far apart and
-    negative values fit too. The right panel is left out where no loss was measured.
+    negative values fit too; dashed is that of the replacing degree where all layers are
+    replaced. The right panel is left out where no loss was measured; where prefixes were, a
+    line shows what replacing every layer up to there costs.
 
     Args:
         report: of one layer or more.
@@ -69,7 +71,8 @@ def _draw_unexplained(panel: "Axes", report: "Report") -> None:
             places, values, color=COLOURS[style], marker=MARKERS[style], markersize=3, linewidth=1.2
         )
         if len(values):
-            ends[k] = (values[-1], COLOURS[style])
+            ends[f"deg {k}"] = (values[-1], COLOURS[style])
+    _draw_replaced(panel, report, ends)
     scale_r2(panel)
     panel.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
     panel.set_ylabel("held-out R²")
@@ -77,6 +80,20 @@ def _draw_unexplained(panel: "Axes", report: "Report") -> None:
         f"Variance explained by the polynomials\n{report.n_tokens:,} held-out activations"
     )
     _label_ends(panel, len(report.rows) - 1, ends)
+
+
+def _draw_replaced(panel: "Axes", report: "Report", ends: dict[str, tuple[float, str]]) -> None:
+    found = [(i, row.r2_replaced) for i, row in enumerate(report.rows)]
+    places, left = [], []
+    for place, r2 in found:
+        if r2 is not None and np.isfinite(r2):
+            places.append(place)
+            left.append(max(1 - r2, FLOOR))
+    if not places:
+        return
+    colour = COLOURS[(report.degree - 1) % len(COLOURS)]
+    panel.plot(places, left, color=colour, linestyle="--", linewidth=1.2)
+    ends["replaced"] = (left[-1], colour)
 
 
 def scale_r2(panel: "Axes") -> None:
@@ -95,14 +112,14 @@ def scale_r2(panel: "Axes") -> None:
     panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 - value:.10g}"))
 
 
-def _label_ends(panel: "Axes", last: int, ends: dict[int, tuple[float, str]]) -> None:
-    """ "degree k" at the right end of each line, moved apart where lines end together."""
+def _label_ends(panel: "Axes", last: int, ends: dict[str, tuple[float, str]]) -> None:
+    """The name of each line at its right end, moved apart where lines end together."""
     bottom, top = np.log10(panel.get_ylim())
     heights = [(np.log10(value) - bottom) / (top - bottom) for value, _ in ends.values()]
     places = _spread(heights, 0.075)
-    for (k, (value, colour)), place in zip(ends.items(), places, strict=True):
+    for (name, (value, colour)), place in zip(ends.items(), places, strict=True):
         panel.annotate(
-            f"deg {k}",
+            name,
             xy=(last, value),
             xytext=(1.03, place),
             textcoords="axes fraction",
@@ -127,14 +144,17 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
 
 def _draw_losses(panel: "Axes", report: "Report") -> None:
     places = np.arange(len(report.rows))
-    pairs = [(row.delta_ce, row.ablation_delta_ce) for row in report.rows]
-    values = np.array(pairs, dtype=float)
+    rises = [(r.delta_ce, r.ablation_delta_ce, r.prefix_delta_ce) for r in report.rows]
+    values = np.array(rises, dtype=float)
     values[~np.isfinite(values)] = np.nan
     names = (f"degree {report.degree} polynomial", "mean ablation")
     for shift, column, colour, name in zip(
-        (-0.2, 0.2), values.T, (COLOURS[0], "#BBBBBB"), names, strict=True
+        (-0.2, 0.2), values.T[:2], (COLOURS[0], "#BBBBBB"), names, strict=True
     ):
         panel.bar(places + shift, column, width=0.4, color=colour, label=name)
+    if (known := np.isfinite(values[:, 2])).any():
+        label = "all up to this layer"
+        panel.plot(places[known], values[known, 2], "k.-", linewidth=1.2, markersize=4, label=label)
     _scale(panel, values[np.isfinite(values)])
     panel.axhline(0, color="black", linewidth=0.6)
     panel.set_ylabel("ΔCE [nats per token]")

@@ -1,41 +1,25 @@
-"""How good the polynomials of a lens are: R2 by layer and degree, and what replacing costs."""
+"""How good the polynomials of a lens are: the figures of `lens.report`, and their forms."""
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from rich.console import Group
-from torch import Tensor
-from tqdm.auto import tqdm
+from rich.console import Console, ConsoleOptions, RenderResult
 
 from polylens import rendering
-from polylens.calibration import require_deterministic, watch
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
-from polylens.lockstep import Step
-from polylens.scoring import ResidualSums, score
-from polylens.selection import check_degree, check_layers, label, labelled
-from polylens.tokens import batches, counted, rows, validate_inputs
+from polylens.selection import label, labelled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from polylens.lens import Lens
-
-SCHEMA = "polylens.report/1"
-
-# Below this many nats an ablation is harmless, and the share of it recovered means nothing.
-HARMLESS = 1e-6
-
-FIRST_POSITION = (
-    "position 0 is left out of R² and stays true under replacement and ablation: attention sink"
-)
-
-NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be scored"
+SCHEMA = "polylens.report/2"
+# Version 1 had fewer entries, which are None or empty when it is read.
+READABLE = (SCHEMA, "polylens.report/1")
 
 
 @dataclass(frozen=True)
@@ -51,6 +35,12 @@ class LayerRow:
         ablation_delta_ce: the same as delta_ce with the output's mean in place of the polynomial.
         loss_recovered: 1 - delta_ce / ablation_delta_ce; None where the ablation is harmless.
         n_tokens: activations that R2 counts; of an expert those that were routed to it.
+        delta_ce_se: standard error of delta_ce, paired and with sequences as its units.
+        agreement: share of positions whose most likely token is that of the true model.
+        prefix_delta_ce, prefix_kl: with this and every earlier listed layer replaced; of a block
+            of experts in the row of the last one.
+        r2_replaced: R2 of the replacing degree against the true MLP, on the stream that it has
+            when all listed layers are replaced; -inf where that diverges.
     """
 
     layer: Layer | None
@@ -60,10 +50,49 @@ class LayerRow:
     ablation_delta_ce: float | None = None
     loss_recovered: float | None = None
     n_tokens: int | None = None
+    delta_ce_se: float | None = None
+    agreement: float | None = None
+    prefix_delta_ce: float | None = None
+    prefix_kl: float | None = None
+    r2_replaced: float | None = None
 
     @property
     def label(self) -> str:
         return "all" if self.layer is None else label(self.layer)
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """A token whose cross entropy rises much when all listed layers are replaced, and why.
+
+    The last four are about the position that predicts the token, on the stream of the replaced
+    layers; None where no replaced layer or expert ran. Errors of layers below move its inputs,
+    and what comes from other positions by attention is not traced, so that what stands out there
+    is a hint, not a proof of where it began.
+
+    Attributes:
+        sequence, position: of the token among those that were measured.
+        token: its id; text: the same as text; context: the tokens in front of it as text.
+        true_ce, replaced_ce: nats, of the true model and with all layers replaced.
+        kl: KL(true model || all replaced) of the prediction.
+        layer: the one with the largest relative error there.
+        error: |y - f(x)| / |y| of that layer.
+        neuron: the one of that layer whose preactivation is farthest out.
+        deviation: how far: (y - m) / s, with the m and s of its calibration.
+    """
+
+    sequence: int
+    position: int
+    token: int
+    text: str
+    context: str
+    true_ce: float | None
+    replaced_ce: float | None
+    kl: float | None
+    layer: Layer | None = None
+    error: float | None = None
+    neuron: int | None = None
+    deviation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -81,6 +110,8 @@ class Report:
         rows: one per layer; all_row: every listed layer replaced at once.
         refused: reason for each layer that has no polynomial.
         notes: what a reader should know about how this was measured.
+        worst: the tokens that lose most when all listed layers are replaced, worst first; their
+            text goes wherever the report is saved.
     """
 
     model: str
@@ -95,6 +126,7 @@ class Report:
     all_row: LayerRow | None = None
     refused: dict[Layer, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    worst: tuple[WorstToken, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -113,8 +145,8 @@ class Report:
     def __str__(self) -> str:
         return rendering.text(self)
 
-    def __rich__(self) -> Group:
-        return rendering.renderable(self)
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from rendering.parts(self, options.max_width)
 
     def _repr_html_(self) -> str:
         return rendering.to_html(self)
@@ -134,24 +166,29 @@ class Report:
     def from_dict(cls, data: dict[str, Any]) -> "Report":
         """The report that `to_dict` (or `json.loads` of `to_json`) describes.
 
+        Also reads what older versions wrote, without the figures that those did not measure.
+
         Raises:
             InvalidInputError: another schema, or missing or unknown entries.
         """
-        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+        if not isinstance(data, dict) or data.get("schema") not in READABLE:
             got = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise InvalidInputError(f"not a report of this version: {got!r}, expected {SCHEMA!r}")
+            raise InvalidInputError(
+                f"not a report that this version reads: {got!r}, expected {' or '.join(READABLE)}"
+            )
         values = {name: value for name, value in data.items() if name != "schema"}
         try:
             values["rows"] = tuple(_row(row) for row in values["rows"])
             values["all_row"] = None if values["all_row"] is None else _row(values["all_row"])
             values["refused"] = {labelled(k): r for k, r in values["refused"].items()}
             values["notes"] = tuple(values["notes"])
+            values["worst"] = tuple(_worst(token) for token in values.get("worst", ()))
             return cls(**values)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InvalidInputError(f"not a complete report: {error}") from error
 
     def plot(self) -> "Figure":
-        """Unexplained variance by layer and degree, and the change of loss by layer.
+        """R2 by layer and degree, and the change of loss by layer; see `polylens.plots`.
 
         Raises:
             InvalidInputError: a report without rows.
@@ -161,195 +198,17 @@ class Report:
         return report_figure(self)
 
 
-def measure(
-    lens: "Lens",
-    tokens: Tensor,
-    *,
-    degree: int | None = None,
-    layers: Iterable[Layer] | int | None = None,
-    attention_mask: Tensor | None = None,
-    batch_size: int = 8,
-    loss: bool = True,
-    progress: bool = True,
-) -> Report:
-    """Measure a lens on held-out tokens; `lens.report` is the usual way here.
-
-    R2 = 1 - sum |y - f_k(x)|^2 / sum |y - mean(y)|^2 over the counted tokens and all output
-    dimensions, in float64, for every fitted degree k and all layers in one pass. The losses
-    take 2 forward passes per layer and batch; memory is bounded by one batch.
-
-    Args:
-        tokens: [batch, pos] token ids. R2 and the ablation's mean count neither padding nor,
-            with lens.exclude_first, position 0; losses count every token that is not padding.
-            Floats [batch, ...] where the model reads those: all count, and there is no loss.
-        degree: of the replacement, fitted degree by default.
-        layers: which rows, all by default.
-        attention_mask: [batch, pos], 0 at padding.
-        loss: False leaves the loss columns out.
-
-    Raises:
-        InvalidInputError: tokens, mask, degree or layers that cannot be used, or activations
-            that are not finite (which layer).
-        UnsupportedModel: a layer that was refused.
-    """
-    degree = lens.degree if degree is None else check_degree(degree, lens.degree, "attach")
-    chosen = check_layers(layers, lens.layers, lens.refused, " in this lens")
-    d_vocab = getattr(getattr(lens.host.model, "cfg", None), "d_vocab", None)
-    reads_tokens = lens.host.reads_tokens
-    tokens, mask = validate_inputs(
-        tokens, attention_mask, reads_tokens=reads_tokens, d_vocab=d_vocab
-    )
-    loss = loss and reads_tokens
-    require_deterministic(lens.host.module)
-    device = lens.host.device
-    steps = list(batches(tokens.to(device), None if mask is None else mask.to(device), batch_size))
-    passes = len(steps) * (1 + (loss and 1 + 2 * len(_groups(chosen))))
-    with torch.no_grad(), tqdm(total=passes, desc="report", disable=not progress) as bar:
-        sums = _residual_sums(lens, chosen, steps, bar)
-        rows = [LayerRow(n, sums[n].r2(n), n_tokens=sums[n].n) for n in chosen]
-        base_ce = n_targets = all_row = None
-        if loss:
-            means = {layer: sums[layer].mean for layer in chosen if sums[layer].n}
-            base_ce, n_targets, losses = _losses(lens, degree, chosen, means, steps, bar)
-            all_row = LayerRow(None, None, **losses[tuple(chosen)])
-            rows = [
-                replace(row, **losses.get((n,), {})) for n, row in zip(chosen, rows, strict=True)
-            ]
-    notes = [FIRST_POSITION] if lens.exclude_first else []
-    notes += [] if reads_tokens else [NO_LOSS]
-    if unseen := [label(n) for n in chosen if sums[n].n < 2]:
-        notes.append(f"no R² of experts {', '.join(unseen)}: fewer than 2 tokens were sent there")
-    if constant := [label(n) for n in chosen if sums[n].n > 1 and sums[n].constant]:
-        notes.append(
-            f"the output of layers {', '.join(constant)} does not vary: R² is 1 there where the "
-            "polynomial reproduces it, else 0"
-        )
-    return Report(
-        model=lens.model_name,
-        host=lens.host.name,
-        inputs=lens.inputs_summary,
-        degree=degree,
-        fitted_degree=lens.degree,
-        n_tokens=_counted(lens, steps) if reads_tokens else max(s.n for s in sums.values()),
-        n_targets=n_targets,
-        base_ce=base_ce,
-        rows=tuple(rows),
-        all_row=all_row,
-        refused=dict(lens.refused),
-        notes=tuple(notes),
-    )
-
-
-def _counted(lens: "Lens", steps: Sequence[Step]) -> int:
-    return sum(int(counted(*step, exclude_first=lens.exclude_first).sum()) for step in steps)
-
-
-def _residual_sums(
-    lens: "Lens", layers: Sequence[Layer], steps: Sequence[Step], bar: tqdm
-) -> dict[Layer, ResidualSums]:
-    """One pass over the tokens with the true model, for all layers and degrees."""
-    sums = {layer: ResidualSums() for layer in layers}
-
-    def see(layer: Layer, x: Tensor, y: Tensor, kept: Tensor | None) -> None:
-        sums[layer].update(rows(y, kept), lens[layer].all_degrees(rows(x, kept)))
-
-    def ticking() -> Iterator[Step]:
-        for step in steps:
-            yield step
-            bar.update()
-
-    watch(lens.host, layers, ticking(), lens.exclude_first, see)
-    if any(s.n < 2 for layer, s in sums.items() if isinstance(layer, int)):
-        raise InvalidInputError(
-            "fewer than 2 activations are left to measure R2 on after padding and position 0; "
-            "give longer sequences, or more of them"
-        )
-    return sums
-
-
-def _losses(
-    lens: "Lens",
-    degree: int,
-    layers: Sequence[Layer],
-    means: dict[Layer, Tensor],
-    steps: Sequence[Step],
-    bar: tqdm,
-) -> tuple[float, int, dict[tuple[Layer, ...], dict[str, float | None]]]:
-    """Base cross entropy, number of targets, and the losses of each group of layers."""
-    groups = _groups(layers)
-    replaced = {group: torch.zeros(2, dtype=torch.float64) for group in groups}
-    ablated = {group: torch.zeros(2, dtype=torch.float64) for group in groups}
-    base, sizes = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    for batch, mask in steps:
-        real = counted(batch, mask, exclude_first=False)
-        sizes += torch.tensor([int((real[:, 1:] & real[:, :-1]).sum()), int(real.sum())])
-        truth = lens.host.logits(batch, mask)
-        if truth.dim() != 3 or truth.shape[:2] != batch.shape:
-            raise InvalidInputError(
-                f"the loss columns need logits [batch, pos, d_vocab]; {lens.model_name} returns "
-                f"{list(truth.shape)} for tokens {list(batch.shape)}; use report(..., loss=False)"
-            )
-        base += score(truth, None, batch, real)
-        bar.update()
-        for group in groups:
-            with lens.replaced(group, degree):
-                logits = lens.host.logits(batch, mask)
-            replaced[group] += score(logits, truth, batch, real)
-            constants = {
-                layer: _constant(means[layer], batch.shape, lens.exclude_first)
-                for layer in group
-                if layer in means
-            }
-            with lens.host.substitute(constants):
-                logits = lens.host.logits(batch, mask)
-            ablated[group] += score(logits, None, batch, real)
-            bar.update(2)
-    if sizes[0] == 0:
-        raise InvalidInputError("no token follows another one that is not padding: no loss")
-    base_ce = float(base[0] / sizes[0])
-    losses = {
-        group: _loss_fields(base_ce, replaced[group] / sizes, ablated[group] / sizes)
-        for group in groups
-    }
-    return base_ce, int(sizes[0]), losses
-
-
-def _loss_fields(base_ce: float, replaced: Tensor, ablated: Tensor) -> dict[str, float | None]:
-    """Both are [cross entropy, KL], means."""
-    delta, ablation = float(replaced[0]) - base_ce, float(ablated[0]) - base_ce
-    return {
-        "delta_ce": delta,
-        "kl": float(replaced[1]),
-        "ablation_delta_ce": ablation,
-        "loss_recovered": None if ablation < HARMLESS else 1 - delta / ablation,
-    }
-
-
-def _constant(mean: Tensor, shape: torch.Size, keep_first: bool):
-    """The mean in place of an MLP's output; position 0 stays true where `replaced` keeps it."""
-
-    def ablate(x: Tensor, y: Tensor) -> Tensor:
-        flat = y.reshape(-1, y.shape[-1])
-        out = mean.to(y).expand_as(flat)
-        if keep_first:
-            places = getattr(y, "places", None)
-            every = torch.arange(len(flat), device=y.device) % shape[1] == 0
-            out = torch.where((every if places is None else places.first)[:, None], flat, out)
-        return out.reshape(y.shape)
-
-    return ablate
-
-
-def _groups(layers: Sequence[Layer]) -> list[tuple[Layer, ...]]:
-    """Each layer alone (experts are not, they are many), then all at once, if that is another."""
-    alone = [(layer,) for layer in layers if isinstance(layer, int)]
-    return list(dict.fromkeys([*alone, tuple(layers)]))
-
-
 def _row(data: dict[str, Any]) -> LayerRow:
-    layer, r2 = data["layer"], data["r2"]
-    layer = tuple(layer) if isinstance(layer, list) else layer
-    return LayerRow(**{**data, "layer": layer, "r2": None if r2 is None else tuple(r2)})
+    r2 = data["r2"]
+    return LayerRow(**{**data, "layer": _layer(data), "r2": None if r2 is None else tuple(r2)})
+
+
+def _worst(data: dict[str, Any]) -> WorstToken:
+    return WorstToken(**{**data, "layer": _layer(data)})
+
+
+def _layer(data: dict[str, Any]) -> Layer | None:
+    return tuple(data["layer"]) if isinstance(data["layer"], list) else data["layer"]
 
 
 def _plain(value: Any) -> Any:

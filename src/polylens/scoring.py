@@ -1,6 +1,7 @@
-"""The sums behind a report: squares for R2, cross entropy and KL for the losses."""
+"""The sums behind a report: squares for R2; cross entropy, KL and agreement for the losses."""
 
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,39 +61,107 @@ class ResidualSums:
         """
         if self.n < 2:
             return None
-        variance, mse = self.variance, self.residual / self.n
-        bad = [f"degree {k}" for k, value in enumerate(mse.tolist()) if not isfinite(value)]
+        variance = self.variance
+        bad = [f"degree {k}" for k, v in enumerate(self.residual.tolist()) if not isfinite(v)]
         if not isfinite(variance) or bad:
             what = f"its polynomials of {', '.join(bad)}" if isfinite(variance) else "its outputs"
             raise InvalidInputError(
                 f"layer {label(layer)}: {what} are not finite on these tokens, so R2 would be "
                 "NaN; use a wider dtype, and check the model's activations on them"
             )
-        return tuple(share_explained(mse, variance, self.mean.square().sum()).tolist())
+        return self._shares()
+
+    def last_r2(self) -> float | None:
+        """R2 of the last degree; None with fewer than two rows, -inf of what is not finite."""
+        if self.n < 2:
+            return None
+        finite = isfinite(self.variance) and isfinite(float(self.residual[-1]))
+        return self._shares()[-1] if finite else float("-inf")
+
+    def _shares(self) -> tuple[float, ...]:
+        mse = self.residual / self.n
+        return tuple(share_explained(mse, self.variance, self.mean.square().sum()).tolist())
 
 
-def score(logits: Tensor, truth: Tensor | None, tokens: Tensor, real: Tensor) -> Tensor:
-    """[sum of next-token cross entropies, sum over positions of KL(truth || logits)], float64.
+class Scores(NamedTuple):
+    """Of every position of a batch, in float64 on the CPU; 0 where it does not count.
+
+    Attributes:
+        ce: [batch, pos - 1] cross entropy of the token that follows.
+        kl: [batch, pos] KL(true model || this one); agree: [batch, pos] 1 where both have the
+            same most likely token. Zeros without a true model to compare with.
+    """
+
+    ce: Tensor
+    kl: Tensor
+    agree: Tensor
+
+
+def score(logits: Tensor, truth: Tensor | None, tokens: Tensor, real: Tensor) -> Scores:
+    """Cross entropies of logits, and their KL and agreement with the truth.
 
     Sequence by sequence, so that only one sequence of log-probabilities is in memory.
 
     Args:
-        logits, truth: [batch, pos, d_vocab]; without truth the second sum is 0.
+        logits, truth: [batch, pos, d_vocab].
         tokens: [batch, pos].
-        real: [batch, pos] of bool, False at padding; a target counts if it and the position
-            that predicts it are real.
+        real: [batch, pos] of bool, False at padding, which does not count.
     """
-    total = torch.zeros(2, dtype=torch.float64)
+    ce, counts = [], targets(real)
+    kl, agree = (torch.zeros(real.shape, dtype=torch.float64) for _ in range(2))
     for i in range(len(tokens)):
         log_q = _log_softmax(logits[i])
-        pairs = (real[i, :-1] & real[i, 1:]).nonzero().squeeze(1)
-        nll = -log_q[pairs, tokens[i, pairs + 1]]
-        total[0] += nll.double().sum().cpu()
+        following = -log_q[:-1].gather(1, tokens[i, 1:, None].to(log_q.device)).squeeze(1)
+        ce.append(torch.where(counts[i].to(log_q.device), following, 0).cpu().double())
         if truth is not None:
-            log_p = _log_softmax(truth[i])
-            kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-            total[1] += kl[real[i]].double().sum().cpu()
-    return total
+            log_p, here = _log_softmax(truth[i]), real[i].to(log_q.device)
+            divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+            kl[i] = torch.where(here, divergence, 0)
+            agree[i] = here & (log_q.argmax(-1) == log_p.argmax(-1))
+    return Scores(torch.stack(ce), kl, agree)
+
+
+def targets(real: Tensor) -> Tensor:
+    """[batch, pos - 1] of bool: where a real position predicts a real token."""
+    return real[:, :-1] & real[:, 1:]
+
+
+class Cost:
+    """Streamed cost of a change of the model, paired with the true model sequence by sequence."""
+
+    def __init__(self) -> None:
+        self._rises: list[Tensor] = []
+        self._kl = self._agree = 0.0
+
+    def update(self, changed: Scores, true: Scores) -> None:
+        self._rises.append((changed.ce - true.ce).sum(1))
+        self._kl += float(changed.kl.sum())
+        self._agree += float(changed.agree.sum())
+
+    def kl(self, n_positions: int) -> float:
+        """Mean over positions."""
+        return self._kl / n_positions
+
+    def agreement(self, n_positions: int) -> float:
+        """Share of positions."""
+        return self._agree / n_positions
+
+    def delta_ce(self, n_targets: Tensor) -> float:
+        """Mean rise of the cross entropy; n_targets [sequences] of each sequence."""
+        return float(torch.cat(self._rises).sum() / n_targets.sum())
+
+    def delta_ce_se(self, n_targets: Tensor) -> float | None:
+        """Standard error of `delta_ce`, None of fewer than two sequences.
+
+        Tokens of one sequence are not independent, so that sequences are the units: with their
+        summed rises D_i and targets n_i it is that of the ratio of sums r = sum D_i / sum n_i,
+        sqrt(S / (S - 1) sum (D_i - r n_i)^2) / sum n_i.
+        """
+        S = int((n_targets > 0).sum())
+        rises = torch.cat(self._rises)
+        left = rises - rises.sum() / n_targets.sum() * n_targets
+        error = float(left.square().sum().sqrt() / n_targets.sum())
+        return (S / (S - 1)) ** 0.5 * error if S > 1 and isfinite(error) else None
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
