@@ -76,6 +76,24 @@ def test_report_end_to_end(model_dir, text_file, tmp_path):
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_prefixes_worst_tokens_and_a_text_of_another_source(model_dir, text_file, tmp_path):
+    out, other = tmp_path / "report.json", tmp_path / "other.txt"
+    other.write_text("away from the lazy dog it runs . " * 40, encoding="utf-8")
+    arguments = ["report", model_dir, "--text", text_file, "--heldout-text", other, *SIZES]
+    arguments += ["--prefixes", "--worst", 2, "--degree", 1, "--json", out]
+    result = run(app, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    report = Report.from_dict(json.loads(out.read_text(encoding="utf-8")))
+    assert report[1].prefix_delta_ce == report.all_row.delta_ce
+    assert len(report.worst) == 2
+    for token in report.worst:
+        assert f"'{token.text}'" in result.output
+        assert set(f"{token.context} {token.text}".split()) <= set(other.read_text().split())
+    other.write_text("too short", encoding="utf-8")
+    _fails(arguments[1:], "the text has 2 tokens and 96 are needed (6 held-out windows of 16)")
+    _fails([*arguments[1:], "--no-loss"], "--prefixes measures losses")
+
+
 def test_report_without_loss(model_dir, text_file):
     arguments = ["report", str(model_dir), "--text", str(text_file), *SIZES, "--no-loss"]
     result = run(app, [*arguments, "--dtype", "float64"])

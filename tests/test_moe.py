@@ -204,6 +204,34 @@ def test_a_report_has_a_row_with_the_tokens_of_each_expert(case):
     assert polylens.Report.from_dict(json.loads(report.to_json())) == report
 
 
+def test_prefixes_end_with_a_block_and_worst_tokens_name_experts(case):
+    model, layers = case
+    with attach(model) as lens:
+        report = lens.report(HELD_OUT, prefixes=True, worst=5, progress=False)
+        ends = {(layer, 3) for layer in layers}
+        for row in report:
+            if isinstance(row.layer, int):
+                ends |= {row.layer} - set(layers)
+            assert row.r2_replaced > 0.5
+        assert {row.layer for row in report if row.prefix_delta_ce is not None} == ends
+        assert report[layers[-1], 3].prefix_delta_ce == report.all_row.delta_ce
+        with torch.no_grad(), lens.replaced(), lens.cache() as seen:
+            lens.host.logits(HELD_OUT)
+        for worst in report.worst:
+            x, f, error = (
+                seen[name, worst.layer].flatten(end_dim=-2) for name in ("in", "out", "error")
+            )
+            # which of an expert's inputs are the token's, the hook points do not say
+            ratios = error.norm(dim=-1) / (f + error).norm(dim=-1)
+            rows = torch.isclose(ratios, torch.tensor(worst.error), rtol=1e-3)
+            polynomial = lens[worst.layer]
+            t = (polynomial.weights.neurons(x[rows])["y"] - polynomial.m) / polynomial.s
+            found = t.abs().argmax(-1) == worst.neuron
+            assert torch.isclose(
+                t[found, worst.neuron].float(), torch.tensor(worst.deviation)
+            ).any()
+
+
 def test_a_copy_made_while_replaced_is_independent(case):
     model, _ = case
     with attach(model) as lens, lens.replaced():
