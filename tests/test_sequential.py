@@ -87,7 +87,8 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(make):
 
 @pytest.mark.parametrize("inputs", ["samples", "gaussian", "joint"])
 def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, inputs):
-    with attach(model, degree=2, inputs=inputs, batch_size=24) as lens:
+    plain = {"weighting": "equal", "clip": False}
+    with attach(model, degree=2, inputs=inputs, batch_size=24, **plain) as lens:
         for layer in (0, 2, 3):
             with lens.replaced(range(layer)) if layer else nullcontext():
                 x = seen_inputs(lens.host, [layer], [(CALIBRATION, None)])[layer][0]
@@ -98,10 +99,34 @@ def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, i
             assert (lens[layer](x) - expected).norm() < 2e-4 * expected.norm()
 
 
+@pytest.mark.parametrize("inputs", ["samples", "gaussian", "joint"])
+@pytest.mark.parametrize("calibration", ["sequential", "true"])
+def test_inputs_may_be_weighted_by_the_size_of_the_output(model, inputs, calibration):
+    options = {"calibration": calibration, "weighting": "output", "clip": True}
+    with attach(model, degree=2, inputs=inputs, batch_size=24, layers=[0], **options) as lens:
+        x = seen_inputs(lens.host, [0], [(CALIBRATION, None)])[0][0]
+        x = x[:, 1:].reshape(-1, x.shape[-1])
+        weights = lens.sites[0].weights()
+        w = 1 / weights(x).double().norm(dim=1)
+        if inputs == "gaussian":
+            mean = w @ x.double() / w.sum()
+            centred = x.double() - mean
+            given = polylens.Gaussian(mean, centred.T @ (centred * w[:, None]) / w.sum())
+        else:
+            given = Samples([(x, w)])
+        scope = "global" if inputs == "joint" else "neuron"
+        expected = polylens.fit(weights, given, 2, scope)(x)
+        assert (lens[0](x) - expected).norm() < 2e-4 * expected.norm()
+        y = x @ weights.W_in + weights.b_in
+        base = lens[0].base if inputs == "joint" else lens[0]
+        assert torch.allclose(base.y_range.float(), torch.stack([y.amin(0), y.amax(0)]), atol=1e-5)
+
+
 def test_it_loses_less_than_fits_to_the_true_stream(model):
     losses = {}
     for calibration, inputs in (("true", "gaussian"), ("true", "samples"), ("sequential", None)):
-        with attach(model, calibration=calibration, inputs=inputs) as lens:
+        options = {"calibration": calibration, "inputs": inputs, "weighting": "equal"}
+        with attach(model, clip=False, **options) as lens:
             losses[calibration, inputs] = lens.report(HELD_OUT, progress=False).all_row.delta_ce
     assert losses["sequential", None] < losses["true", "samples"] < losses["true", "gaussian"]
 
@@ -109,7 +134,8 @@ def test_it_loses_less_than_fits_to_the_true_stream(model):
 def test_samples_are_the_default_and_the_report_says_so(model):
     with attach(model, layers=[0, 1]) as lens:
         assert lens.inputs_summary == (
-            "samples per neuron, 1536 tokens, position 0 excluded, layer by layer"
+            "samples per neuron, 1536 tokens, position 0 excluded, weighted by 1 / |output|, "
+            "preactivations clipped to those seen, layer by layer"
         )
         assert "layer by layer" in str(lens.report(HELD_OUT, loss=False, progress=False))
 
@@ -131,6 +157,8 @@ def test_padding_is_left_out(model):
         ({"inputs": "cauchy"}, "'gaussian', 'samples'"),
         ({"tokens": None, "inputs": "norm"}, "Give one of the two"),
         ({"degree": 13}, "degree"),
+        ({"weighting": "input"}, "'equal', 'output'"),
+        ({"calibration": "true", "tokens": None, "inputs": "norm", "clip": True}, "inputs seen"),
     ],
 )
 def test_refused_and_nothing_attached(model, options, message):

@@ -139,7 +139,7 @@ def _polynomial(
     tensors = {name: tensor.to(weights.device) for name, tensor in tensors.items()}
     P = _unpacked(tensors["P"], n + 1, n + 1, 1)
     Q = _unpacked(tensors["Q"], n + 1, n, 0) if "Q" in tensors else None
-    polynomial = Polynomial(weights, tensors["m"], tensors["s"], P, Q)
+    polynomial = Polynomial(weights, tensors["m"], tensors["s"], P, Q, tensors.get("y_range"))
     polynomial.ridge = record["ridge"]
     return JointPolynomial.on(polynomial, tensors) if "center" in tensors else polynomial
 
@@ -149,7 +149,8 @@ def _tables(polynomial: Fitted) -> dict[str, Tensor]:
     if isinstance(polynomial, JointPolynomial):
         return _tables(polynomial.base) | polynomial.tables()
     kept = {"m": polynomial.m, "s": polynomial.s, "P": _packed(polynomial.P, 1)}
-    return kept if polynomial.Q is None else {**kept, "Q": _packed(polynomial.Q, 0)}
+    kept |= {} if polynomial.Q is None else {"Q": _packed(polynomial.Q, 0)}
+    return kept | ({} if polynomial.y_range is None else {"y_range": polynomial.y_range})
 
 
 def _require_same_weights(where: str, weights: Weights, record: Mapping[str, Any]) -> None:

@@ -51,6 +51,8 @@ def attach(
     *,
     inputs: Gaussian | Mapping[Layer, Gaussian] | str | None = None,
     calibration: str = "true",
+    weighting: str | None = None,
+    clip: bool | None = None,
     degree: int = 2,
     layers: Iterable[Layer] | int | None = None,
     attention_mask: Tensor | None = None,
@@ -87,6 +89,12 @@ def attach(
             that the preceding normalisation implies, a Gaussian, or one for each layer.
         calibration: "true", on the stream of the unchanged model; "sequential", layer by
             layer on the stream that the replaced layers below produce.
+        weighting: of the inputs in the fit: "equal" (default), or "output" (default for
+            "sequential"): by 1 / |true output|. What comes after a layer is normalised, so
+            that rare huge outputs, which decide equal squares, matter less than their size.
+        clip: evaluate a polynomial whose preactivation is beyond all that calibration saw at
+            the end of that range (default for "sequential"): far outside, a polynomial grows
+            without bound and the activation does not. False for polynomials everywhere.
         degree: fitted degree, 0 ... 12; lower ones come with it.
         layers: which layers; all that can be read by default.
         attention_mask: [batch, pos], 0 at padding, which is left out.
@@ -147,6 +155,13 @@ def attach(
             f"calibration={calibration!r} sees the inputs on tokens; inputs= says what they are. "
             "Give one of the two"
         )
+    if kind is None and (weighting is not None or clip):
+        raise InvalidInputError(
+            f"weighting={weighting!r} and clip={clip!r} are about the inputs seen on tokens; "
+            "inputs= says what they are. Give tokens, or neither of these"
+        )
+    weighting = ("output" if sequential else "equal") if weighting is None else weighting
+    clip = sequential if clip is None else clip
     host, found, refused = _read(model, example_inputs)
     streams.require_deterministic(host.module)
     sites = {site.layer: site for site in found}
@@ -163,6 +178,8 @@ def attach(
             tokens,
             attention_mask,
             exclude_first=exclude_first,
+            weighting=weighting,
+            clip=clip,
             batch_size=batch_size,
             progress=progress,
         )

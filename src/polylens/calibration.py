@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from polylens.emitter import Fitted, keep_first
-from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
+from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
 from polylens.estimators import Estimator
 from polylens.hosts.base import Host, Layer, MLPSite, Norm
 from polylens.inputs import Gaussian
@@ -21,6 +21,9 @@ from polylens.selection import label
 from polylens.tokens import batches, counted, kept_rows, rows, validate_inputs
 
 FEW_TOKENS = 64
+WEIGHTINGS = {"equal": "", "output": "weighted by 1 / |output|"}
+# Norms of outputs below this share of the largest weigh no more than it.
+SMALLEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,16 @@ class Calibration:
         host: the model.
         steps: (inputs, attention mask) of each batch.
         exclude_first: leave out position 0, and keep it true where a polynomial flows on.
+        weighting: of the inputs, "equal" or "output".
+        clip: evaluate the polynomials at no preactivation beyond those seen.
         progress: show a progress bar.
     """
 
     host: Host
     steps: Sequence[Step]
     exclude_first: bool
+    weighting: str
+    clip: bool
     progress: bool
 
     @classmethod
@@ -47,17 +54,23 @@ class Calibration:
         attention_mask: Tensor | None,
         *,
         exclude_first: bool,
+        weighting: str,
+        clip: bool,
         batch_size: int,
         progress: bool,
     ) -> "Calibration":
         """On these tokens [batch, pos] (floats, where the model reads those).
 
         Raises:
-            InvalidInputError: unusable tokens, mask or batch size.
+            InvalidInputError: unusable tokens, mask, batch size or weighting.
         """
+        if weighting not in WEIGHTINGS:
+            raise InvalidInputError(
+                f"weighting={weighting!r} is unknown; there are {', '.join(map(repr, WEIGHTINGS))}"
+            )
         tokens, mask = validate_inputs(tokens, attention_mask, reads_tokens=host.reads_tokens)
         steps = list(batches(tokens, mask, batch_size))
-        return cls(host, steps, exclude_first, progress)
+        return cls(host, steps, exclude_first, weighting, clip, progress)
 
     def describe(self, origin: str) -> list[str]:
         """How many inputs there are, of which origin, and what was left out."""
@@ -65,11 +78,24 @@ class Calibration:
             count = sum(int(counted(*step, exclude_first=False).sum()) for step in self.steps)
         else:
             count, origin = sum(len(batch) for batch, _ in self.steps), "inputs"
-        return [f"{count} {origin}"] + ["position 0 excluded"] * self.exclude_first
+        options = {
+            "position 0 excluded": self.exclude_first,
+            WEIGHTINGS[self.weighting]: self.weighting != "equal",
+            "preactivations clipped to those seen": self.clip,
+        }
+        return [f"{count} {origin}", *(text for text, true in options.items() if true)]
 
     def kept(self, i: int) -> Tensor | None:
         """Rows of batch i that count, None for all."""
         return kept_rows(*self.steps[i], exclude_first=self.exclude_first)
+
+    def sample_weights(self, y: Tensor) -> Tensor | None:
+        """[n] of inputs with true outputs y [n, d_out]; None for equal ones."""
+        if self.weighting == "equal" or not len(y):
+            return None
+        size = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64)
+        floor = SMALLEST * float(size.max())
+        return 1 / size.clamp(min=floor) if floor > 0 else None
 
 
 def on_true_stream(
@@ -88,10 +114,11 @@ def on_true_stream(
     Raises:
         InvalidInputError: NaN activations (which layer, how many).
     """
-    estimators = {layer: kind(site, degree) for layer, site in sites.items()}
+    clip = calibration.clip
+    estimators = {layer: kind(site, degree, clip) for layer, site in sites.items()}
 
     def see(layer: Layer, x: Tensor, y: Tensor, kept: Tensor | None) -> None:
-        estimators[layer].update(rows(x, kept))
+        estimators[layer].update(rows(x, kept), calibration.sample_weights(rows(y, kept)))
 
     steps = tqdm(calibration.steps, "calibrating", disable=not calibration.progress)
     watch(calibration.host, sites, steps, calibration.exclude_first, see)
@@ -154,9 +181,10 @@ def on_replaced_stream(
 
         def visit(layer: Layer, arrivals: Arrivals) -> Flow:
             with naming(layer, sites[layer]):
-                seen = kind(sites[layer], degree, store)
-                for i, x, _ in arrivals:
-                    seen.update(rows(x, calibration.kept(i)))
+                seen = kind(sites[layer], degree, calibration.clip, store)
+                for i, x, y in arrivals:
+                    kept = calibration.kept(i)
+                    seen.update(rows(x, kept), calibration.sample_weights(rows(y, kept)))
                     bar.update()
                 found[layer] = seen.polynomial()
                 if saved is not None:

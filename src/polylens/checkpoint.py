@@ -96,6 +96,8 @@ def identity(
         "attention_mask": _data(masks) if masks else None,
         "batch_size": len(steps[0][0]),
         "exclude_first": calibration.exclude_first,
+        "weighting": calibration.weighting,
+        "clip": calibration.clip,
         "inputs": estimator,
         "degree": degree,
         "layers": [label(layer) for layer in layers],

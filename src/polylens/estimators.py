@@ -1,5 +1,6 @@
 """From the inputs that a layer is seen to read to its polynomial, batch by batch."""
 
+from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -9,10 +10,10 @@ from polylens.fit import fit
 from polylens.hosts.base import MLPSite
 from polylens.inputs import Moments
 from polylens.joint import JointPolynomial, fit_joint
-from polylens.neuron_gram import NeuronGram
+from polylens.neuron_gram import NeuronGram, PreactivationRange
 from polylens.offload import Kept, Store
 from polylens.polynomial import Polynomial
-from polylens.samples import Samples
+from polylens.samples import Batch, Samples
 from polylens.selection import label
 
 
@@ -20,20 +21,23 @@ class Estimator(Protocol):
     """Sums over the inputs of one layer; memory does not grow with their number.
 
     Args:
+        clip: evaluate the polynomial at no y beyond those seen.
         store: where an estimator that must keep the inputs puts them; None is memory.
     """
 
     name: str
 
-    def __init__(self, site: MLPSite, degree: int, store: Store | None = None) -> None: ...
+    def __init__(
+        self, site: MLPSite, degree: int, clip: bool = False, store: Store | None = None
+    ) -> None: ...
 
     @property
     def count(self) -> int:
         """Inputs seen so far."""
         ...
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs [n, d_in]."""
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        """Add inputs [n, d_in], weighted by [n] or equally."""
         ...
 
     def polynomial(self) -> Polynomial | JointPolynomial:
@@ -46,20 +50,26 @@ class GaussianEstimator:
 
     name = "Gaussian"
 
-    def __init__(self, site: MLPSite, degree: int, store: Store | None = None) -> None:
+    def __init__(
+        self, site: MLPSite, degree: int, clip: bool = False, store: Store | None = None
+    ) -> None:
         self.site, self.degree = site, degree
         self._moments = Moments()
+        self._range = PreactivationRange(site.weights()) if clip else None
 
     @property
     def count(self) -> int:
         return self._moments.count
 
-    def update(self, x: Tensor) -> None:
-        self._moments.update(x)
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        self._moments.update(x, sample_weights)
+        if self._range is not None:
+            self._range.update(x)
 
     def polynomial(self) -> Polynomial:
         where = f"layer {label(self.site.layer)} ({self.site.path})"
-        return fit(self.site.weights(), self._moments.gaussian(where), self.degree)
+        fitted = fit(self.site.weights(), self._moments.gaussian(where), self.degree)
+        return fitted if self._range is None else fitted.clipped(self._range.ends)
 
 
 class SamplesEstimator:
@@ -67,18 +77,20 @@ class SamplesEstimator:
 
     name = "samples per neuron"
 
-    def __init__(self, site: MLPSite, degree: int, store: Store | None = None) -> None:
+    def __init__(
+        self, site: MLPSite, degree: int, clip: bool = False, store: Store | None = None
+    ) -> None:
         self._gram = NeuronGram(site.weights(), degree)
+        self._clip = clip
+        self.count = 0
 
-    @property
-    def count(self) -> int:
-        return int(self._gram.count)
-
-    def update(self, x: Tensor) -> None:
-        self._gram.update(x)
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        self._gram.update(x, sample_weights)
+        self.count += len(x)
 
     def polynomial(self) -> Polynomial:
-        return self._gram.solve()
+        fitted = self._gram.solve()
+        return fitted.clipped(self._gram.y_range) if self._clip else fitted
 
 
 class JointEstimator:
@@ -89,18 +101,32 @@ class JointEstimator:
 
     name = "samples, jointly"
 
-    def __init__(self, site: MLPSite, degree: int, store: Store | None = None) -> None:
+    def __init__(
+        self, site: MLPSite, degree: int, clip: bool = False, store: Store | None = None
+    ) -> None:
         self.site, self.degree, self.count = site, degree, 0
+        self._clip = clip
         self._batches: list[Tensor] | Kept = [] if store is None else Kept(store, "inputs")
+        self._sample_weights: list[Tensor | None] = []
 
-    def update(self, x: Tensor) -> None:
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
         self._batches.append(x)
+        self._sample_weights.append(sample_weights)
         self.count += len(x)
 
     def polynomial(self) -> JointPolynomial:
-        fitted = fit_joint(self.site.weights(), Samples(self._batches), self.degree)
+        fitted = fit_joint(self.site.weights(), Samples(self._read), self.degree)
         fitted.base.inputs = None  # would keep the inputs of all layers in memory
+        if self._clip:
+            seen = PreactivationRange(self.site.weights())
+            for x in self._batches:
+                seen.update(x)
+            fitted.base = fitted.base.clipped(seen.ends)
         return fitted
+
+    def _read(self) -> Iterator[Batch]:
+        for x, sample_weights in zip(self._batches, self._sample_weights, strict=True):
+            yield x if sample_weights is None else (x, sample_weights)
 
 
 ESTIMATORS: dict[str, type[Estimator]] = {

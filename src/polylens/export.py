@@ -35,28 +35,28 @@ class NeuronPolynomial(nn.Module):
             Sequences of one position are continuations of a cached prompt.
         mean: [d_mlp].
         P: [degree + 1, d_mlp], of v^0, v^1, ...; Q: [degree, d_mlp] or None.
+        clip: [2, d_mlp] lowest and highest v that the polynomial is evaluated at, or None.
     """
 
     mean: Tensor
     P: Tensor
     Q: Tensor | None
+    clip: Tensor | None
 
-    def __init__(
-        self, true: nn.Module, mean: Tensor, P: Tensor, Q: Tensor | None, keep_first: bool
-    ) -> None:
+    def __init__(self, true: nn.Module, tables: Mapping[str, Tensor], keep_first: bool) -> None:
         super().__init__()
         self.true = true
         self.keep_first = keep_first
-        self.register_buffer("mean", mean)
-        self.register_buffer("P", P)
-        self.register_buffer("Q", Q)
+        for name in ("mean", "P", "Q", "clip"):
+            self.register_buffer(name, tables.get(name))
 
     def extra_repr(self) -> str:
         return f"degree={len(self.P) - 1}, keep_first={self.keep_first}"
 
     def forward(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         q = None if self.Q is None else self.Q.unbind()
-        h = evaluate(self.P.unbind(), q, y, z, self.mean).contiguous()
+        clip = None if self.clip is None else (self.clip[0], self.clip[1])
+        h = evaluate(self.P.unbind(), q, y, z, self.mean, clip).contiguous()
         if not (self.keep_first and has_first(h)):
             return h
         first = self.true(y[..., :1, :].clone())
@@ -121,6 +121,7 @@ def built(
             "glu": None if place.glu is None else asdict(place.glu),
             "degree": polynomial.degree,
             "d_mlp": polynomial.d_mlp,
+            "clipped": polynomial.y_range is not None,
             "dtype": str(tensors[name]["P"].dtype).removeprefix("torch."),
         }
     record = {
@@ -137,10 +138,10 @@ def built(
 
 
 def coefficients(polynomial: Polynomial) -> dict[str, Tensor]:
-    """mean, P and (of a GLU, above degree 0) Q of a NeuronPolynomial, in new memory."""
-    _, mean, p, q = polynomial._horner(polynomial.degree)
-    stacked: dict[str, Coefficients | None] = {"P": p, "Q": q}
-    return {"mean": mean.clone()} | {name: torch.stack(c) for name, c in stacked.items() if c}
+    """mean, P, (of a GLU, above degree 0) Q and (where clipped) clip, in new memory."""
+    own = polynomial._horner(polynomial.degree)
+    stacked: dict[str, Coefficients | None] = {"P": own.p, "Q": own.q, "clip": own.clip}
+    return {"mean": own.mean.clone()} | {name: torch.stack(c) for name, c in stacked.items() if c}
 
 
 def require_equal(found: list[Tensor], expected: list[Tensor]) -> None:
@@ -226,8 +227,8 @@ def _install(
     for name, layer in record["layers"].items():
         values = _unset(layer) if tensors is None else tensors[name]
         parent, act = _parent(model, layer["act"])
-        true, P, Q = getattr(parent, act), values["P"], values.get("Q")
-        polynomial = NeuronPolynomial(true, values["mean"], P, Q, record["keep_first"])
+        true = getattr(parent, act)
+        polynomial = NeuronPolynomial(true, values, record["keep_first"])
         setattr(parent, act, polynomial.train(true.training))
         if layer["glu"] is not None:
             place = GLUPlace(**layer["glu"])
@@ -238,6 +239,7 @@ def _install(
 def _unset(layer: Mapping[str, Any]) -> dict[str, Tensor]:
     n, d_mlp, dtype = layer["degree"], layer["d_mlp"], getattr(torch, layer["dtype"])
     rows = {"P": n + 1} | ({} if layer["glu"] is None or n == 0 else {"Q": n})
+    rows |= {"clip": 2} if layer["clipped"] else {}
     tables = {name: torch.empty(size, d_mlp, dtype=dtype) for name, size in rows.items()}
     return {"mean": torch.empty(d_mlp, dtype=dtype), **tables}
 

@@ -7,6 +7,7 @@ from torch import Tensor
 BLOCK = 1 << 18
 
 Coefficients = tuple[Tensor, ...]  # [d_mlp] each, of v^0, v^1, ...
+Range = tuple[Tensor, Tensor]  # [d_mlp] each, lowest and highest v
 
 
 def evaluate(
@@ -15,12 +16,14 @@ def evaluate(
     v: Tensor,
     z: Tensor | None,
     mean: Tensor | None = None,
+    clip: Range | None = None,
     reuse: bool = False,
 ) -> Tensor:
     """P(v) + z Q(v), [..., d_mlp] in v's dtype; of v - mean where there is one.
 
     Args:
         p, q: in the dtype of evaluation.
+        clip: v - mean beyond this range is taken to be at its end.
         reuse: may overwrite v, unless autograd needs it.
     """
     if len(p) == 1:
@@ -30,6 +33,7 @@ def evaluate(
     )
     if needs_graph:
         centred = v if mean is None else v - mean
+        centred = centred if clip is None else centred.clamp(*clip)
         h = _horner(p, centred)
         h = h if q is None or z is None else torch.addcmul(h, _horner(q, centred), z)
         return h.to(v.dtype)
@@ -41,6 +45,8 @@ def evaluate(
     for i in range(0, len(flat), rows):
         block, into = flat[i : i + rows], target[i : i + rows]
         block = block if mean is None else block - mean
+        if clip is not None:
+            block = torch.clamp(block, *clip, out=block if reuse or mean is not None else None)
         h = _horner_inplace(p, block, into if direct else None)
         if q is not None and flat_z is not None:
             h = torch.addcmul(h, _horner_inplace(q, block), flat_z[i : i + rows], out=h)

@@ -136,19 +136,19 @@ def _require_positive_semidefinite(cov: Tensor) -> None:
 
 
 class Moments:
-    """Streamed mean and covariance in float64, of one or many batches.
+    """Streamed mean and covariance in float64, of one or many batches, optionally weighted.
 
     Sums are taken about the mean of the first batch, so that a mean much larger than the
     deviations costs no digits. Memory: d_in^2 float64.
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count, self._weight = 0, 0.0
         self._shift = self._sum = self._outer = torch.empty(0)
 
     @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Add samples x [..., d_in]."""
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        """Add samples x [..., d_in] with weights [...], 1 by default."""
         x = x.detach().reshape(-1, x.shape[-1]).double()
         if not len(x):
             return
@@ -162,9 +162,12 @@ class Moments:
                 f"samples have {x.shape[-1]} features, earlier ones had {self._shift.shape[0]}"
             )
         x = x - self._shift
-        self._sum += x.sum(0)
-        self._outer.addmm_(x.T, x)
+        w = x.new_ones(len(x)) if sample_weights is None else sample_weights.reshape(-1).to(x)
+        weighted = x if sample_weights is None else x * w[:, None]
+        self._sum += weighted.sum(0)
+        self._outer.addmm_(weighted.T, x)
         self.count += len(x)
+        self._weight += float(w.sum())
 
     def gaussian(self, name: str = "the samples") -> Gaussian:
         """The Gaussian with these moments.
@@ -187,6 +190,6 @@ class Moments:
                 NumericalWarning,
                 stacklevel=2,
             )
-        delta = self._sum / self.count
-        cov = torch.addr(self._outer, delta, delta, beta=1 / self.count, alpha=-1)
+        delta = self._sum / self._weight
+        cov = torch.addr(self._outer, delta, delta, beta=1 / self._weight, alpha=-1)
         return Gaussian.trusted(self._shift + delta, cov)

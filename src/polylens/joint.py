@@ -203,6 +203,8 @@ def features(base: Polynomial, center: Tensor, z_mean: Tensor, x: Tensor, n: int
         columns.append(x - center.to(x.dtype))
     if n > 1:
         v, z = base._branches(x)
+        clip = base._horner(n).clip
+        v = v if clip is None else v.clamp(*clip)
         t = v * torch.where(base.s > 0, 1 / base.s, 0.0).to(v.dtype)
         he = hermite_polynomials(t, n)
         zeta = None if z is None else z - z_mean.to(z.dtype)

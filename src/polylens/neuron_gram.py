@@ -47,6 +47,7 @@ class NeuronGram:
         self.weights, self.degree = weights, degree
         self._standardise = standardise
         self._rows = 0
+        self._seen = PreactivationRange(weights)
         self._glu = isinstance(weights, GLUWeights)
         size = (2 * degree if self._glu else degree) + 2
         self._gram = torch.zeros(
@@ -77,6 +78,7 @@ class NeuronGram:
             moments = NeuronMoments(self.weights)
             moments.add(y, z, None)
             self._standardise = moments.standardise(fallback=1.0)
+        self._seen.add(y if w is None else y[:, w > 0])
         target = self.weights.act(y)
         step = BLOCK["cpu" if y.device.type == "cpu" else "other"]
         step = max(1, step // (self._gram.shape[1] * y.shape[1]))
@@ -109,6 +111,11 @@ class NeuronGram:
             for k in range(1, self.degree):
                 torch.mul(zeta, he[k], out=out[:, 2 * k + 2])
         return out
+
+    @property
+    def y_range(self) -> Tensor | None:
+        """[2, d_mlp] lowest and highest y of the samples so far (of positive weight), float64."""
+        return self._seen.ends
 
     @torch.no_grad()
     def solve(self, degree: int | None = None, inputs: Any = None) -> Polynomial:
@@ -183,6 +190,34 @@ def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[T
     Qb = torch.linalg.solve_triangular(L, right * scale[:, :, None], upper=False)
     sizes = range(1, size + 1, 2 if glu else 1)
     return nested_solutions(L.mT, Qb, sizes).squeeze(3) * scale, ridge
+
+
+class PreactivationRange:
+    """Lowest and highest y of every neuron over the inputs so far.
+
+    Attributes:
+        ends: [2, d_mlp] in float64; None before the first input.
+    """
+
+    ends: Tensor | None = None
+
+    def __init__(self, weights: MLPWeights | GLUWeights) -> None:
+        self.weights = weights
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Add inputs x [n, d_in] of the layer."""
+        for y, _, _ in _blocks(self.weights, x, None):
+            self.add(y)
+
+    def add(self, y: Tensor) -> None:
+        """Add preactivations [d_mlp, n]."""
+        if not y.shape[1]:
+            return
+        low, high = (end.double() for end in torch.aminmax(y, dim=1))
+        if self.ends is not None:
+            low, high = low.minimum(self.ends[0]), high.maximum(self.ends[1])
+        self.ends = torch.stack([low, high])
 
 
 class NeuronMoments:

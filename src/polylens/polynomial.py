@@ -1,7 +1,7 @@
 """A polynomial in factored form: a small polynomial per neuron between two weight matrices."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,15 +9,24 @@ from torch import Tensor, nn
 from polylens.approximation import Approximation, context_of, context_record
 from polylens.errors import InvalidInputError
 from polylens.hermite import hermite_to_monomial
-from polylens.horner import Coefficients, evaluate
+from polylens.horner import Coefficients, Range, evaluate
 from polylens.quadratic import QuadraticForm
 from polylens.quality import r2
 from polylens.records import Record
 from polylens.selection import check_degree
 from polylens.weights import ROLES, GLUWeights, MLPWeights, Sized
 
-_Horner = tuple[Tensor, Tensor, Coefficients, Coefficients | None]
-_COEFFICIENTS = ("m", "s", "P", "Q")
+_COEFFICIENTS = ("m", "s", "P", "Q", "y_range")
+
+
+class _Horner(NamedTuple):
+    """What evaluation reads, in its dtype: v = x W + shift = y - mean."""
+
+    shift: Tensor
+    mean: Tensor
+    p: Coefficients
+    q: Coefficients | None
+    clip: Range | None
 
 
 class Polynomial(Sized, Approximation):
@@ -33,6 +42,9 @@ class Polynomial(Sized, Approximation):
         m, s: [d_mlp] mean and standard deviation of the preactivation, float64.
         P: [degree + 1, degree + 1, d_mlp]; P[n, k] multiplies He_k(t) in the optimum of degree n.
         Q: [degree + 1, degree, d_mlp], the same for the factor of z, or None.
+        y_range: [2, d_mlp] lowest and highest y, float64: evaluation takes a y beyond them to be
+            at that end (see `clipped`); None where nothing is clipped. What is said about
+            coefficients (`linear`, `quadratic_form`, `to_dense`) holds between them.
         inputs: the input model that it was fitted to; None where there is none.
         ridge: relative ridge that a fit to collinear samples needed, else 0.
     """
@@ -49,6 +61,7 @@ class Polynomial(Sized, Approximation):
     s: Tensor
     P: Tensor
     Q: Tensor | None
+    y_range: Tensor | None
 
     def __init__(
         self,
@@ -57,6 +70,7 @@ class Polynomial(Sized, Approximation):
         s: Tensor,
         P: Tensor,
         Q: Tensor | None,
+        y_range: Tensor | None = None,
         inputs: Any = None,
     ) -> None:
         super().__init__()
@@ -66,7 +80,7 @@ class Polynomial(Sized, Approximation):
         for name in ROLES:
             tensor = getattr(weights, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach())
-        for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q), strict=True):
+        for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q, y_range), strict=True):
             self.register_buffer(name, None if tensor is None else tensor.contiguous())
         self._horner_cache: dict[tuple[int, torch.dtype], _Horner] = {}
 
@@ -95,8 +109,8 @@ class Polynomial(Sized, Approximation):
     def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "Polynomial":
         weights, inputs = context_of(metadata, tensors)
         assert weights is not None
-        m, s, P = (tensors[name] for name in _COEFFICIENTS[:3])
-        poly = cls(weights, m, s, P, tensors.get("Q"), inputs=inputs)
+        own = (tensors.get(name) for name in _COEFFICIENTS)
+        poly = cls(weights, *own, inputs=inputs)  # type: ignore[arg-type]
         poly.ridge = metadata["ridge"]
         return poly
 
@@ -131,7 +145,32 @@ class Polynomial(Sized, Approximation):
         """The same coefficients over the same weights, wherever and in whatever dtype they are."""
         coefficients = (getattr(self, name) for name in _COEFFICIENTS)
         moved = (None if t is None else t.to(weights.device) for t in coefficients)
-        return Polynomial(weights, *moved, inputs=self.inputs)  # type: ignore[arg-type]
+        poly = Polynomial(weights, *moved, inputs=self.inputs)  # type: ignore[arg-type]
+        poly.ridge = self.ridge
+        return poly
+
+    def clipped(self, y_range: Tensor | None) -> "Polynomial":
+        """The same polynomial, evaluated at the end of this range where y is beyond it.
+
+        Far outside what it was fitted to a polynomial grows without bound, while the activation
+        does not: one such neuron can decide what a replaced layer writes.
+
+        Args:
+            y_range: [2, d_mlp] lowest and highest y of each neuron; None takes a range off.
+
+        Raises:
+            InvalidInputError: of another shape, NaN, or lowest above highest.
+        """
+        if y_range is not None:
+            y_range = y_range.to(self.m)
+            if y_range.shape != (2, self.d_mlp) or not (y_range[0] <= y_range[1]).all():
+                raise InvalidInputError(
+                    f"y_range must be [2, {self.d_mlp}], lowest and highest y of each neuron; got "
+                    f"{list(y_range.shape)}, or a lowest that is not below the highest"
+                )
+        poly = Polynomial(self.weights, self.m, self.s, self.P, self.Q, y_range, self.inputs)
+        poly.ridge, poly._r2 = self.ridge, self._r2
+        return poly
 
     def truncate(self, degree: int) -> "Polynomial":
         """The optimum of a lower degree; equal to fitting again at that degree.
@@ -249,7 +288,7 @@ class Polynomial(Sized, Approximation):
         for name in ROLES:
             poly.register_buffer(name, getattr(self, name))
         poly.b_out = b_out
-        for name, tensor in zip(_COEFFICIENTS, (self.m, self.s, P, Q), strict=True):
+        for name, tensor in zip(_COEFFICIENTS, (self.m, self.s, P, Q, self.y_range), strict=True):
             poly.register_buffer(name, tensor)
         poly._horner_cache = {}
         return poly
@@ -275,7 +314,6 @@ class Polynomial(Sized, Approximation):
         return powers, z_powers * scale[:degree]
 
     def _horner(self, degree: int) -> _Horner:
-        """(bias of v, m, coefficients of P, coefficients of Q) in the dtype of evaluation."""
         half = self.W_in.dtype in (torch.float16, torch.bfloat16)
         dtype = torch.float32 if half else self.W_in.dtype
         key = (degree, dtype)
@@ -284,11 +322,13 @@ class Polynomial(Sized, Approximation):
             shift = self._activated_first()[1] - self.m
             # Powers beyond the dtype's range belong to neurons of vanishing variance.
             limit = torch.finfo(dtype).max
-            self._horner_cache[key] = (
+            clip = None if self.y_range is None else (self.y_range - self.m).to(dtype)
+            self._horner_cache[key] = _Horner(
                 shift.to(dtype),
                 self.m.to(dtype),
                 powers.clamp(-limit, limit).to(dtype).unbind(),
                 None if z_powers is None else z_powers.clamp(-limit, limit).to(dtype).unbind(),
+                None if clip is None else (clip[0], clip[1]),
             )
         return self._horner_cache[key]
 
@@ -299,7 +339,7 @@ class Polynomial(Sized, Approximation):
                 f"x must be [..., {self.d_in}] of {self.W_in.dtype}, got {tuple(x.shape)} of "
                 f"{x.dtype}; cast x, or the polynomial with .to(dtype)"
             )
-        shift, *_ = self._horner(self.degree)
+        shift = self._horner(self.degree).shift
         if self.W_gate is None:
             return _affine(x, self.W_in, shift), None
         return _affine(x, self.W_gate, shift), _affine(x, self.W_in, self.b_in)
@@ -314,7 +354,7 @@ class Polynomial(Sized, Approximation):
         Returns:
             [..., d_mlp] in y's dtype. Cost: degree + 1 elementwise passes, of a GLU twice that.
         """
-        mean = self._horner(self.degree)[1]
+        mean = self._horner(self.degree).mean
         return self._neurons(y, z, self.degree, reuse=False, mean=mean).contiguous()
 
     def _neurons(
@@ -322,8 +362,8 @@ class Polynomial(Sized, Approximation):
     ) -> Tensor:
         """P(v) + z Q(v), of v - mean where there is one; overwrites v if `reuse` and autograd
         does not need it."""
-        _, _, p, q = self._horner(degree)
-        return evaluate(p, q, v, z, mean, reuse)
+        own = self._horner(degree)
+        return evaluate(own.p, own.q, v, z, mean, own.clip, reuse)
 
     def _project(self, h: Tensor) -> Tensor:
         return _affine(h.to(self.W_out.dtype), self.W_out, self.b_out)

@@ -15,6 +15,7 @@ class InlinePolynomial(nn.Module):
         m, s: [d_mlp] mean and standard deviation of the activated preactivation.
         P: [degree + 1, d_mlp] Hermite coefficients in t = (y - m) / s.
         Q: [degree, d_mlp] those of the factor of the linear branch z, or None for an MLP.
+        y_range: [2, d_mlp] lowest and highest y that it is evaluated at, or None.
     """
 
     W_in: Tensor
@@ -26,9 +27,16 @@ class InlinePolynomial(nn.Module):
     scale: Tensor
     P: Tensor
     Q: Tensor | None
+    t_range: Tensor | None
 
     def __init__(
-        self, tensors: dict[str, Tensor], m: Tensor, s: Tensor, P: Tensor, Q: Tensor | None
+        self,
+        tensors: dict[str, Tensor],
+        m: Tensor,
+        s: Tensor,
+        P: Tensor,
+        Q: Tensor | None,
+        y_range: Tensor | None = None,
     ) -> None:
         nn.Module.__init__(self)  # sent by source, where super() has no class to refer to
         dtype = torch.promote_types(tensors["W_in"].dtype, torch.float32)
@@ -38,12 +46,16 @@ class InlinePolynomial(nn.Module):
         own = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
         own |= {"shift": shift.to(dtype), "scale": scale.to(dtype), "P": P.to(dtype)}
         own |= {} if Q is None else {"Q": Q.to(dtype)}
+        own |= {} if y_range is None else {"t_range": ((y_range - m) * scale).to(dtype)}
         for name in ("W_in", "W_out", "W_gate", "b_in", "b_out", "shift", "scale", "P", "Q"):
             self.register_buffer(name, own.get(name))
+        self.register_buffer("t_range", own.get("t_range"))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         pre = x @ (self.W_in if self.Q is None else self.W_gate)
         t = (pre.to(self.P.dtype) + self.shift) * self.scale
+        if self.t_range is not None:
+            t = t.clamp(self.t_range[0], self.t_range[1])
         hermite = [torch.ones_like(t), t]
         for k in range(1, len(self.P) - 1):
             hermite.append(t * hermite[k] - k * hermite[k - 1])

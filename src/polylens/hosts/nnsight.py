@@ -98,7 +98,8 @@ class NNsightHost(TorchHost):
         nnsight.register(InlinePolynomial.__module__)
         tensors, degree = polynomial.weights.tensors(), polynomial.degree
         Q = None if polynomial.Q is None else polynomial.Q[degree]
-        return InlinePolynomial(tensors, polynomial.m, polynomial.s, polynomial.P[degree], Q)
+        P, y_range = polynomial.P[degree], polynomial.y_range
+        return InlinePolynomial(tensors, polynomial.m, polynomial.s, P, Q, y_range)
 
 
 class TraceablePoint(PolyPoint):

@@ -1,0 +1,156 @@
+"""Polynomials that are evaluated at no preactivation beyond a range."""
+
+import pytest
+import torch
+
+import polylens
+from polylens import Gaussian, InvalidInputError, Samples, fit
+from polylens.hosts.inline import InlinePolynomial
+from tests.hf_models import build
+from tests.test_hosts_agree import bridge, hooked, nnsight, plain
+from tests.test_polynomial import D_IN, LAYERS, randn
+
+pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
+X = 3 * randn(40, D_IN, seed=5)
+TOKENS = torch.arange(64).reshape(4, 16) * 7 % 50
+
+
+def preactivations(weights, x):
+    """(y, z) of the layer; z of an MLP is None."""
+    if isinstance(weights, polylens.GLUWeights):
+        return x @ weights.W_gate + weights.b_gate, x @ weights.W_in + weights.b_in
+    return x @ weights.W_in + weights.b_in, None
+
+
+@pytest.fixture(params=LAYERS)
+def clipped(request):
+    weights = LAYERS[request.param]()
+    poly = fit(weights, Gaussian.standard(D_IN), 3)
+    y_range = torch.stack([poly.m - poly.s, poly.m + 0.5 * poly.s])
+    return poly, poly.clipped(y_range), y_range
+
+
+def test_a_preactivation_beyond_the_range_is_taken_to_be_at_its_end(clipped):
+    poly, limited, y_range = clipped
+    y, z = preactivations(poly.weights, X)
+    assert ((y < y_range[0]) | (y > y_range[1])).any(1).all()
+    for degree in range(4):
+        inside = poly.truncate(degree).neurons(y.clamp(*y_range), z)
+        expected = inside @ poly.W_out + poly.b_out
+        found = limited.truncate(degree)
+        assert torch.allclose(found(X), expected, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(found.neurons(y, z), inside, rtol=1e-12, atol=1e-12)
+        assert torch.allclose(limited.all_degrees(X)[degree], expected, rtol=1e-12, atol=1e-12)
+    parts = torch.stack([limited.part(k)(X) for k in range(4)]).sum(0)
+    assert torch.allclose(parts, limited(X), rtol=1e-12, atol=1e-12)
+
+
+def test_within_the_range_and_without_one_nothing_changes(clipped):
+    poly, limited, _ = clipped
+    y, _ = preactivations(poly.weights, X)
+    wide = poly.clipped(torch.stack([y.amin(0), y.amax(0)]))
+    assert torch.allclose(wide(X), poly(X), rtol=1e-12, atol=1e-12)
+    assert torch.equal(limited.clipped(None)(X), poly(X))
+    assert torch.equal(limited.linear()[0], poly.linear()[0])
+
+
+def test_inputs_are_left_as_they_were_and_gradients_stop_at_the_ends(clipped):
+    poly, limited, y_range = clipped
+    y, z = preactivations(poly.weights, X)
+    before = y.clone()
+    limited.neurons(y, z)
+    assert torch.equal(y, before)
+    y.requires_grad_()
+    limited.neurons(y, z).sum().backward()
+    outside = (before < y_range[0]) | (before > y_range[1])
+    assert (y.grad[outside] == 0).all()
+    assert (y.grad[~outside] != 0).any()
+
+
+def test_a_range_travels_with_the_polynomial(clipped, tmp_path):
+    poly, limited, _ = clipped
+    limited.save(tmp_path / "layer")
+    loaded = polylens.Polynomial.load(tmp_path / "layer")
+    moved = limited.over(limited.weights)
+    assert torch.equal(loaded(X), limited(X))
+    assert torch.equal(moved(X), limited(X))
+    single = limited.to(torch.float32)
+    assert single.y_range.dtype == torch.float64
+    assert torch.allclose(single(X.float()).double(), poly.clipped(single.y_range).double()(X))
+    Q = None if limited.Q is None else limited.Q[3]
+    limited = limited.double()
+    tensors, P = limited.weights.tensors(), limited.P[3]
+    sent = InlinePolynomial(tensors, limited.m, limited.s, P, Q, limited.y_range)
+    assert torch.allclose(sent(X), limited(X), rtol=1e-10)
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3, 9), torch.ones(2, 9) * float("nan"), "swapped"])
+def test_a_range_that_is_none_is_refused(bad):
+    poly = fit(LAYERS["mlp"](), Gaussian.standard(D_IN), 1)
+    bad = torch.stack([poly.m + 1, poly.m - 1]) if isinstance(bad, str) else bad
+    with pytest.raises(InvalidInputError, match="lowest and highest"):
+        poly.clipped(bad)
+
+
+@pytest.mark.parametrize("make", [plain, bridge, nnsight, hooked])
+def test_every_host_computes_the_clipped_polynomial(make, tmp_path):
+    options = {"clip": True, "inputs": "samples", "exclude_first": False, "progress": False}
+    model, far = make(build("gpt2")), TOKENS.flip(1) % 13
+    with polylens.attach(model, TOKENS[:1, :6], degree=3, **options) as lens:
+        weights = lens.sites[1].weights()
+        seen = []
+        with lens.host.observe({1: lambda x, y: seen.append(x.clone())}), torch.no_grad():
+            lens.host.logits(far)
+        x = seen[0].reshape(-1, weights.d_in)
+        y, _ = preactivations(weights, x)
+        low, high = lens[1].y_range.to(y)
+        assert ((y < low) | (y > high)).any()
+        with lens.replaced(1), torch.no_grad():
+            logits = lens.host.logits(far)
+        free = lens[1].clipped(None)
+        out = free.neurons(y.clamp(low, high)) @ free.W_out + free.b_out
+        with torch.no_grad(), lens.host.substitute({1: lambda x, y: out.view_as(y)}):
+            expected = lens.host.logits(far)
+        assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
+        lens.save(tmp_path / "lens")
+    with polylens.load(tmp_path / "lens", model) as lens, lens.replaced(1), torch.no_grad():
+        assert torch.equal(lens.host.logits(far), logits)
+
+
+def test_an_exported_model_is_clipped_too(tmp_path):
+    model, far = build("llama"), TOKENS.flip(1) % 13
+    options = {"clip": True, "inputs": "samples", "exclude_first": False, "progress": False}
+    with polylens.attach(model, TOKENS[:1, :6], degree=3, **options) as lens:
+        exported = lens.export()
+        with lens.replaced(), torch.no_grad():
+            expected = model(far).logits
+    with torch.no_grad():
+        assert torch.equal(exported(far).logits, expected)
+        exported.save_pretrained(tmp_path)
+        assert torch.equal(polylens.load_exported(tmp_path)(far).logits, expected)
+        for module in exported.modules():
+            if hasattr(module, "clip"):
+                module.clip = None
+        assert not torch.allclose(exported(far).logits, expected)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_joint_polynomial_clips_what_is_not_linear(layer):
+    weights, X = LAYERS[layer](), randn(400, D_IN) ** 3
+    joint = fit(weights, Samples(X), 2, "global")
+    assert float(joint.ridge[2]) < float("inf")
+    y, _ = preactivations(weights, X)
+    expected = joint(X)
+    joint.base = joint.base.clipped(torch.stack([y.amin(0), y.amax(0)]))
+    assert torch.allclose(joint(X), expected, rtol=1e-12, atol=1e-12)
+    beta, alpha = joint.linear()
+    far = joint.truncate(1)(100 * X)
+    assert torch.allclose(far, 100 * X @ beta + alpha, rtol=1e-9)
+    low, high = joint.base.y_range
+    y, z = preactivations(weights, 100 * X)
+    y = y.clamp(low, high)
+    t, zeta = (y - joint.base.m) / joint.base.s, None if z is None else z - joint.z_mean
+    columns = [torch.ones(400, 1), 100 * X - joint.center, t**2 - 1]
+    columns += [] if zeta is None else [zeta * t]
+    expected = torch.cat(columns, 1) @ joint._readout(2)
+    assert torch.allclose(joint(100 * X), expected, rtol=1e-9)
