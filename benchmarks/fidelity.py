@@ -3,12 +3,15 @@
     python benchmarks/fidelity.py MODEL --calibration a.txt b.txt --heldout a.txt c.txt
 
 Calibrates layer by layer on windows of 128 tokens, the same number from each calibration text,
-and prints by how much the cross entropy rises on windows of every held-out text when all MLPs
-are replaced and position 0 stays true. Windows are drawn from all over a text; a text on both
-lists gives different windows to each. `docs/fidelity.md` says what was measured so.
+and prints what changes on windows of every held-out text when all MLPs are replaced and position
+0 stays true: rise of the cross entropy ± its standard error over windows, KL, share of equal
+most likely tokens; then how the true and the replaced model go on from the same prompts. Windows
+are drawn from all over a text; a text on both lists gives different windows to each.
+`docs/fidelity.md` says what was measured so.
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
@@ -16,9 +19,10 @@ import torch
 
 import polylens
 from polylens.loading import load_model
-from polylens.scoring import score
+from polylens.scoring import Cost, score
 
 LENGTH = 128
+PROMPT, CONTINUATION = 24, 24
 
 
 def windows(tokenizer, path):
@@ -29,13 +33,31 @@ def windows(tokenizer, path):
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
 
 
-def loss(model, tokens):
-    total = 0.0
-    with torch.no_grad():
-        for batch in tokens.split(8):
-            logits = model(batch, return_type="logits")
-            total += float(score(logits, None, batch, torch.ones_like(batch, dtype=torch.bool))[0])
-    return total / tokens[:, 1:].numel()
+@torch.no_grad()
+def logits(model, tokens):
+    return torch.cat([model(batch, return_type="logits") for batch in tokens.split(8)])
+
+
+@torch.no_grad()
+def continued(model, tokens):
+    """Greedily, without a cache."""
+    for _ in range(CONTINUATION):
+        tokens = torch.cat([tokens, logits(model, tokens)[:, -1:].argmax(-1)], dim=1)
+    return tokens[:, -CONTINUATION:]
+
+
+def cost(model, truth, tokens):
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    found = Cost()
+    found.update(
+        score(logits(model, tokens), truth, tokens, real), score(truth, None, tokens, real)
+    )
+    counts = torch.full((len(tokens),), LENGTH - 1)
+    positions = tokens.numel()
+    return (
+        f"{found.delta_ce(counts):+.4f} ± {found.delta_ce_se(counts):.4f}, "
+        f"KL {found.kl(positions):.4f}, agree {found.agreement(positions):.3f}"
+    )
 
 
 def main():
@@ -44,30 +66,44 @@ def main():
     parser.add_argument("--calibration", nargs="+", required=True, help="UTF-8 texts")
     parser.add_argument("--heldout", nargs="+", required=True, help="UTF-8 texts")
     parser.add_argument("--degrees", nargs="+", type=int, default=[2, 3])
-    parser.add_argument("--inputs", nargs="+", default=["gaussian", "samples"])
-    parser.add_argument("--windows", type=int, default=252, help="for calibration, in all")
+    parser.add_argument("--inputs", nargs="+", default=["samples"])
+    parser.add_argument("--weighting", nargs="+", default=["output"])
+    parser.add_argument("--clip", nargs="+", type=int, choices=[0, 1], default=[1])
+    parser.add_argument("--windows", nargs="+", type=int, default=[252], help="calibration, in all")
     parser.add_argument("--heldout-windows", type=int, default=10, help="from each text")
     options = parser.parse_args()
     model, tokenizer = load_model(options.model)
-    each = options.windows // len(options.calibration)
-    calibration = torch.cat([windows(tokenizer, path)[:each] for path in options.calibration])
-    held_out = {
-        Path(path).name: windows(tokenizer, path)[-options.heldout_windows :]
-        for path in options.heldout
-    }
-    base = {name: loss(model, tokens) for name, tokens in held_out.items()}
-    print("true", {name: round(value, 3) for name, value in base.items()}, flush=True)
-    for inputs in options.inputs:
-        for degree in options.degrees:
-            start = time.perf_counter()
-            with polylens.attach(
-                model, calibration, degree=degree, inputs=inputs, calibration="sequential"
-            ) as lens:
-                seconds = time.perf_counter() - start
-                with lens.replaced():
-                    rise = {n: loss(model, tokens) - base[n] for n, tokens in held_out.items()}
-            shown = {name: round(value, 4) for name, value in rise.items()}
-            print(f"{inputs}, degree {degree}: {shown}, {seconds:.0f} s", flush=True)
+    texts = {path: windows(tokenizer, path) for path in {*options.calibration, *options.heldout}}
+    held_out = {path: texts[path][-options.heldout_windows :] for path in options.heldout}
+    truth = {path: logits(model, tokens) for path, tokens in held_out.items()}
+    prompts = torch.stack([tokens[0, :PROMPT] for tokens in held_out.values()])
+    print("true model:", [tokenizer.decode(row) for row in continued(model, prompts)], flush=True)
+    grid = itertools.product(
+        options.windows, options.inputs, options.weighting, options.clip, options.degrees
+    )
+    for count, inputs, weighting, clip, degree in grid:
+        each = count // len(options.calibration)
+        seen = [texts[path][: -options.heldout_windows][:each] for path in options.calibration]
+        tokens = torch.cat(seen)
+        start = time.perf_counter()
+        with polylens.attach(
+            model,
+            tokens,
+            degree=degree,
+            inputs=inputs,
+            calibration="sequential",
+            weighting=weighting,
+            clip=bool(clip),
+        ) as lens:
+            print(
+                f"\n{inputs}, degree {degree}, weighting {weighting}, clip {clip}, "
+                f"{tokens.numel()} tokens, {time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+            with lens.replaced():
+                for path, tokens in held_out.items():
+                    print(f"{Path(path).name}: {cost(model, truth[path], tokens)}", flush=True)
+                print([tokenizer.decode(row) for row in continued(model, prompts)], flush=True)
 
 
 if __name__ == "__main__":
