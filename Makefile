@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 TRANSFORMER_LENS ?= 3.9.0
 
+# Logical cores; a worker costs the imports once more, so few of them.
+PARALLEL = -n logical --maxprocesses 4 --dist worksteal
+
 .PHONY: demo test lint types benchmarks clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -17,7 +20,7 @@ demo: $(VENV)/installed
 	$(BIN)/polylens demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q --junitxml=$(VENV)/tests.xml
+	$(BIN)/python -m pytest -q $(PARALLEL) --junitxml=$(VENV)/tests.xml
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

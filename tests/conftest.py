@@ -1,7 +1,11 @@
+import os
+
+# Tiny tensors: a second thread costs more than it brings, here and in what the tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
-# Tiny tensors: a second thread costs more than it brings.
 torch.set_num_threads(1)
 
 

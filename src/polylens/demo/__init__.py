@@ -7,6 +7,7 @@ library docstrings. `training.json` beside the weights holds the figures of the 
 
 import ast
 import json
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,12 +60,14 @@ def training_figures() -> dict[str, Any]:
     return json.loads((files(__name__) / "training.json").read_text())
 
 
+@cache
 def texts() -> tuple[str, str]:
     """(training text, held-out text), from any CPython.
 
     Every tenth topic of the language reference in `pydoc_data.topics`, by sorted name, is held
     out; the other topics and the docstrings of the standard library are for training. Topics
     quote each other, so paragraphs that training has too are dropped from what is held out.
+    The first call reads the sources of the standard library, 2 or 3 seconds.
     """
     from pydoc_data.topics import topics
 
