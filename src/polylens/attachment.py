@@ -12,6 +12,7 @@ from polylens import artifact
 from polylens import calibration as streams
 from polylens.calibration import Calibration
 from polylens.checkpoint import Checkpoint, identity
+from polylens.emitter import Fitted
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.estimators import estimator
 from polylens.fit import fit, require_degree
@@ -21,7 +22,6 @@ from polylens.hosts.passage import require_free
 from polylens.inputs import Gaussian
 from polylens.lens import LENSES, Lens, attached
 from polylens.offload import store_for
-from polylens.polynomial import Polynomial
 from polylens.report import Report
 from polylens.selection import check_layers, labelled
 
@@ -197,6 +197,7 @@ def attach(
         layer_by_layer = ["layer by layer"] * sequential
         summary = ", ".join([kind.name, *data.describe(origin), *layer_by_layer])
     else:
+        assert inputs is not None  # else there is a kind
         models, summary = _given(host, sites, inputs)
         polynomials = _fitted(sites, models, degree, progress)
     sites = {layer: sites[layer] for layer in polynomials}
@@ -291,8 +292,8 @@ def _given(
 
 def _fitted(
     sites: Mapping[Layer, MLPSite], models: Mapping[Layer, Gaussian], degree: int, progress: bool
-) -> dict[Layer, Polynomial]:
-    polynomials = {}
+) -> dict[Layer, Fitted]:
+    polynomials: dict[Layer, Fitted] = {}
     for layer, site in tqdm(sites.items(), "fitting", disable=not progress):
         with streams.naming(layer, site):
             polynomials[layer] = fit(site.weights(), models[layer], degree)

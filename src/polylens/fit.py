@@ -1,6 +1,6 @@
 """`fit`: the least-squares polynomial of a layer, whatever the model of its inputs."""
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -17,6 +17,42 @@ from polylens.neuron_gram import fit_samples
 from polylens.polynomial import Polynomial
 from polylens.samples import Samples
 from polylens.weights import GLUWeights, MLPWeights
+
+
+@overload
+def fit(
+    weights: MLPWeights | GLUWeights,
+    inputs: Gaussian,
+    degree: int,
+    scope: str = "neuron",
+    *,
+    outputs: None = None,
+    tolerance: float = 1e-8,
+) -> Polynomial: ...
+
+
+@overload
+def fit(
+    weights: MLPWeights | GLUWeights,
+    inputs: GaussianMixture | Samples,
+    degree: int,
+    scope: Literal["neuron"] = "neuron",
+    *,
+    outputs: None = None,
+    tolerance: float = 1e-8,
+) -> Polynomial: ...
+
+
+@overload
+def fit(
+    weights: MLPWeights | GLUWeights,
+    inputs: Gaussian | GaussianMixture | Samples,
+    degree: int,
+    scope: str = "neuron",
+    *,
+    outputs: Tensor | None = None,
+    tolerance: float = 1e-8,
+) -> Polynomial | DensePolynomial | JointPolynomial: ...
 
 
 def fit(

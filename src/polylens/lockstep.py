@@ -89,13 +89,20 @@ class _Column:
                 "that run for some inputs only cannot be calibrated one after the other; use "
                 'calibration="true"'
             )
-        layer, *self._held[i] = place
+        layer, x, y = place
+        self._held[i] = x, y
         return layer
 
     def _given(self, i: int) -> tuple:
         """What batch i starts with, or goes on with."""
         held, self._held[i] = self._held[i], None
         return self._steps[i] if held is None else (self.flow(*held),)
+
+    def _arrived(self, i: int) -> tuple[Tensor, Tensor]:
+        """(x, true y) with which batch i waits."""
+        held = self._held[i]
+        assert held is not None
+        return held
 
     def arrivals(self, layer: Layer) -> Arrivals:
         for i in range(len(self._passes)):
@@ -105,7 +112,7 @@ class _Column:
                     f"batch {i} reaches layer {place} when batch 0 reaches layer {layer}: the "
                     'order of the layers depends on the input; use calibration="true"'
                 )
-            yield i, *self._held[i]
+            yield i, *self._arrived(i)
             self._memory.empty(i)
 
     def disband(self) -> None:

@@ -270,7 +270,7 @@ class TorchHost:
         """
         values: dict[tuple[str, Layer], Tensor] = {}
 
-        def keep(key: tuple[str, int], module: nn.Module, args: tuple, out: Tensor) -> None:
+        def keep(key: tuple[str, Layer], module: nn.Module, args: tuple, out: Tensor) -> None:
             values[key] = out
 
         wanted = None if names is None else list(names)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polylens.activations import Activation, activation
 from polylens.errors import PolylensError, UnsupportedModel
-from polylens.hosts.base import TOLERANCE, Emitter, MLPSite, Norm, Weights, relative_error
+from polylens.hosts.base import TOLERANCE, Emitter, Layer, MLPSite, Norm, Weights, relative_error
 from polylens.hosts.junction import Junction, Wiring, interior_of
 from polylens.hosts.norms import Call, matching_norm, norm_read
 from polylens.hosts.passage import (
@@ -39,7 +39,7 @@ class TransformerLensHost:
         self.model = self.module = model
         self.is_bridge = hasattr(model, "_hook_registry")
         self.name = "TransformerBridge" if self.is_bridge else "HookedTransformer"
-        self._wirings: dict[int, Wiring] = {}
+        self._wirings: dict[Layer, Wiring] = {}
 
     @property
     def device(self) -> torch.device:
@@ -86,9 +86,9 @@ class TransformerLensHost:
         drawn = torch.randint(self.model.cfg.d_vocab, (n_seq, 1))
         return (drawn if bos is None else torch.full_like(drawn, bos)).to(self.device)
 
-    def sites(self) -> tuple[list[MLPSite], dict[int, str]]:
+    def sites(self) -> tuple[list[MLPSite], dict[Layer, str]]:
         candidates: dict[int, list[Wiring]] = {}
-        refused: dict[int, str] = {}
+        refused: dict[Layer, str] = {}
         blocks = getattr(self.model, "blocks", None)
         if blocks is None:
             raise UnsupportedModel(f"{self.name} has no single stack of blocks (encoder-decoder?)")
@@ -211,16 +211,16 @@ class TransformerLensHost:
                 return activation(candidate)  # type: ignore[arg-type]
         return activation(str(self.model.cfg.act_fn))
 
-    def observe(self, observers: Mapping[int, Function]) -> AbstractContextManager[None]:
+    def observe(self, observers: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         return observing(self._join, observers)
 
-    def substitute(self, functions: Mapping[int, Function]) -> AbstractContextManager[None]:
+    def substitute(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         return substituting(self._join, functions)
 
-    def _join(self, layer: int, function: Function, first: bool) -> Junction:
+    def _join(self, layer: Layer, function: Function, first: bool) -> Junction:
         return Junction(self._wiring(layer), function, first)
 
-    def _wiring(self, layer: int) -> Wiring:
+    def _wiring(self, layer: Layer) -> Wiring:
         if layer not in self._wirings and layer in (refused := self.sites()[1]):
             raise UnsupportedModel(refused[layer])
         return self._wirings[layer]
