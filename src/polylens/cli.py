@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -162,6 +162,7 @@ def features(
         import polylens
         from polylens.analysis import layer_features, single_token
         from polylens.loading import load_model, token_windows
+        from polylens.tokens import token_names
 
         _quiet_libraries()
         bridge, tokenizer = load_model(model, device, dtype)
@@ -176,7 +177,7 @@ def features(
             sequences = _windows("calibration", calibration_tokens, seq_len)
             tokens = token_windows(tokenizer, content, sequences, 1, seq_len)[0]
         lens = polylens.attach(bridge, tokens, degree=2, layers=layer, progress=sys.stderr.isatty())
-        names = _token_names(tokenizer)
+        names = token_names(tokenizer)
         found = layer_features(lens, layer, token, against=other, k=k, names=names)
         Console().print(found, f"fitted to {lens.inputs_summary}")
         if json_file is not None:
@@ -352,15 +353,10 @@ def _show(result: "Report", json_file: Path | None, plot_file: Path | None) -> N
 def _page(lens: "Lens", result: "Report", tokenizer: Any, path: Path | None) -> None:
     if path is not None:
         from polylens.page import html_page
+        from polylens.tokens import token_names
 
-        html_page(lens, result, path, names=_token_names(tokenizer))
+        html_page(lens, result, path, names=token_names(tokenizer))
         _wrote(path)
-
-
-def _token_names(tokenizer: Any) -> Callable[[int], str]:
-    """Token id -> its text in quotes."""
-    # Bytes that are no text of their own come escaped, and repr would do it again.
-    return lambda token: repr(tokenizer.decode([token])).replace(2 * "\\", "\\")
 
 
 def _wrote(path: Path) -> None:

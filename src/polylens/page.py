@@ -6,7 +6,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -30,6 +30,7 @@ from polylens.hosts.base import Layer
 from polylens.lens import Lens
 from polylens.report import Report
 from polylens.selection import check_layers, label
+from polylens.tokens import token_names
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +109,7 @@ def html_page(
         )
     wanted = reported if layers is None else layers
     chosen = check_layers(wanted, lens.layers, lens.refused, " in this lens")
-    names = names or _names(lens)
+    names = names or token_names(getattr(lens.host.model, "tokenizer", None))
     openings = [_open(lens, layer, k, n_tokens, names) for layer in chosen]
     parts = [
         f"<h1>{html.escape(report.model)}</h1>",
@@ -258,8 +259,3 @@ def _image(figure: "Figure", alt: str) -> str:
         figure.savefig(out, format="svg", metadata={"Date": None})
     data = base64.b64encode(out.getvalue()).decode()
     return f'<p><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}"></p>'
-
-
-def _names(lens: Lens) -> Callable[[int], str]:
-    tokenizer: Any = getattr(lens.host.model, "tokenizer", None)
-    return str if tokenizer is None else lambda token: repr(tokenizer.decode([token]))

@@ -1,6 +1,6 @@
 """Batches of inputs: one check of what users pass in, one rule for which positions count."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -141,6 +141,14 @@ def _validate_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None
     if not bool((mask == 1).any()):
         raise InvalidInputError("attention_mask is 0 everywhere: every position is padding")
     return mask.long()
+
+
+def token_names(tokenizer: Any) -> Callable[[int], str]:
+    """Token id -> its text in quotes; the id itself where there is no tokenizer (None)."""
+    if tokenizer is None:
+        return str
+    # Bytes that are no text of their own come escaped, and repr would do it again.
+    return lambda token: repr(tokenizer.decode([token])).replace(2 * "\\", "\\")
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:
