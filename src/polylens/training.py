@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fit import fit
 from polylens.inputs import Gaussian
+from polylens.scoring import score
 from polylens.trace import Trace as Trace
 from polylens.trace import TraceData as TraceData
 from polylens.trace import TraceRow as TraceRow
@@ -248,9 +249,8 @@ def _language_model_rows(step: int, model: Any, data: TraceData, degree: int) ->
     with torch.no_grad(), attach(model, data.calibration, degree=degree, progress=False) as lens:
         report = lens.report(data.held_out, loss=False, progress=False)
         for tokens in data.held_out.split(8):
-            logits = lens.host.logits(tokens)[:, :-1].flatten(0, 1).double()
-            goal = tokens[:, 1:].flatten().to(logits.device)
-            total += float(nn.functional.cross_entropy(logits, goal, reduction="sum"))
+            real = torch.ones_like(tokens, dtype=torch.bool)
+            total += float(score(lens.host.logits(tokens), None, tokens, real).ce.sum())
     loss = total / data.held_out[:, 1:].numel()
     return [TraceRow(step, row.layer, "gaussian", row.r2, loss=loss) for row in report]
 
