@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polylens import storage
-from polylens.emitter import Fitted, fingerprint, same_weights
+from polylens.emitter import Fingerprint, Fitted, fingerprint, same_weights
 from polylens.errors import ArtifactError
 from polylens.hosts.base import Layer, MLPSite, Weights
 from polylens.joint import JointPolynomial
@@ -21,30 +21,18 @@ KIND = "lens"
 Entry = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-def write(
-    path: str | os.PathLike[str],
-    header: Mapping[str, Any],
-    sites: Mapping[Layer, MLPSite],
-    polynomials: Mapping[Layer, Fitted],
-) -> None:
-    """Write the coefficients of every layer, and what identifies its weights, to one file.
+def entry(site: MLPSite, polynomial: Fitted, sums: Fingerprint | None = None) -> Entry:
+    """What a file keeps of one layer: the coefficients, and what identifies the weights.
 
     Of a polynomial only m, s and the coefficients that are not zero by definition are kept, in
     float64: (degree + 1)(degree + 2) / 2 + degree (degree + 1) / 2 + 2 numbers for a neuron of
     a GLU. Of the weights a SHA-256 of their values and three sums are kept.
 
     Args:
-        header: what else belongs to the lens; anything JSON can hold.
-
-    Raises:
-        ArtifactError, OSError: see `polylens.storage.write`.
+        sums: the fingerprint of the polynomial's weights, where it is known.
     """
-    write_entries(path, header, [entry(sites[layer], polynomials[layer]) for layer in polynomials])
-
-
-def entry(site: MLPSite, polynomial: Fitted) -> Entry:
-    """What `write` keeps of one layer."""
     weights, name = polynomial.weights, label(site.layer)
+    sums = fingerprint(weights) if sums is None else sums
     act, values = activation_record(weights.act)
     record = {
         "layer": name,
@@ -57,17 +45,24 @@ def entry(site: MLPSite, polynomial: Fitted) -> Entry:
         "weights": {
             "dtype": str(weights.dtype),
             "sha256": storage.sha256(weights.tensors().items()),
-            "sums": {role: list(sums) for role, sums in fingerprint(weights).items()},
+            "sums": {role: list(each) for role, each in sums.items()},
         },
     }
     tensors = storage.prefixed(_tables(polynomial), f"{name}:")
     return record, tensors | storage.prefixed(values, f"{name}:activation.")
 
 
-def write_entries(
+def write(
     path: str | os.PathLike[str], header: Mapping[str, Any], entries: Iterable[Entry]
 ) -> None:
-    """`write`, of layers whose entries are made already."""
+    """Write the entries of all layers to one file.
+
+    Args:
+        header: what else belongs to the lens; anything JSON can hold.
+
+    Raises:
+        ArtifactError, OSError: see `polylens.storage.write`.
+    """
     layers, tensors = [], {}
     for record, mine in entries:
         layers.append(record)

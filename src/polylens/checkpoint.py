@@ -72,7 +72,7 @@ class Checkpoint:
             self._write()
 
     def _write(self) -> None:
-        artifact.write_entries(self.path, self._header, self._entries.values())
+        artifact.write(self.path, self._header, self._entries.values())
 
 
 def identity(

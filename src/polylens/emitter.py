@@ -1,5 +1,7 @@
 """What runs at an attached MLP in every forward pass."""
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,8 @@ from polylens.polynomial import Polynomial
 
 # What stands beside an MLP: both are over the weights that the model has.
 Fitted = Polynomial | JointPolynomial
+# By role of the weight; see `fingerprint`.
+Fingerprint = Mapping[str, Sequence[float]]
 
 
 class SiteEmitter:
@@ -86,21 +90,25 @@ class SiteEmitter:
             self._truncated[degree] = self.polynomial.truncate(degree)
         return self._truncated[degree]
 
-    def refresh(self, contents: bool = False) -> None:
+    def refresh(self) -> None:
+        """`verify`, but cheap unless the tensors are other objects or were written to."""
+        if _identity(self.site.tensors()) != self._identity:
+            self.verify()
+
+    def verify(self) -> Fingerprint:
         """Make sure the polynomial belongs to the weights that the host has now.
 
-        Cheap unless the tensors are other objects or were written to (or `contents` asks to
-        look at the values in any case). Weights that only moved to another device or dtype
-        are adopted.
+        Weights that only moved to another device or dtype are adopted.
+
+        Returns:
+            The fingerprint of the weights.
 
         Raises:
             StalePolynomialError: the weights have other values than those fitted.
         """
-        identity = _identity(self.site.tensors())
-        if identity == self._identity and not contents:
-            return
-        weights = self.site.weights()
-        if not same_weights(self._fingerprint, fingerprint(weights), weights):
+        identity, weights = _identity(self.site.tensors()), self.site.weights()
+        now = fingerprint(weights)
+        if not same_weights(self._fingerprint, now, weights):
             raise StalePolynomialError(
                 f"layer {self.site.layer} ({self.site.path}): the weights changed after the "
                 "polynomial was fitted to them (weight processing, training or an edit); detach "
@@ -110,6 +118,7 @@ class SiteEmitter:
             self.polynomial = self.polynomial.over(weights)
             self._truncated = {self.polynomial.degree: self.polynomial}
             self._identity = identity
+        return now
 
     def _sum_of_parts(self, x: Tensor, degree: int, tap: Tap) -> Tensor:
         optima = self.polynomial.all_degrees(x)[: degree + 1]
@@ -130,7 +139,7 @@ def has_first(out: Tensor) -> bool:
     return out.dim() >= 3 and out.shape[-2] > 1
 
 
-def fingerprint(weights: Weights) -> dict[str, tuple[float, float, float]]:
+def fingerprint(weights: Weights) -> Fingerprint:
     """Sum, square sum and a position-dependent sum of each weight, in float64."""
     found = {}
     for name, tensor in weights.tensors().items():
@@ -147,7 +156,9 @@ def fingerprint(weights: Weights) -> dict[str, tuple[float, float, float]]:
     return found
 
 
-def same_weights(fitted: dict, now: dict, weights: Weights, eps: float = 1e-12) -> bool:
+def same_weights(
+    fitted: Fingerprint, now: Fingerprint, weights: Weights, eps: float = 1e-12
+) -> bool:
     """Whether two fingerprints can be those of the same weights.
 
     Args:

@@ -39,7 +39,7 @@ class Lens:
         degree: fitted degree.
         refused: reason for each layer that could not be read.
         inputs_summary: which input model the polynomials were fitted to.
-        saved_report: the report that came with a loaded lens, or None.
+        saved_report: the report that came with a loaded lens; None without one that can be read.
     """
 
     saved_report: Report | None = None
@@ -142,7 +142,7 @@ class Lens:
         chosen = self._chosen(layers)
         degree = self.degree if degree is None else check_degree(degree, self.degree, "attach")
         for layer in chosen:
-            self._emitters[layer].refresh(contents=True)
+            self._emitters[layer].verify()
         return chosen, degree
 
     @contextmanager
@@ -198,7 +198,7 @@ class Lens:
         self._require_attached()
         chosen = self._chosen(layers)
         for layer in chosen:
-            self._emitters[layer].refresh(contents=True)
+            self._emitters[layer].verify()
         with self._flowing(dict.fromkeys(self.layers)):
             return measure(
                 self,
@@ -321,10 +321,9 @@ class Lens:
             StalePolynomialError: weights changed since the fit.
             ArtifactError, OSError: the file cannot be written.
         """
-        for emitter in self._emitters.values():
-            emitter.refresh(contents=True)
-        polynomials = {layer: emitter.polynomial for layer, emitter in self._emitters.items()}
-        artifact.write(path, self.header(report), self.sites, polynomials)
+        checked = [(emitter, emitter.verify()) for emitter in self._emitters.values()]
+        entries = [artifact.entry(each.site, each.polynomial, sums) for each, sums in checked]
+        artifact.write(path, self.header(report), entries)
 
     def header(self, report: Report | None = None) -> dict[str, Any]:
         """What `save` keeps beside the polynomials, as JSON."""
