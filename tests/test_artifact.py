@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import polylens
-from polylens import ArtifactError, InvalidInputError, storage
+from polylens import ArtifactError, InvalidInputError, artifact, emitter, storage
+from polylens.emitter import fingerprint
 from tests.hf_models import ARCHITECTURES, build, from_config
 from tests.host_contract import module_snapshot
 from tests.test_hosts_agree import bridge, nnsight, plain
@@ -148,6 +149,35 @@ def test_damage_is_refused(saved, tmp_path):
         with pytest.raises(ArtifactError):
             polylens.load(damaged, model)
     assert polylens.attached(model) is None
+
+
+def test_a_report_of_a_later_version_does_not_cost_the_polynomials(tmp_path):
+    model = build("llama")
+    with attach(model) as lens:
+        lens.save(tmp_path / "lens", lens.report(TOKENS, loss=False, progress=False))
+        expected = logits(lens)
+    header, tensors = storage.read(tmp_path / "lens", "lens")
+    header["report"]["schema"] = "polylens.report/99"
+    storage.write(tmp_path / "later", "lens", header, tensors)
+    with pytest.warns(UserWarning, match="polylens.report/99") as caught:
+        lens = polylens.load(tmp_path / "later", model)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert lens.saved_report is None
+    assert torch.equal(logits(lens), expected)
+
+
+def test_saving_looks_at_the_weights_once(tmp_path, monkeypatch):
+    seen = []
+
+    def counted(weights):
+        seen.append(weights)
+        return fingerprint(weights)
+
+    with attach(build("llama")) as lens:
+        for module in (artifact, emitter):
+            monkeypatch.setattr(module, "fingerprint", counted)
+        lens.save(tmp_path / "lens")
+    assert len(seen) == len(lens)
 
 
 def test_a_polynomial_is_not_a_lens(tmp_path):

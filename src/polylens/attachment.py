@@ -1,6 +1,7 @@
 """`attach` and `load`: put a polynomial beside every MLP of a model."""
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -216,7 +217,8 @@ def load(path: str | os.PathLike[str], model: Any, example_inputs: Any = None) -
     """Attach the polynomials that `Lens.save` wrote, without fitting them again.
 
     The model may be in another framework than the one it was in when the lens was saved, as
-    long as its layers have the same weights.
+    long as its layers have the same weights. A report in the file that this version cannot read
+    is left out with a UserWarning: `saved_report` is None.
 
     Args:
         path: of the file.
@@ -232,10 +234,25 @@ def load(path: str | os.PathLike[str], model: Any, example_inputs: Any = None) -
     header, polynomials = artifact.read(path, found, refused)
     sites = {site.layer: site for site in found if site.layer in polynomials}
     refused = {**refused, **{labelled(n): why for n, why in header["refused"].items()}}
+    report = _saved_report(path, header["report"])
     lens = Lens(host, sites, polynomials, refused, header["inputs"], header["exclude_first"])
-    if header["report"] is not None:
-        lens.saved_report = Report.from_dict(header["report"])
+    lens.saved_report = report
     return _attached(lens)
+
+
+def _saved_report(path: str | os.PathLike[str], saved: Any) -> Report | None:
+    """The report of a file, None without one; and with a warning for one that cannot be read."""
+    if saved is None:
+        return None
+    try:
+        return Report.from_dict(saved)
+    except InvalidInputError as error:
+        warnings.warn(
+            f"{path}: the polynomials are loaded, the report beside them is not, and "
+            f"lens.saved_report is None: {error}; lens.report(...) measures anew",
+            stacklevel=3,
+        )
+        return None
 
 
 def _attached(lens: Lens) -> Lens:
