@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-TRANSFORMER_LENS ?= 3.9.0
+TRANSFORMER_LENS ?= ==3.9.0
 
 # Logical cores; a worker costs the imports once more, so few of them.
 PARALLEL = -n logical --maxprocesses 4 --dist worksteal
@@ -13,14 +13,14 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]" transformer-lens==$(TRANSFORMER_LENS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]" "transformer-lens$(TRANSFORMER_LENS)"
 	touch $@
 
 demo: $(VENV)/installed
 	$(BIN)/polylens demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q $(PARALLEL) --junitxml=$(VENV)/tests.xml
+	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST) --junitxml=$(VENV)/tests.xml
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
