@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import polylens
+import polylens.analysis
 from polylens import Gaussian, InvalidInputError, Samples, fit
 from polylens.hosts.inline import InlinePolynomial
 from tests.hf_models import build
@@ -141,7 +142,7 @@ def test_a_joint_polynomial_clips_what_is_not_linear(layer):
     assert float(joint.ridge[2]) < float("inf")
     y, _ = preactivations(weights, X)
     expected = joint(X)
-    joint.base = joint.base.clipped(torch.stack([y.amin(0), y.amax(0)]))
+    joint = joint.clipped(torch.stack([y.amin(0), y.amax(0)]))
     assert torch.allclose(joint(X), expected, rtol=1e-12, atol=1e-12)
     beta, alpha = joint.linear()
     far = joint.truncate(1)(100 * X)
@@ -154,3 +155,22 @@ def test_a_joint_polynomial_clips_what_is_not_linear(layer):
     columns += [] if zeta is None else [zeta * t]
     expected = torch.cat(columns, 1) @ joint._readout(2)
     assert torch.allclose(joint(100 * X), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_analyses_are_of_the_polynomial_without_its_range(layer):
+    weights = LAYERS[layer]()
+    per_neuron = fit(weights, Gaussian.standard(D_IN), 2)
+    jointly = fit(weights, Samples(randn(400, D_IN) ** 3), 2, "global")
+    u, writers = randn(weights.d_out, seed=3), randn(4, D_IN, seed=4)
+    for poly in (per_neuron, jointly):
+        far = torch.stack(
+            [torch.full((weights.d_mlp,), end, dtype=torch.float64) for end in (8, 9)]
+        )
+        limited = poly.clipped(far)
+        assert not torch.allclose(limited(writers), poly(writers))
+        assert torch.equal(limited.unclipped()(writers), poly(writers))
+        found = polylens.analysis.interactions(limited, writers, u)
+        total = found.constant + found.linear.sum() + found.pairs.sum()
+        expected = poly(writers.sum(0, keepdim=True))[0] @ u
+        assert torch.allclose(total, expected, rtol=1e-9)

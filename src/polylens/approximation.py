@@ -43,6 +43,10 @@ class Approximation(nn.Module):
             self._r2 = self._measure_r2()
         return self._r2
 
+    def unclipped(self: Self) -> Self:
+        """The polynomial that the coefficients are of, where evaluation clips preactivations."""
+        return self
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file, in the safetensors format, in full precision.
 

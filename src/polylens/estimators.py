@@ -117,12 +117,12 @@ class JointEstimator:
     def polynomial(self) -> JointPolynomial:
         fitted = fit_joint(self.site.weights(), Samples(self._read), self.degree)
         fitted.base.inputs = None  # would keep the inputs of all layers in memory
-        if self._clip:
-            seen = PreactivationRange(self.site.weights())
-            for x in self._batches:
-                seen.update(x)
-            fitted.base = fitted.base.clipped(seen.ends)
-        return fitted
+        if not self._clip:
+            return fitted
+        seen = PreactivationRange(self.site.weights())
+        for x in self._batches:
+            seen.update(x)
+        return fitted.clipped(seen.ends)
 
     def _read(self) -> Iterator[Batch]:
         for x, sample_weights in zip(self._batches, self._sample_weights, strict=True):

@@ -140,6 +140,20 @@ class JointPolynomial(Approximation):
         moved = {name: tensor.to(weights.device) for name, tensor in self.tables().items()}
         return JointPolynomial.on(self.base.over(weights), moved)
 
+    def clipped(self, y_range: Tensor | None) -> "JointPolynomial":
+        """`Polynomial.clipped`, of what is not linear in x."""
+        return self._with(self.base.clipped(y_range))
+
+    def unclipped(self) -> "JointPolynomial":
+        return self._with(self.base.unclipped())
+
+    def _with(self, base: Polynomial) -> "JointPolynomial":
+        like = JointPolynomial(
+            base, self.center, self.z_mean, self.corrections, self.ridge, self.held_out
+        )
+        like._r2 = self._r2
+        return like
+
     def truncate(self, degree: int) -> "JointPolynomial":
         """The fit of a lower degree; the tensors are shared."""
         degree = check_degree(degree, self.degree, "fit")

@@ -149,6 +149,9 @@ class Polynomial(Sized, Approximation):
         poly.ridge = self.ridge
         return poly
 
+    def unclipped(self) -> "Polynomial":
+        return self if self.y_range is None else self.clipped(None)
+
     def clipped(self, y_range: Tensor | None) -> "Polynomial":
         """The same polynomial, evaluated at the end of this range where y is beyond it.
 

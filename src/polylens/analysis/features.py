@@ -260,10 +260,10 @@ def quadratic_energy(form: QuadraticForm, metric: Metric | None = None) -> float
 def second_order(polynomial: Any, u: Tensor) -> tuple[float, Tensor, QuadraticForm]:
     """(a, b [d_in], Gamma_u): along u the degree 2 optimum is a + x . b + x Gamma_u x^T.
 
-    In float64 whatever the dtype of the weights.
+    In float64 whatever the dtype of the weights, and without the clipping of preactivations.
     """
     form = polynomial.quadratic_form(u)
-    exact = polynomial.truncate(2).double()
+    exact = polynomial.truncate(2).unclipped().double()
     with torch.enable_grad():
         origin = u.new_zeros(polynomial.d_in).requires_grad_()
         value = exact(origin[None])[0] @ u

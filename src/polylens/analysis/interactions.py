@@ -66,7 +66,8 @@ def interactions(
     """Split the degree 2 optimum along u over the writers of one input.
 
     With y_a = w_a W: pairs_ab = sum_i p_i (W_out u)_i y_ai y_bi for an MLP, the symmetrised
-    gate-linear products as well for a GLU. Exact: the terms sum to the polynomial's output.
+    gate-linear products as well for a GLU. Exact: the terms sum to the polynomial's output (of
+    a lens that clips preactivations, `polynomial.unclipped()`).
 
     Args:
         polynomial: of degree 2 or more.
