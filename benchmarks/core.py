@@ -5,37 +5,66 @@
     python benchmarks/core.py mixture        global quadratics, d = 784, 10 components, 10 outputs
     python benchmarks/core.py layers         a GLU of d = 4096, h = 11008 at degree 3
 
-Options: `--device cuda`, `--cpu-time` (of all threads, for busy machines), `--out FIGURE`.
-Every case runs in a process of its own; memory is the peak above what was held before, read from
-Linux' /proc.
+Options: `--device cuda`, `--cpu-time` (of all threads, for busy machines), `--out FIGURE`,
+`--rows FILE`. Every case runs in a process of its own; memory is the peak above what was held
+before, read from Linux' /proc. `growth` adds each row to FILE as soon as it is measured and does
+not repeat those that FILE holds for the same versions, threads, device and clock.
 """
 
 import argparse
+import ctypes
 import json
 import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import polylens
 from polylens import Gaussian, GaussianMixture, GLUWeights, MLPWeights, fit
+from polylens.plots import COLOURS, FONT, MARKERS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
+ROWS = Path(__file__).parent / "growth.jsonl"
 FIGURE = Path(__file__).parent.parent / "docs" / "images" / "cost.png"
 SIZES = [16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 # Least squares is given as many samples as make its function differ from the optimum by this
 # share of the layer's variance; the closed form differs by rounding.
 EXCESS = 0.01
 OUTPUTS = 16
+
+
+class Method(NamedTuple):
+    sizes: list[int]
+    colour: str
+    marker: str
+    label: str = ""
+    va: str = "center"  # where the label stands beside the end of the line
+
+
+# The last character of the name is the degree.
 METHODS = {
-    "closed form, degree 1": SIZES,
-    "closed form, degree 3": SIZES,
-    "scikit-learn, degree 1": SIZES[:8],  # 4096 would take 16 GB
-    "scikit-learn, degree 2": [16, 32, 64, 96],
+    "closed form, degree 1": Method(SIZES, COLOURS[0], MARKERS[0]),
+    "closed form, degree 2": Method(SIZES, COLOURS[0], MARKERS[1], "closed form,\ndegrees 1–3"),
+    "closed form, degree 3": Method(SIZES, COLOURS[0], MARKERS[2]),
+    "LinearRegression, degree 1": Method(
+        SIZES, COLOURS[1], MARKERS[3], "LinearRegression,\ndegree 1", "bottom"
+    ),
+    "normal equations, degree 1": Method(
+        SIZES, COLOURS[2], MARKERS[4], "normal equations,\ndegree 1", "top"
+    ),
+    "normal equations, degree 2": Method(
+        [16, 32, 64, 96], COLOURS[3], MARKERS[5], "normal equations,\ndegree 2"
+    ),
 }
 
 
@@ -44,16 +73,21 @@ def main() -> None:
     parser.add_argument("part", choices=["growth", "coefficients", "mixture", "layers"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--cpu-time", action="store_true")
+    parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--out", type=Path, default=FIGURE)
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(PARTS[args.part](args, *args.case)))
         return
-    clock = "CPU seconds of all threads" if args.cpu_time else "wall time"
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, {clock}\n")
+    clock = "CPU seconds of all threads" if args.cpu_time else "seconds of wall time"
+    setting = (
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}, {clock}"
+    )
+    print(f"{setting}\n")
     if args.part == "growth":
-        figure(growth_table(args), args)
+        draw(growth_rows(args, setting), args.out, clock)
+        print(f"\n{args.out}")
         return
     cases = {
         "coefficients": [["silu"], ["gelu"], ["relu"], ["tanh"], ["mish"]],
@@ -62,7 +96,10 @@ def main() -> None:
     }
     for case in cases[args.part]:
         result = run(args, case)
-        print(f"| {result['what']} | {result['seconds']:.3g} s | {result['gigabytes']:.2f} GB |")
+        print(
+            f"| {result['what']} | {result['seconds']:.3g} s | {result['gigabytes']:.2f} GB |",
+            flush=True,
+        )
 
 
 def run(args: argparse.Namespace, case: list[str]) -> dict:
@@ -71,7 +108,7 @@ def run(args: argparse.Namespace, case: list[str]) -> dict:
     command += ["--cpu-time"] * args.cpu_time + ["--case", *case]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        sys.exit(done.stderr[-2000:])
+        sys.exit(f"{' '.join(case)} ended with status {done.returncode}: {done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -86,6 +123,7 @@ class Measured:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         else:
+            ctypes.CDLL(None).malloc_trim(0)  # or what was freed before is used again, unseen
             CLEAR_REFS.write_text("5")  # the peak starts again from what is resident now
         self.before, self.start = self.peak(), self.clock()
         return self
@@ -103,75 +141,125 @@ class Measured:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1e6
 
     def report(self, what: str, **more: object) -> dict:
-        return {"what": what, "seconds": self.seconds, "gigabytes": self.gigabytes, **more}
+        measured = {"seconds": round(self.seconds, 6), "gigabytes": round(self.gigabytes, 6)}
+        return {"what": what, **measured, **more}
 
 
 # ------------------------------------------------------------------ growth
 
 
 def growth(args: argparse.Namespace, method: str, size: str) -> dict:
-    d = int(size)
-    layer, inputs = random_layer("mlp", d, d, OUTPUTS), falling(d)
-    degree = int(method[-1])
+    d, degree = int(size), int(method[-1])
+    layer, inputs = random_layer("mlp", d, d, OUTPUTS, torch.float32), falling(d)
     if method.startswith("closed"):
         fit(random_layer("mlp", 8, 8, 8), falling(8), degree)  # warm
+        layer, inputs = layer.to(args.device), inputs.to(args.device)
         with Measured(args) as measured:
-            fit(layer.to(args.device), inputs.to(args.device), degree)
+            fit(layer, inputs, degree)
         return measured.report(method, d=d)
-    from sklearn.linear_model import LinearRegression
-    from sklearn.preprocessing import PolynomialFeatures
-
     best = fit(layer, inputs, degree)
-    features = math.comb(d + degree, degree)
-    n = math.ceil(max(2.0, float(1 - best.r2[degree]) / EXCESS) * features)
+    # Of n samples with independent noise, p features fit p / (n - p - 1) of its variance too much.
+    noise = float(1 - best.r2[degree])
+    n = math.ceil(math.comb(d + degree, d) * (1 + noise / EXCESS)) + 1
+    least_squares(method, random_layer("mlp", 8, 8, 8, torch.float32), falling(8), 200)  # warm
     with Measured(args) as measured:
-        x = inputs.sample(n, torch.Generator().manual_seed(1))
-        y = layer(x)
-        expand = PolynomialFeatures(degree, include_bias=False)
-        regression = LinearRegression().fit(expand.fit_transform(x.numpy()), y.numpy())
-    fresh = inputs.sample(2000, torch.Generator().manual_seed(2))
-    predicted = torch.as_tensor(regression.predict(expand.transform(fresh.numpy())))
-    true, best = layer(fresh), best(fresh)
-    excess = (predicted - best).square().sum() / (true - true.mean(0)).square().sum()
+        predict = least_squares(method, layer, inputs, n)
+    x = samples(inputs, 2000, seed=2)
+    true = layer(x)
+    excess = (predict(x) - best(x)).square().sum() / (true - true.mean(0)).square().sum()
     return measured.report(method, d=d, samples=n, excess=float(excess))
 
 
-def growth_table(args: argparse.Namespace) -> list[dict]:
+def least_squares(
+    method: str, layer: MLPWeights, inputs: Gaussian, n: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """scikit-learn's fit to n samples of the layer, in float32, which is ample for 1 %."""
+    from sklearn.linear_model import LinearRegression, Ridge
+    from sklearn.preprocessing import PolynomialFeatures
+
+    expand = PolynomialFeatures(int(method[-1]), include_bias=False)
+
+    def features(x: torch.Tensor) -> np.ndarray:
+        return x.numpy() if method[-1] == "1" else expand.fit_transform(x.numpy())
+
+    if method.startswith("normal equations"):
+        regression = Ridge(alpha=0.0, solver="cholesky", copy_X=False)
+    else:
+        regression = LinearRegression(copy_X=False)
+    x = samples(inputs, n, seed=1)
+    y = torch.cat([layer(part) for part in x.split(4096)])
+    regression.fit(features(x), y.numpy())
+    return lambda x: torch.as_tensor(regression.predict(features(x)))
+
+
+def samples(inputs: Gaussian, n: int, seed: int) -> torch.Tensor:
+    """[n, d] draws in float32, a few at a time: the covariance is known to be diagonal."""
+    independent = Gaussian(inputs.mean, inputs.cov.diagonal())
+    g, x = torch.Generator().manual_seed(seed), torch.empty(n, inputs.d_in)
+    for part in x.split(4096):
+        part.copy_(independent.sample(len(part), g))
+    return x
+
+
+def growth_rows(args: argparse.Namespace, setting: str) -> list[dict]:
+    """The rows of every method and size, read where they are, measured and kept where not."""
     print("| method | d | seconds | peak memory | samples | differs from the optimum by |")
     print("| --- | --- | --- | --- | --- | --- |")
-    results = []
-    for method, sizes in METHODS.items():
-        for d in sizes:
-            r = run(args, [method, str(d)])
-            results.append(r)
+    kept = args.rows.read_text().splitlines() if args.rows.exists() else []
+    found = {(r["what"], r["d"]): r for r in map(json.loads, kept) if r["setting"] == setting}
+    for name, method in METHODS.items():
+        for d in method.sizes:
+            if (name, d) not in found:
+                found[name, d] = run(args, [name, str(d)]) | {"setting": setting}
+                with args.rows.open("a") as file:
+                    file.write(json.dumps(found[name, d]) + "\n")
+            r = found[name, d]
             n, excess = r.get("samples"), r.get("excess")
             tail = "| 0 | rounding |" if n is None else f"| {n:,} | {excess:.2%} of the variance |"
-            print(f"| {method} | {d} | {r['seconds']:.3g} | {r['gigabytes'] * 1e3:.1f} MB {tail}")
-    return results
+            memory = f"{r['gigabytes'] * 1e3:.1f} MB"
+            print(f"| {name} | {d} | {r['seconds']:.3g} | {memory} {tail}", flush=True)
+    return list(found.values())
 
 
-def figure(results: list[dict], args: argparse.Namespace) -> None:
+def draw(rows: list[dict], path: Path, clock: str) -> None:
+    """Time and memory against d, a line for each method, named at its end."""
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    with matplotlib.rc_context(FONT):
+        figure = Figure(figsize=(7, 3), dpi=200, layout="constrained")
+        panels = figure.subplots(1, 2)
+        draw_cost(panels[0], rows, "seconds", clock)
+        draw_cost(panels[1], rows, "gigabytes", "peak memory (GB)")
+        figure.suptitle(
+            f"Polynomials of an MLP, d inputs and d neurons: least squares on samples within "
+            f"{EXCESS:.0%}\nof the variance of the optimum, the closed form at the optimum",
+            fontsize=8,
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
 
-    clock = "CPU time (s)" if args.cpu_time else "time (s)"
-    fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    panels = zip(axes, ("seconds", "gigabytes"), (clock, "peak memory (GB)"), strict=True)
-    for axis, key, label in panels:
-        for method in METHODS:
-            rows = [r for r in results if r["what"] == method]
-            style = "o-" if method.startswith("closed") else "s--"
-            values = [max(r[key], 1e-4) for r in rows]
-            axis.loglog([r["d"] for r in rows], values, style, label=method, base=10)
-        axis.set(xlabel="d (inputs and neurons)", ylabel=label)
-        axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
-    fig.suptitle(f"Least squares on samples differs from the optimum by {EXCESS:.0%} of variance")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    fig.savefig(args.out, dpi=120)
-    print(f"\n{args.out}")
+
+def draw_cost(panel: "Axes", rows: list[dict], key: str, label: str) -> None:
+    for name, method in METHODS.items():
+        line = sorted((r["d"], r[key]) for r in rows if r["what"] == name)
+        # The kernel counts memory in pages: below 0.1 MB that is all that is seen.
+        line = [(d, value) for d, value in line if key == "seconds" or value >= 1e-4]
+        panel.loglog(
+            *zip(*line, strict=True),
+            color=method.colour,
+            marker=method.marker,
+            markersize=3,
+            lw=1.2,
+        )
+        place = {"xytext": (5, 0), "textcoords": "offset points", "va": method.va}
+        panel.annotate(method.label, line[-1], color=method.colour, annotation_clip=False, **place)
+    panel.set_xticks(SIZES[::2], SIZES[::2])
+    panel.minorticks_off()
+    panel.set_xlabel("d: inputs, and neurons")
+    panel.set_ylabel(label)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(color="#DDDDDD", linewidth=0.5)
 
 
 # ------------------------------------------------------------------ coefficients, layers
