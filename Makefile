@@ -31,6 +31,7 @@ types: $(VENV)/installed
 
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.accuracy
 	for part in coefficients mixture layers growth; do $(BIN)/python benchmarks/core.py $$part; done
 
 clean:
