@@ -48,7 +48,7 @@ class Method(NamedTuple):
     colour: str
     marker: str
     label: str = ""
-    va: str = "center"  # where the label stands beside the end of the line
+    place: tuple[float, float] = (5, -8)  # of the label, in points from the end of the line
 
 
 # The last character of the name is the degree.
@@ -57,13 +57,13 @@ METHODS = {
     "closed form, degree 2": Method(SIZES, COLOURS[0], MARKERS[1], "closed form,\ndegrees 1–3"),
     "closed form, degree 3": Method(SIZES, COLOURS[0], MARKERS[2]),
     "LinearRegression, degree 1": Method(
-        SIZES, COLOURS[1], MARKERS[3], "LinearRegression,\ndegree 1", "bottom"
+        SIZES, COLOURS[1], MARKERS[3], "LinearRegression,\ndegree 1", (5, 8)
     ),
     "normal equations, degree 1": Method(
-        SIZES, COLOURS[2], MARKERS[4], "normal equations,\ndegree 1", "top"
+        SIZES, COLOURS[2], MARKERS[4], "normal equations,\ndegree 1"
     ),
     "normal equations, degree 2": Method(
-        [16, 32, 64, 96], COLOURS[3], MARKERS[5], "normal equations,\ndegree 2"
+        [16, 32, 64, 96], COLOURS[3], MARKERS[5], "normal equations,\ndegree 2", (-30, 14)
     ),
 }
 
@@ -232,8 +232,9 @@ def draw(rows: list[dict], path: Path, clock: str) -> None:
         draw_cost(panels[0], rows, "seconds", clock)
         draw_cost(panels[1], rows, "gigabytes", "peak memory (GB)")
         figure.suptitle(
-            f"Polynomials of an MLP, d inputs and d neurons: least squares on samples within "
-            f"{EXCESS:.0%}\nof the variance of the optimum, the closed form at the optimum",
+            "Polynomial of an MLP of d inputs and d neurons: in closed form, and by least squares "
+            f"on\nso many samples that it differs from the optimum by about {EXCESS:.0%} "
+            "of the variance",
             fontsize=8,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -252,8 +253,15 @@ def draw_cost(panel: "Axes", rows: list[dict], key: str, label: str) -> None:
             markersize=3,
             lw=1.2,
         )
-        place = {"xytext": (5, 0), "textcoords": "offset points", "va": method.va}
-        panel.annotate(method.label, line[-1], color=method.colour, annotation_clip=False, **place)
+        panel.annotate(
+            method.label,
+            xy=line[-1],
+            xytext=method.place,
+            textcoords="offset points",
+            va="center",
+            color=method.colour,
+            annotation_clip=False,
+        )
     panel.set_xticks(SIZES[::2], SIZES[::2])
     panel.minorticks_off()
     panel.set_xlabel("d: inputs, and neurons")
