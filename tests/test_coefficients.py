@@ -52,6 +52,17 @@ def test_coefficients_equal_oracle(name):
     assert_accurate(act, *rows(name))
 
 
+def test_neurons_far_below_their_kink():
+    # All coefficients are tiny here, and the norm of c hides c_0: 2 int_u^inf (t - u) Q(t) dt.
+    u = torch.tensor([6.0, 8.25, 12.0], dtype=torch.float64)
+    t = u + torch.linspace(0, 6, 600_001, dtype=torch.float64)[:, None]
+    density = torch.exp(-t * t / 2) * 0.3989422804014327
+    expected = [torch.trapezoid((t - u) ** (2 - k) * density, t, dim=0) for k in range(3)]
+    got = activation("relu2").hermite_coefficients(-u, torch.ones(3), 2)
+    factors = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(got, factors * torch.stack(expected), rtol=1e-8, atol=0)
+
+
 def test_oracle_covers_every_builtin():
     assert set(_REGISTRY) <= {row["act"] for row in ORACLE}
 

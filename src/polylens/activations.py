@@ -20,6 +20,7 @@ from torch import Tensor
 
 from polylens.errors import InvalidInputError, UnsupportedActivation
 from polylens.hermite import (
+    cdf,
     evaluate_powers,
     hermite_polynomials,
     monomial_coefficients,
@@ -146,12 +147,12 @@ def _gelu_coefficients(m: Tensor, s: Tensor, degree: int) -> Tensor:
     tau = torch.sqrt(1 + s * s)
     u = m / tau
     ratio, density = s / tau, phi(u)
-    cdf = [torch.special.ndtr(u)]
+    parts = [cdf(u)]
     for k, he in enumerate(hermite_polynomials(u, degree)):
-        cdf.append((-1) ** k * ratio ** (k + 1) * he * density)
-    out = [m * cdf[0] + s * cdf[1]]
+        parts.append((-1) ** k * ratio ** (k + 1) * he * density)
+    out = [m * parts[0] + s * parts[1]]
     for k in range(1, degree + 1):
-        out.append(m * cdf[k] + s * (cdf[k + 1] + k * cdf[k - 1]))
+        out.append(m * parts[k] + s * (parts[k + 1] + k * parts[k - 1]))
     return torch.stack(out)
 
 
