@@ -54,7 +54,9 @@ class Method(NamedTuple):
 # The last character of the name is the degree.
 METHODS = {
     "closed form, degree 1": Method(SIZES, COLOURS[0], MARKERS[0]),
-    "closed form, degree 2": Method(SIZES, COLOURS[0], MARKERS[1], "closed form,\ndegrees 1–3"),
+    "closed form, degree 2": Method(
+        sorted([*SIZES, 96]), COLOURS[0], MARKERS[1], "closed form,\ndegrees 1–3"
+    ),
     "closed form, degree 3": Method(SIZES, COLOURS[0], MARKERS[2]),
     "LinearRegression, degree 1": Method(
         SIZES, COLOURS[1], MARKERS[3], "LinearRegression,\ndegree 1", (5, 8)
