@@ -33,6 +33,19 @@ def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
         return host_for(model).logits(tokens)
 
 
+def tables(lens) -> dict:
+    """Copies of all that the polynomials of a lens consist of."""
+    return {n: {k: t.clone() for k, t in lens[n].state_dict().items()} for n in lens}
+
+
+def assert_same_bits(mine: dict, theirs: dict) -> None:
+    """Of two `tables`."""
+    assert mine.keys() == theirs.keys()
+    for layer, state in mine.items():
+        assert state.keys() == theirs[layer].keys()
+        assert all(torch.equal(t, theirs[layer][name]) for name, t in state.items()), layer
+
+
 def module_snapshot(module: nn.Module) -> tuple:
     """Modules, hooks, training flags, state and parameters: all that must come back."""
     return (

@@ -11,7 +11,7 @@ from polylens import ArtifactError, InvalidInputError, UnsupportedModel, storage
 from polylens.checkpoint import Checkpoint
 from polylens.neuron_gram import NeuronGram
 from tests.hf_models import ARCHITECTURES, from_config
-from tests.host_contract import module_snapshot
+from tests.host_contract import assert_same_bits, module_snapshot, tables
 from tests.test_hosts_agree import bridge, nnsight, plain
 from tests.test_moe import MODELS
 
@@ -30,17 +30,6 @@ def small(layers=LAYERS):
 def attach(model, path, **options):
     options = {"tokens": TOKENS, "calibration": "sequential", "batch_size": 2, **options}
     return polylens.attach(model, checkpoint=path, progress=False, **options)
-
-
-def tables(lens):
-    return {n: {k: t.clone() for k, t in lens[n].state_dict().items()} for n in lens}
-
-
-def assert_same_bits(mine, theirs):
-    assert mine.keys() == theirs.keys()
-    for layer, state in mine.items():
-        assert state.keys() == theirs[layer].keys()
-        assert all(torch.equal(t, theirs[layer][name]) for name, t in state.items()), layer
 
 
 def interrupted(monkeypatch, model, path, after, **options):

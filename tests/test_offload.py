@@ -17,7 +17,7 @@ from polylens.hosts import host_for
 from polylens.lockstep import in_step
 from polylens.offload import Files, Memory, Offloaded, store_for
 from tests.hf_models import build
-from tests.host_contract import logits, module_snapshot
+from tests.host_contract import assert_same_bits, logits, module_snapshot, tables
 from tests.test_hosts_agree import bridge, hooked, nnsight, plain
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
@@ -32,16 +32,9 @@ def attach(model, tokens=TOKENS, **options):
     return polylens.attach(model, tokens, **options)
 
 
-def tables(model, **options):
+def fitted(model, **options):
     with attach(model, **options) as lens:
-        return {n: {k: t.clone() for k, t in lens[n].state_dict().items()} for n in lens}
-
-
-def assert_same_bits(mine, theirs):
-    assert mine.keys() == theirs.keys()
-    for layer, state in mine.items():
-        assert state.keys() == theirs[layer].keys()
-        assert all(torch.equal(t, theirs[layer][name]) for name, t in state.items()), layer
+        return tables(lens)
 
 
 @pytest.fixture
@@ -55,9 +48,9 @@ def test_the_same_polynomials_bit_for_bit(name, make, tmp_path, everywhere):
     model = make(build(name))
     before, snapshot = logits(model), module_snapshot(host_for(model).module)
     for options in ({}, {"attention_mask": MASK, "exclude_first": False}):
-        expected = tables(model, **options)
-        assert_same_bits(tables(model, offload=tmp_path, **options), expected)
-        assert_same_bits(tables(model, offload="cpu", **options), expected)
+        expected = fitted(model, **options)
+        assert_same_bits(fitted(model, offload=tmp_path, **options), expected)
+        assert_same_bits(fitted(model, offload="cpu", **options), expected)
     assert list(tmp_path.iterdir()) == []
     assert module_snapshot(host_for(model).module) == snapshot
     assert torch.equal(logits(model), before)
@@ -66,9 +59,9 @@ def test_the_same_polynomials_bit_for_bit(name, make, tmp_path, everywhere):
 @pytest.mark.parametrize("inputs", ["gaussian", "joint"])
 def test_every_estimator(inputs, tmp_path, everywhere):
     model = build("llama")
-    expected = tables(model, inputs=inputs)
+    expected = fitted(model, inputs=inputs)
     for place in (tmp_path, "cpu"):
-        assert_same_bits(tables(model, inputs=inputs, offload=place), expected)
+        assert_same_bits(fitted(model, inputs=inputs, offload=place), expected)
 
 
 class Meter(TorchDispatchMode):
@@ -157,12 +150,12 @@ def test_what_outlives_a_pass_is_left_alone_or_comes_back(tmp_path, everywhere):
     torch.manual_seed(0)
     model = Sharing(seen := [])
     options = {"example_inputs": TOKENS[:1, :5], "tokens": TOKENS}
-    expected, views = tables(model, **options), list(seen)
+    expected, views = fitted(model, **options), list(seen)
     for place in (tmp_path, "cpu"):
         model.positions, model.scales = torch.zeros(0), {}
         table.cache_clear()
         seen.clear()
-        assert_same_bits(tables(model, offload=place, **options), expected)
+        assert_same_bits(fitted(model, offload=place, **options), expected)
         assert all(view.untyped_storage().nbytes() for view in (*seen, table(24)))
         assert all(map(torch.equal, seen, views))
         kept = table(24)

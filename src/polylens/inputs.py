@@ -162,12 +162,15 @@ class Moments:
                 f"samples have {x.shape[-1]} features, earlier ones had {self._shift.shape[0]}"
             )
         x = x - self._shift
-        w = x.new_ones(len(x)) if sample_weights is None else sample_weights.reshape(-1).to(x)
-        weighted = x if sample_weights is None else x * w[:, None]
+        if sample_weights is None:
+            weighted, weight = x, float(len(x))
+        else:
+            w = sample_weights.reshape(-1).to(x)
+            weighted, weight = x * w[:, None], float(w.sum())
         self._sum += weighted.sum(0)
         self._outer.addmm_(weighted.T, x)
         self.count += len(x)
-        self._weight += float(w.sum())
+        self._weight += weight
 
     def gaussian(self, name: str = "the samples") -> Gaussian:
         """The Gaussian with these moments.

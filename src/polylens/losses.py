@@ -60,6 +60,16 @@ def prefixes_of(layers: Sequence[Layer]) -> dict[Layer, Group]:
     return {layers[i]: tuple(layers[: i + 1]) for i in ends}
 
 
+def passes_per_batch(layers: Sequence[Layer], prefixes: bool) -> int:
+    """Forward passes of `measure_losses`: the true model, those replaced, those ablated."""
+    return 1 + len(_replaced_groups(layers, prefixes)) + len(alone_and_all(layers))
+
+
+def _replaced_groups(layers: Sequence[Layer], prefixes: bool) -> list[Group]:
+    further = prefixes_of(layers).values() if prefixes else ()
+    return list(dict.fromkeys([*alone_and_all(layers), *further]))
+
+
 def measure_losses(
     lens: "Lens",
     degree: int,
@@ -84,8 +94,7 @@ def measure_losses(
         InvalidInputError: logits that are not [batch, pos, d_vocab], or nothing to predict.
     """
     everything, ablated = tuple(layers), {group: Cost() for group in alone_and_all(layers)}
-    further = prefixes_of(layers).values() if prefixes else ()
-    replaced = {group: Cost() for group in dict.fromkeys([*ablated, *further])}
+    replaced = {group: Cost() for group in _replaced_groups(layers, prefixes)}
     stream, rises = _ReplacedStream(lens, degree, layers), WorstRises(worst)
     base, n_positions, n_targets = 0.0, 0, []
     for batch, mask in steps:

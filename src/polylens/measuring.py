@@ -12,7 +12,7 @@ from polylens.calibration import require_deterministic, watch
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
 from polylens.lockstep import Step
-from polylens.losses import Losses, alone_and_all, measure_losses, prefixes_of
+from polylens.losses import Losses, measure_losses, passes_per_batch, prefixes_of
 from polylens.report import LayerRow, Report
 from polylens.scoring import ResidualSums
 from polylens.selection import check_degree, check_layers, label
@@ -79,7 +79,7 @@ def measure(
     device = lens.host.device
     tokens, mask = tokens.to(device), None if mask is None else mask.to(device)
     steps = list(batches(tokens, mask, batch_size))
-    per_batch = 1 + (loss and _loss_passes(chosen, prefixes))
+    per_batch = 1 + (loss and passes_per_batch(chosen, prefixes))
     losses, all_row, found = None, None, ()
     with (
         torch.no_grad(),
@@ -120,13 +120,6 @@ def _check_options(loss: bool, prefixes: bool, worst: int) -> None:
         )
     if isinstance(worst, bool) or not isinstance(worst, int) or worst < 0:
         raise InvalidInputError(f"worst must be a number of tokens, 0 for none, got {worst!r}")
-
-
-def _loss_passes(layers: Sequence[Layer], prefixes: bool) -> int:
-    """Forward passes per batch: the true model, those replaced, those ablated."""
-    groups = alone_and_all(layers)
-    further = prefixes_of(layers).values() if prefixes else ()
-    return 1 + len({*groups, *further}) + len(groups)
 
 
 def _with_losses(
