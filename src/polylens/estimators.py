@@ -80,8 +80,9 @@ class SamplesEstimator:
     def __init__(
         self, site: MLPSite, degree: int, clip: bool = False, store: Store | None = None
     ) -> None:
-        self._gram = NeuronGram(site.weights(), degree)
-        self._clip = clip
+        weights = site.weights()
+        self._range = PreactivationRange(weights) if clip else None
+        self._gram = NeuronGram(weights, degree, seen=self._range)
         self.count = 0
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
@@ -90,7 +91,7 @@ class SamplesEstimator:
 
     def polynomial(self) -> Polynomial:
         fitted = self._gram.solve()
-        return fitted.clipped(self._gram.y_range) if self._clip else fitted
+        return fitted if self._range is None else fitted.clipped(self._range.ends)
 
 
 class JointEstimator:

@@ -36,6 +36,7 @@ class NeuronGram:
         standardise: (m, s, z mean, z deviation), each [d_mlp]; None takes those of the first
             batch. They only affect conditioning, so a first batch of a few hundred samples is
             enough.
+        seen: gets the range of the preactivations, of samples with a positive weight.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class NeuronGram:
         weights: MLPWeights | GLUWeights,
         degree: int,
         standardise: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+        seen: "PreactivationRange | None" = None,
     ) -> None:
         self.weights, self.degree = weights, degree
         self._standardise = standardise
         self._rows = 0
-        self._seen = PreactivationRange(weights)
+        self._seen = seen
         self._glu = isinstance(weights, GLUWeights)
         size = (2 * degree if self._glu else degree) + 2
         self._gram = torch.zeros(
@@ -78,7 +80,8 @@ class NeuronGram:
             moments = NeuronMoments(self.weights)
             moments.add(y, z, None)
             self._standardise = moments.standardise(fallback=1.0)
-        self._seen.add(y if w is None else y[:, w > 0])
+        if self._seen is not None:
+            self._seen.add(y if w is None else y[:, w > 0])
         target = self.weights.act(y)
         step = BLOCK["cpu" if y.device.type == "cpu" else "other"]
         step = max(1, step // (self._gram.shape[1] * y.shape[1]))
@@ -111,11 +114,6 @@ class NeuronGram:
             for k in range(1, self.degree):
                 torch.mul(zeta, he[k], out=out[:, 2 * k + 2])
         return out
-
-    @property
-    def y_range(self) -> Tensor | None:
-        """[2, d_mlp] lowest and highest y of the samples so far (of positive weight), float64."""
-        return self._seen.ends
 
     @torch.no_grad()
     def solve(self, degree: int | None = None, inputs: Any = None) -> Polynomial:
