@@ -190,7 +190,7 @@ def test_views_of_what_was_emptied_are_as_before(tmp_path):
         assert len(empty) == 0
 
 
-@pytest.mark.parametrize("when", [1, 4, 8])
+@pytest.mark.parametrize("when", [1, 3, 5])
 def test_a_full_disk_is_said_and_leaves_nothing(when, tmp_path, monkeypatch):
     model, left = build("llama"), when
     before, snapshot = logits(model), module_snapshot(model)
@@ -198,7 +198,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(when, tmp_path, monkeypatch):
     def full(path, mode):
         nonlocal left
         left -= mode == "wb"
-        if not left:
+        if mode == "wb" and not left:
             raise OSError(errno.ENOSPC, "No space left on device")
         return open(path, mode)
 

@@ -109,6 +109,25 @@ def test_joint_fit_is_at_least_as_good(kind):
 
 
 @both
+def test_the_joint_fit_solves_its_ridge_regression(kind):
+    layer, x = random_layer(2, kind, "silu", d_mlp=6), heavy(n=5000)
+    w = torch.rand(len(x), generator=torch.Generator().manual_seed(0)).double()
+    batches = [(x[:700], w[:700]), (x[700:701], w[700:701]), (x[701:], w[701:])]
+    joint = fit(layer, Samples(iter(batches)), 3, "global")
+    for n in range(4):
+        phi = features(joint.base, joint.center, joint.z_mean, x, n)
+        left = layer(x) - joint.base.truncate(n)(x)
+        gram, right = (phi.T @ (a * w[:, None]) / w.sum() for a in (phi, left))
+        if joint.ridge[n] == float("inf"):
+            assert not joint.corrections[n].any()
+            continue
+        gram += joint.ridge[n] * torch.diag(gram.diagonal())
+        expected = torch.linalg.solve(gram, right)
+        torch.testing.assert_close(phi @ joint.corrections[n], phi @ expected)
+    assert min(joint.ridge[2:]) < float("inf")
+
+
+@both
 def test_one_sample_and_collinear_samples(kind):
     layer = random_layer(0, kind)
     x = heavy(n=1)
@@ -179,8 +198,8 @@ def test_bad_samples(samples, message):
 
 def test_iterators_are_used_once():
     layer = random_layer(0)
-    with pytest.raises(InvalidInputError, match="three times"):
-        fit(layer, Samples(iter([heavy()])), 2, "global")
+    jointly = (fit(layer, Samples(x), 2, "global") for x in (iter([heavy()]), [heavy()]))
+    assert torch.equal(*(poly(heavy()) for poly in jointly))
     poly = fit(layer, Samples(iter([heavy()])), 2)
     with pytest.raises(InvalidInputError, match="used up"):
         _ = poly.r2

@@ -129,7 +129,8 @@ def attach(
     Cost: one forward pass over the tokens, and for each layer
     - "gaussian": d_in^2 float64 of memory and one product cov @ W;
     - "samples": (2 degree + 2)^2 float64 per neuron and about the layer's own products;
-    - "joint": see `polylens.fit` with scope="global"; keeps the inputs of the layers;
+    - "joint": two Gram matrices of 1 + d_in + 2 (degree - 1) d_mlp features in float64 (half of
+      the d_mlp without a gate), and as many multiplications for each token as one has entries;
     - "sequential": the polynomial's output, too; all batches are in memory at once, with
       about four activations of d_model for every token. With offload one batch is, and they
       are written and read once for each layer. A checkpoint is written anew for each layer,

@@ -162,7 +162,7 @@ def on_replaced_stream(
     true layer on what arrives there, and its output flows on. See `in_step` for the memory.
 
     Args:
-        store: of what waiting passes hold, and a joint fit's inputs; None leaves them in memory.
+        store: of what waiting passes hold; None leaves it in memory.
         saved: has the layers that were fitted before, where no batch waits for the others, and
             gets each further one.
 
@@ -181,7 +181,7 @@ def on_replaced_stream(
 
         def visit(layer: Layer, arrivals: Arrivals) -> Flow:
             with naming(layer, sites[layer]):
-                seen = kind(sites[layer], degree, calibration.clip, store)
+                seen = kind(sites[layer], degree, calibration.clip)
                 for i, x, y in arrivals:
                     kept = calibration.kept(i)
                     seen.update(rows(x, kept), calibration.sample_weights(rows(y, kept)))

@@ -1,6 +1,5 @@
 """From the inputs that a layer is seen to read to its polynomial, batch by batch."""
 
-from collections.abc import Iterator
 from typing import Protocol
 
 from torch import Tensor
@@ -9,11 +8,10 @@ from polylens.errors import InvalidInputError
 from polylens.fit import fit
 from polylens.hosts.base import MLPSite
 from polylens.inputs import Moments
-from polylens.joint import JointPolynomial, fit_joint
+from polylens.joint import JointPolynomial
+from polylens.joint_gram import JointGram
 from polylens.neuron_gram import NeuronGram, PreactivationRange
-from polylens.offload import Kept, Store
 from polylens.polynomial import Polynomial
-from polylens.samples import Batch, Samples
 from polylens.selection import label
 
 
@@ -22,14 +20,11 @@ class Estimator(Protocol):
 
     Args:
         clip: evaluate the polynomial at no y beyond those seen.
-        store: where an estimator that must keep the inputs puts them; None is memory.
     """
 
     name: str
 
-    def __init__(
-        self, site: MLPSite, degree: int, clip: bool = False, store: Store | None = None
-    ) -> None: ...
+    def __init__(self, site: MLPSite, degree: int, clip: bool = False) -> None: ...
 
     @property
     def count(self) -> int:
@@ -50,9 +45,7 @@ class GaussianEstimator:
 
     name = "Gaussian"
 
-    def __init__(
-        self, site: MLPSite, degree: int, clip: bool = False, store: Store | None = None
-    ) -> None:
+    def __init__(self, site: MLPSite, degree: int, clip: bool = False) -> None:
         self.site, self.degree = site, degree
         self._moments = Moments()
         self._range = PreactivationRange(site.weights()) if clip else None
@@ -77,9 +70,7 @@ class SamplesEstimator:
 
     name = "samples per neuron"
 
-    def __init__(
-        self, site: MLPSite, degree: int, clip: bool = False, store: Store | None = None
-    ) -> None:
+    def __init__(self, site: MLPSite, degree: int, clip: bool = False) -> None:
         weights = site.weights()
         self._range = PreactivationRange(weights) if clip else None
         self._gram = NeuronGram(weights, degree, seen=self._range)
@@ -95,39 +86,23 @@ class SamplesEstimator:
 
 
 class JointEstimator:
-    """Least squares over the inputs, with the features of all neurons for every output.
-
-    Keeps the inputs: d_in numbers for each, in memory or in the store.
-    """
+    """Least squares over the inputs, with the features of all neurons for every output."""
 
     name = "samples, jointly"
 
-    def __init__(
-        self, site: MLPSite, degree: int, clip: bool = False, store: Store | None = None
-    ) -> None:
-        self.site, self.degree, self.count = site, degree, 0
-        self._clip = clip
-        self._batches: list[Tensor] | Kept = [] if store is None else Kept(store, "inputs")
-        self._sample_weights: list[Tensor | None] = []
+    def __init__(self, site: MLPSite, degree: int, clip: bool = False) -> None:
+        weights = site.weights()
+        self._range = PreactivationRange(weights) if clip else None
+        self._gram = JointGram(weights, degree, seen=self._range)
+        self.count = 0
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        self._batches.append(x)
-        self._sample_weights.append(sample_weights)
+        self._gram.update(x, sample_weights)
         self.count += len(x)
 
     def polynomial(self) -> JointPolynomial:
-        fitted = fit_joint(self.site.weights(), Samples(self._read), self.degree)
-        fitted.base.inputs = None  # would keep the inputs of all layers in memory
-        if not self._clip:
-            return fitted
-        seen = PreactivationRange(self.site.weights())
-        for x in self._batches:
-            seen.update(x)
-        return fitted.clipped(seen.ends)
-
-    def _read(self) -> Iterator[Batch]:
-        for x, sample_weights in zip(self._batches, self._sample_weights, strict=True):
-            yield x if sample_weights is None else (x, sample_weights)
+        fitted = self._gram.solve()
+        return fitted if self._range is None else fitted.clipped(self._range.ends)
 
 
 ESTIMATORS: dict[str, type[Estimator]] = {

@@ -10,7 +10,8 @@ from polylens.dense import DensePolynomial
 from polylens.errors import InvalidInputError
 from polylens.global_fit import fit_global
 from polylens.inputs import Gaussian
-from polylens.joint import JointPolynomial, fit_joint
+from polylens.joint import JointPolynomial
+from polylens.joint_gram import fit_joint
 from polylens.mixture import GaussianMixture
 from polylens.mixture_fit import fit_mixture
 from polylens.neuron_gram import fit_samples

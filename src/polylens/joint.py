@@ -1,4 +1,4 @@
-"""One least-squares problem per layer, over the span of all neurons' features."""
+"""A polynomial per neuron, corrected by the features of all neurons."""
 
 from typing import Any
 
@@ -7,24 +7,13 @@ from torch import Tensor
 
 from polylens import storage
 from polylens.approximation import Approximation
-from polylens.errors import InvalidInputError
 from polylens.hermite import hermite_polynomials
-from polylens.neuron_gram import fit_samples
 from polylens.polynomial import Polynomial
 from polylens.quadratic import QuadraticForm
 from polylens.quality import r2
 from polylens.records import Record
-from polylens.samples import Samples
 from polylens.selection import check_degree
 from polylens.weights import GLUWeights, MLPWeights
-
-# Ridge strengths tried, in units of a feature's mean square; infinity keeps the per-neuron fit.
-STRENGTHS = (float("inf"), 10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
-# Of every batch, the last fifth of the rows is held out to choose the strength.
-HELD_OUT = 0.2
-MAX_GRAM_BYTES = 1 << 33
-# Rows and columns of one block of a Gram matrix.
-ROWS, COLUMNS = 2048, 1024
 
 
 class JointPolynomial(Approximation):
@@ -107,25 +96,7 @@ class JointPolynomial(Approximation):
 
     def _readout(self, n: int) -> Tensor:
         """[features, d_out] float64: the base in the same features, plus D_n."""
-        base, E = self.base, getattr(self, f"D{n}").double().clone()
-        W, b, V, _ = base._activated_first()
-        W_out, P = base.W_out.double(), base.P[n, : n + 1].clone()
-        if V is not None and base.Q is not None:
-            P[:n] += self.z_mean * base.Q[n, :n]
-        E[0] += P[0] @ W_out + (0 if base.b_out is None else base.b_out.double())
-        if n:
-            slope = P[1] * torch.where(base.s > 0, 1 / base.s, 0.0)
-            beta = (W.double() * slope) @ W_out
-            E[0] += (b - base.m) * slope @ W_out + self.center @ beta
-            E[1 : 1 + self.d_in] += beta
-        if n and V is not None and base.Q is not None:
-            E[1 : 1 + self.d_in] += (V.double() * base.Q[n, 0]) @ W_out
-        gates = [(P[k], None if base.Q is None else base.Q[n, k - 1]) for k in range(2, n + 1)]
-        start = 1 + self.d_in
-        for factor in (f for pair in gates for f in pair if f is not None):
-            E[start : start + base.d_mlp] += factor[:, None] * W_out
-            start += base.d_mlp
-        return E
+        return readout(self.base, self.center, self.z_mean, n) + getattr(self, f"D{n}").double()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "JointPolynomial":
         kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
@@ -229,136 +200,33 @@ def features(base: Polynomial, center: Tensor, z_mean: Tensor, x: Tensor, n: int
     return torch.cat(columns, dim=-1)
 
 
-@torch.no_grad()
-def fit_joint(weights: MLPWeights | GLUWeights, samples: Samples, degree: int) -> JointPolynomial:
-    """Joint least squares over all neurons' features, with a ridge towards the per-neuron fit.
-
-    For every degree minimises the mean of |f - base_n - Phi_n D|^2 + strength |D|^2 (features at
-    unit mean square); the strength is the one of least error on the last fifth of each batch,
-    and D is then solved from all samples. Streamed: memory is features^2 float64, with
-    features = 1 + d_in + (degree - 1) d_mlp (2 d_mlp for a GLU), whatever the number of samples.
-    Measured on a SwiGLU of d_in = 576, d_mlp = 1536 with 20,000 samples on two cores: 15 s and
-    0.5 GB at degree 2, 40 s and 2 GB at degree 3.
-
-    Raises:
-        InvalidInputError: samples that can be read only once, or too many features (the size).
-    """
-    if not samples.reiterable:
-        raise InvalidInputError(
-            "a joint fit reads the samples three times; pass a tensor, a list of batches or a "
-            "callable that returns a fresh iterator"
-        )
-    size = _size(weights, degree)
-    if 16 * size * size > MAX_GRAM_BYTES:
-        raise InvalidInputError(
-            f"{size:,} features need Gram matrices of {16 * size * size:,} bytes; use "
-            "scope='neuron' or a lower degree"
-        )
-    base = fit_samples(weights, samples, degree)
-    # sums are in float64; what goes into them in the layer's dtype, half precision excepted
-    dtype = torch.promote_types(weights.dtype, torch.float32)
-    wide = Polynomial(weights.to(dtype), base.m, base.s, base.P, base.Q)
-    center, z_mean = _centers(wide, samples)
-    sizes = [_size(weights, n) for n in range(degree + 1)]
-    train, test = (_Sums(sizes, weights.d_out, center.device) for _ in range(2))
-    for x, w in samples.batches(dtype, center.device, weights.d_in):
-        cut = len(x) - int(HELD_OUT * len(x))
-        for part, rows in ((train, slice(0, cut)), (test, slice(cut, None))):
-            for i in range(0, len(x[rows]), ROWS):
-                block = x[rows][i : i + ROWS]
-                phi = features(wide, center, z_mean, block, degree)
-                error = wide.weights(block) - wide.all_degrees(block)
-                part.add(phi, error, None if w is None else w[rows][i : i + ROWS])
-    corrections, ridge, held_out = [], [], []
-    for n in range(degree + 1):
-        correction, strength, mse = _choose(train, test, n, sizes[n])
-        corrections.append(correction)
-        ridge.append(strength)
-        held_out.append(mse)
-    return JointPolynomial(base, center, z_mean, corrections, tuple(ridge), tuple(held_out))
-
-
-def _size(weights: MLPWeights | GLUWeights, n: int) -> int:
+def feature_count(weights: MLPWeights | GLUWeights, n: int) -> int:
+    """How many features the fit of degree n has."""
     branches = 2 if isinstance(weights, GLUWeights) else 1
     return 1 + (weights.d_in if n else 0) + max(n - 1, 0) * branches * weights.d_mlp
 
 
-def _centers(base: Polynomial, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Means of x and of the linear branch, in float64."""
-    total = base.m.new_zeros(base.d_in)
-    count = 0.0
-    for x, w in samples.batches(torch.float64, total.device, base.d_in):
-        total += x.sum(0) if w is None else w @ x
-        count += len(x) if w is None else float(w.sum())
-    center = total / count
-    z_mean = center @ base.W_in.double()
-    return center, z_mean if base.b_in is None else z_mean + base.b_in.double()
+def readout(base: Polynomial, center: Tensor, z_mean: Tensor, n: int) -> Tensor:
+    """[features, d_out] float64: features(base, center, z_mean, x, n) @ it is base_n(x).
 
-
-class _Sums:
-    """Phi^T Phi, Phi^T error of every degree, and the errors' squares, in float64."""
-
-    def __init__(self, sizes: list[int], d_out: int, device: torch.device) -> None:
-        zeros: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        self._gram = torch.zeros(sizes[-1], sizes[-1], **zeros)  # right of the diagonal blocks only
-        self.cross = [torch.zeros(size, d_out, **zeros) for size in sizes]
-        self.square = torch.zeros(len(sizes), **zeros)
-        self.count = 0.0
-
-    def add(self, phi: Tensor, error: Tensor, w: Tensor | None) -> None:
-        weighted = phi if w is None else phi * w[:, None].to(phi)
-        for i in range(0, phi.shape[1], COLUMNS):
-            self._gram[i : i + COLUMNS, i:] += weighted[:, i : i + COLUMNS].T @ phi[:, i:]
-        for cross, part in zip(self.cross, error, strict=True):
-            cross += weighted[:, : len(cross)].T @ part
-        squares = error.double().square().sum(2)
-        self.square += squares.sum(1) if w is None else squares @ w
-        self.count += len(phi) if w is None else float(w.sum())
-
-    def gram(self, size: int) -> Tensor:
-        """Phi^T Phi of the first features, a view."""
-        gram = self._gram[:size, :size]
-        for i in range(0, size, COLUMNS):
-            gram[i + COLUMNS :, i : i + COLUMNS] = gram[i : i + COLUMNS, i + COLUMNS :].T
-        return gram
-
-
-def _choose(train: _Sums, test: _Sums, n: int, size: int) -> tuple[Tensor, float, float]:
-    """Correction, strength and held-out error of degree n.
-
-    Strengths are tried from the largest down, until the held-out error has risen twice.
+    z_mean must be that of x = center.
     """
-    count = train.count + test.count
-    train_gram, test_gram = train.gram(size), test.gram(size)
-    diagonal = (train_gram.diagonal() + test_gram.diagonal()) / count
-    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[:, None]
-    best, rises = (float(test.square[n]), STRENGTHS[0]), 0
-    if test.count > 0 and train.count > 0:
-        system = train_gram * (scale * scale.T / train.count)
-        right = train.cross[n] * scale / train.count
-        for strength in STRENGTHS[1:]:
-            D = _ridge(system, right, strength)
-            if D is None or rises == 2:
-                break
-            D *= scale
-            error = float(test.square[n] + torch.sum(D * (test_gram @ D - 2 * test.cross[n])))
-            rises = 0 if error < best[0] else rises + 1
-            best = min(best, (error, strength))
-        del system
-    error, strength = best
-    correction = torch.zeros_like(train.cross[n])
-    if strength < STRENGTHS[0]:
-        system = (train_gram + test_gram) * (scale * scale.T / count)
-        solved = _ridge(system, (train.cross[n] + test.cross[n]) * scale / count, strength)
-        correction = correction if solved is None else solved * scale
-    return correction, strength, error / test.count if test.count else float("nan")
-
-
-def _ridge(system: Tensor, right: Tensor, strength: float) -> Tensor | None:
-    """(system + strength I)^-1 right, None where that is not positive definite in float64."""
-    diagonal = system.diagonal()
-    before = diagonal.clone()
-    diagonal += strength
-    L, info = torch.linalg.cholesky_ex(system)
-    diagonal.copy_(before)
-    return None if int(info) else torch.cholesky_solve(right, L)
+    E = base.m.new_zeros(feature_count(base.weights, n), base.d_out)
+    W, b, V, _ = base._activated_first()
+    W_out, P = base.W_out.double(), base.P[n, : n + 1].clone()
+    if V is not None and base.Q is not None:
+        P[:n] += z_mean * base.Q[n, :n]
+    E[0] += P[0] @ W_out + (0 if base.b_out is None else base.b_out.double())
+    if n:
+        slope = P[1] * torch.where(base.s > 0, 1 / base.s, 0.0)
+        beta = (W.double() * slope) @ W_out
+        E[0] += (b - base.m) * slope @ W_out + center @ beta
+        E[1 : 1 + base.d_in] += beta
+    if n and V is not None and base.Q is not None:
+        E[1 : 1 + base.d_in] += (V.double() * base.Q[n, 0]) @ W_out
+    gates = [(P[k], None if base.Q is None else base.Q[n, k - 1]) for k in range(2, n + 1)]
+    start = 1 + base.d_in
+    for factor in (f for pair in gates for f in pair if f is not None):
+        E[start : start + base.d_mlp] += factor[:, None] * W_out
+        start += base.d_mlp
+    return E

@@ -37,6 +37,9 @@ class NeuronGram:
             batch. They only affect conditioning, so a first batch of a few hundred samples is
             enough.
         seen: gets the range of the preactivations, of samples with a positive weight.
+
+    Attributes:
+        standardise: as above; None before the first batch.
     """
 
     def __init__(
@@ -47,7 +50,7 @@ class NeuronGram:
         seen: "PreactivationRange | None" = None,
     ) -> None:
         self.weights, self.degree = weights, degree
-        self._standardise = standardise
+        self.standardise = standardise
         self._rows = 0
         self._seen = seen
         self._glu = isinstance(weights, GLUWeights)
@@ -76,10 +79,10 @@ class NeuronGram:
             self._add(y, z, w)
 
     def _add(self, y: Tensor, z: Tensor | None, w: Tensor | None) -> None:
-        if self._standardise is None:
+        if self.standardise is None:
             moments = NeuronMoments(self.weights)
             moments.add(y, z, None)
-            self._standardise = moments.standardise(fallback=1.0)
+            self.standardise = moments.standardise(fallback=1.0)
         if self._seen is not None:
             self._seen.add(y if w is None else y[:, w > 0])
         target = self.weights.act(y)
@@ -93,8 +96,8 @@ class NeuronGram:
 
     def _features(self, rows: slice, y: Tensor, z: Tensor | None, target: Tensor) -> Tensor:
         """Basis and target [neurons, features + 1, n] in float64 of these neurons."""
-        assert self._standardise is not None
-        m, s, z_mean, z_scale = (each[rows, None] for each in self._standardise)
+        assert self.standardise is not None
+        m, s, z_mean, z_scale = (each[rows, None] for each in self.standardise)
         size, stride = self._gram.shape[1], 1 if z is None else 2
         out = y.new_empty(len(y), size, y.shape[1], dtype=torch.float64)
         out[:, 0] = 1.0
@@ -129,9 +132,9 @@ class NeuronGram:
         n = self.degree if degree is None else degree
         if not 0 <= n <= self.degree:
             raise InvalidInputError(f"degree {n} was asked of sums kept for 0 ... {self.degree}")
-        if self._standardise is None or not self.count > 0:
+        if self.standardise is None or not self.count > 0:
             raise InvalidInputError("no samples with a positive weight, nothing to fit to")
-        m, s, z_mean, z_scale = self._standardise
+        m, s, z_mean, z_scale = self.standardise
         size = 2 * n + 1 if self._glu else n + 1
         gram = self._gram[:, :size, :size] / self.count
         right = self._gram[:, :size, -1:] / self.count

@@ -122,23 +122,6 @@ def store_for(offload: str | os.PathLike[str] | None) -> Store | None:
     return Files(Path(offload))
 
 
-class Kept:
-    """Tensors in a store, in memory one at a time while they are iterated over."""
-
-    def __init__(self, store: Store, key: str) -> None:
-        self._store, self._key = store, key
-        self._like: list[tuple[torch.dtype, torch.Size]] = []
-
-    def append(self, x: Tensor) -> None:
-        flat = x.contiguous().reshape(-1)
-        self._store.write(f"{self._key}-{len(self._like)}", [flat.view(torch.uint8)])
-        self._like.append((x.dtype, x.shape))
-
-    def __iter__(self) -> Iterator[Tensor]:
-        for n, (dtype, shape) in enumerate(self._like):
-            yield self._store.read(f"{self._key}-{n}", 0).view(dtype).reshape(shape)
-
-
 class Resident:
     """Passes that keep what they hold in memory; the same methods as `Offloaded`."""
 

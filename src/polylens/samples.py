@@ -20,8 +20,8 @@ class Samples:
     Args:
         x: a tensor [..., d_in]; an iterable of such batches; or a callable that returns a fresh
             iterator of batches. A batch may be (x, sample_weights [...]) with weights >= 0. An
-            iterator that can be read only once serves one per-neuron fit, which then has its
-            features standardised by the first batch; everything else reads the samples twice.
+            iterator that can be read only once serves one fit (per neuron, features are then
+            standardised by the first batch); R2 reads the samples again.
         weights: non-negative sample weights [...] of a tensor x.
 
     Raises:
