@@ -2,12 +2,12 @@
 
     python benchmarks/fidelity.py MODEL --calibration a.txt b.txt --heldout a.txt c.txt
 
-Calibrates layer by layer on windows of 128 tokens, the same number from each calibration text,
-and prints what changes on windows of every held-out text when all MLPs are replaced and position
-0 stays true: rise of the cross entropy ± its standard error over windows, KL, share of equal
-most likely tokens; then how the true and the replaced model go on from the same prompts. Windows
-are drawn from all over a text; a text on both lists gives different windows to each.
-`docs/fidelity.md` says what was measured so.
+Calibrates layer by layer on windows of 128 tokens, the same number from each calibration text
+and some that the model itself writes, and prints what changes on windows of every held-out text
+when all MLPs are replaced and position 0 stays true: rise of the cross entropy ± its standard
+error over windows, KL, share of equal most likely tokens; then how the true and the replaced
+model go on from the same prompts. Windows are drawn from all over a text; a text on both lists
+gives different windows to each. `docs/fidelity.md` says what was measured so.
 """
 
 import argparse
@@ -63,13 +63,14 @@ def cost(model, truth, tokens):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="hub name, directory or .gguf file")
-    parser.add_argument("--calibration", nargs="+", required=True, help="UTF-8 texts")
+    parser.add_argument("--calibration", nargs="*", default=[], help="UTF-8 texts")
     parser.add_argument("--heldout", nargs="+", required=True, help="UTF-8 texts")
     parser.add_argument("--degrees", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--inputs", nargs="+", default=["samples"])
     parser.add_argument("--weighting", nargs="+", default=["output"])
     parser.add_argument("--clip", nargs="+", type=int, choices=[0, 1], default=[1])
     parser.add_argument("--windows", nargs="+", type=int, default=[252], help="calibration, in all")
+    parser.add_argument("--sampled", type=int, default=0, help="windows written by the model")
     parser.add_argument("--heldout-windows", type=int, default=10, help="from each text")
     options = parser.parse_args()
     model, tokenizer = load_model(options.model)
@@ -77,14 +78,17 @@ def main():
     held_out = {path: texts[path][-options.heldout_windows :] for path in options.heldout}
     truth = {path: logits(model, tokens) for path, tokens in held_out.items()}
     prompts = torch.stack([tokens[0, :PROMPT] for tokens in held_out.values()])
+    sampled = []
+    if options.sampled:
+        sampled.append(polylens.sample_tokens(model, options.sampled, LENGTH))
     print("true model:", [tokenizer.decode(row) for row in continued(model, prompts)], flush=True)
     grid = itertools.product(
         options.windows, options.inputs, options.weighting, options.clip, options.degrees
     )
     for count, inputs, weighting, clip, degree in grid:
-        each = count // len(options.calibration)
+        each = count // max(1, len(options.calibration))
         seen = [texts[path][: -options.heldout_windows][:each] for path in options.calibration]
-        tokens = torch.cat(seen)
+        tokens = torch.cat(seen + sampled)
         start = time.perf_counter()
         with polylens.attach(
             model,
@@ -97,7 +101,8 @@ def main():
         ) as lens:
             print(
                 f"\n{inputs}, degree {degree}, weighting {weighting}, clip {clip}, "
-                f"{tokens.numel()} tokens, {time.perf_counter() - start:.0f} s",
+                f"{tokens.numel()} tokens, {options.sampled} windows sampled, "
+                f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )
             with lens.replaced():

@@ -27,7 +27,7 @@ LAYERS = (
     ("global_fit", "joint_gram"),
     ("fit",),
     ("hosts",),
-    ("lockstep", "estimators", "emitter", "scoring", "rendering"),
+    ("lockstep", "estimators", "emitter", "sampling", "scoring", "rendering"),
     ("calibration", "artifact", "export"),
     ("checkpoint", "report"),
     ("worst",),

@@ -52,6 +52,7 @@ _LAZY = {
     "from_hub": "polylens.hub",
     "load": "polylens.attachment",
     "load_exported": "polylens.export",
+    "sample_tokens": "polylens.sampling",
     "trace_training": "polylens.training",
     "TraceData": "polylens.training",
     "Tracer": "polylens.training",

@@ -24,11 +24,12 @@ from polylens.inputs import Gaussian
 from polylens.lens import LENSES, Lens, attached
 from polylens.offload import store_for
 from polylens.report import Report
+from polylens.sampling import sampled
 from polylens.selection import check_layers, labelled
 
-SAMPLED_SEQUENCES, SAMPLED_LENGTH = 32, 128
-
-STREAMS = ("true", "sequential")
+# Each with how many sequences are sampled from a model where no tokens are given.
+STREAMS = {"true": 32, "sequential": 256}
+SAMPLED_LENGTH = 128
 
 
 def find_mlps(model: Any, example_inputs: Any = None) -> list[MLPSite]:
@@ -80,7 +81,8 @@ def attach(
         model: a HookedTransformer or a TransformerBridge, an nnsight model, a Hugging Face or
             any other torch module.
         tokens: [batch, pos] token ids on which the layers' inputs are seen. Without tokens
-            (and inputs) 32 x 128 tokens are sampled from the model itself. For a model that
+            (and inputs) 32 x 128 tokens are sampled from the model itself, for "sequential"
+            256 x 128, which takes minutes on a CPU (`polylens.sample_tokens`). For a model that
             reads no token ids, the floats [batch, ...] it reads: images, features.
         inputs: "gaussian": the Gaussian with the moments of the inputs, whose optimum is in
             closed form the one over all polynomials (default); "samples": least squares over
@@ -173,7 +175,7 @@ def attach(
     if kind is not None:
         origin = "tokens"
         if tokens is None:
-            tokens = host.sample_tokens(SAMPLED_SEQUENCES, SAMPLED_LENGTH, seed)
+            tokens = sampled(host, STREAMS[calibration], SAMPLED_LENGTH, seed, progress)
             origin = "tokens sampled from the model"
         data = Calibration.on(
             host,

@@ -172,3 +172,14 @@ class Host(Protocol):
     def norm(self, site: MLPSite) -> Norm:
         """The normalisation whose output the MLP reads; UnsupportedModel if there is none."""
         ...
+
+
+def first_tokens(n: int, bos: Any, d_vocab: int) -> Tensor:
+    """[n, 1] where sampled text begins: `bos` in every other row, elsewhere any token.
+
+    Behind its beginning-of-sequence token alone a chat model writes nothing but chats.
+    """
+    drawn = torch.randint(d_vocab, (n, 1))
+    if isinstance(bos, int):
+        drawn[::2] = bos
+    return drawn

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
-from polylens.hosts.base import Emitter, Layer, MLPSite, Norm
+from polylens.hosts.base import Emitter, Layer, MLPSite, Norm, first_tokens
 from polylens.hosts.copying import Place, clean_copy, place_of, require_apart
 from polylens.hosts.dataflow import Block, find_blocks
 from polylens.hosts.guessing import Inputs, accepted, guessed_inputs
@@ -177,10 +177,7 @@ class TorchHost:
         seq_len = min(seq_len, getattr(text, "max_position_embeddings", None) or seq_len)
         with quiet(model):
             torch.manual_seed(seed)
-            if isinstance(bos, int):
-                start = torch.full((n_seq, 1), bos)
-            else:
-                start = torch.randint(text.vocab_size, (n_seq, 1))
+            start = first_tokens(n_seq, bos, text.vocab_size)
             try:
                 out = model.generate(
                     start.to(self.device),

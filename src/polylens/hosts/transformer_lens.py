@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from polylens.activations import Activation, activation
 from polylens.errors import PolylensError, UnsupportedModel
-from polylens.hosts.base import TOLERANCE, Emitter, Layer, MLPSite, Norm, Weights, relative_error
+from polylens.hosts.base import (
+    TOLERANCE,
+    Emitter,
+    Layer,
+    MLPSite,
+    Norm,
+    Weights,
+    first_tokens,
+    relative_error,
+)
 from polylens.hosts.junction import Junction, Wiring, interior_of
 from polylens.hosts.norms import Call, matching_norm, norm_read
 from polylens.hosts.passage import (
@@ -58,7 +67,8 @@ class TransformerLensHost:
     def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
         with _seeded(seed, self.device), torch.no_grad():
             seq_len = min(seq_len, getattr(self.model.cfg, "n_ctx", None) or seq_len)
-            start = self._first_token(n_seq)
+            bos = getattr(getattr(self.model, "tokenizer", None), "bos_token_id", None)
+            start = first_tokens(n_seq, bos, self.model.cfg.d_vocab).to(self.device)
             try:
                 if not self.is_bridge:
                     return self._continue(start, seq_len)
@@ -80,11 +90,6 @@ class TransformerLensHost:
             new = torch.multinomial(logits[:, -1].float().softmax(-1), 1)
             tokens = torch.cat([tokens, new], dim=1)
         return tokens
-
-    def _first_token(self, n_seq: int) -> Tensor:
-        bos = getattr(getattr(self.model, "tokenizer", None), "bos_token_id", None)
-        drawn = torch.randint(self.model.cfg.d_vocab, (n_seq, 1))
-        return (drawn if bos is None else torch.full_like(drawn, bos)).to(self.device)
 
     def sites(self) -> tuple[list[MLPSite], dict[Layer, str]]:
         candidates: dict[int, list[Wiring]] = {}
