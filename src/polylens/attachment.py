@@ -82,7 +82,8 @@ def attach(
             any other torch module.
         tokens: [batch, pos] token ids on which the layers' inputs are seen. Without tokens
             (and inputs) 32 x 128 tokens are sampled from the model itself, for "sequential"
-            256 x 128, which takes minutes on a CPU (`polylens.sample_tokens`). For a model that
+            256 x 128, which takes minutes on a CPU. Variety counts: text of one's own and as much
+            from `polylens.sample_tokens` serve "sequential" better than either. For a model that
             reads no token ids, the floats [batch, ...] it reads: images, features.
         inputs: "gaussian": the Gaussian with the moments of the inputs, whose optimum is in
             closed form the one over all polynomials (default); "samples": least squares over
