@@ -65,44 +65,38 @@ class GaussianEstimator:
         return fitted if self._range is None else fitted.clipped(self._range.ends)
 
 
-class SamplesEstimator:
+class _GramEstimator:
+    """What the normal equations of all inputs so far give."""
+
+    gram: type[NeuronGram] | type[JointGram]
+
+    def __init__(self, site: MLPSite, degree: int, clip: bool = False) -> None:
+        weights = site.weights()
+        self._range = PreactivationRange(weights) if clip else None
+        self._gram = self.gram(weights, degree, seen=self._range)
+        self.count = 0
+
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        self._gram.update(x, sample_weights)
+        self.count += len(x)
+
+    def polynomial(self) -> Polynomial | JointPolynomial:
+        fitted = self._gram.solve()
+        return fitted if self._range is None else fitted.clipped(self._range.ends)
+
+
+class SamplesEstimator(_GramEstimator):
     """Least squares over the inputs themselves, neuron by neuron."""
 
     name = "samples per neuron"
-
-    def __init__(self, site: MLPSite, degree: int, clip: bool = False) -> None:
-        weights = site.weights()
-        self._range = PreactivationRange(weights) if clip else None
-        self._gram = NeuronGram(weights, degree, seen=self._range)
-        self.count = 0
-
-    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        self._gram.update(x, sample_weights)
-        self.count += len(x)
-
-    def polynomial(self) -> Polynomial:
-        fitted = self._gram.solve()
-        return fitted if self._range is None else fitted.clipped(self._range.ends)
+    gram = NeuronGram
 
 
-class JointEstimator:
+class JointEstimator(_GramEstimator):
     """Least squares over the inputs, with the features of all neurons for every output."""
 
     name = "samples, jointly"
-
-    def __init__(self, site: MLPSite, degree: int, clip: bool = False) -> None:
-        weights = site.weights()
-        self._range = PreactivationRange(weights) if clip else None
-        self._gram = JointGram(weights, degree, seen=self._range)
-        self.count = 0
-
-    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        self._gram.update(x, sample_weights)
-        self.count += len(x)
-
-    def polynomial(self) -> JointPolynomial:
-        fitted = self._gram.solve()
-        return fitted if self._range is None else fitted.clipped(self._range.ends)
+    gram = JointGram
 
 
 ESTIMATORS: dict[str, type[Estimator]] = {

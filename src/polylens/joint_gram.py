@@ -31,13 +31,16 @@ class JointGram:
     For every degree the fit minimises the mean of |f - base_n - Phi_n D|^2 + strength |D|^2
     (features at unit mean square); the strength is the one of least error on the last fifth of
     each batch, and D is then solved from all samples. One pass: features are standardised by the
-    first 2048 samples. Memory is 2 features^2 float64, with features = 1 + d_in + (degree - 1)
-    d_mlp (2 d_mlp for a GLU), whatever the number of samples.
+    first block of samples. Memory is 2 features^2 float64, with features = 1 + d_in +
+    (degree - 1) d_mlp (2 d_mlp for a GLU), whatever the number of samples.
 
     Args:
         weights: the layer.
         degree: of the fit.
         seen: gets the range of the preactivations, of samples with a positive weight.
+
+    Attributes:
+        dtype: of the products; sums are in float64.
 
     Raises:
         InvalidInputError: too many features (the size).
@@ -52,11 +55,9 @@ class JointGram:
                 f"{size:,} features need Gram matrices of {16 * size * size:,} bytes; fit neuron "
                 "by neuron or a lower degree"
             )
-        # sums are in float64; what goes into them in the layer's dtype, half precision excepted
-        self._weights = weights.to(torch.promote_types(weights.dtype, torch.float32))
-        self._own, self._degree = weights, degree
+        self.dtype = torch.promote_types(weights.dtype, torch.float32)
+        self._weights, self._degree = weights.to(self.dtype), degree
         self._neurons = NeuronGram(weights, degree, seen=seen)
-        self._waiting: list[list[tuple[Tensor, Tensor | None]]] = [[], []]
         self._frame: tuple[Polynomial, Tensor, Tensor] | None = None
         self._train, self._test = (_Sums(size, weights.d_out, weights.device) for _ in range(2))
 
@@ -66,15 +67,16 @@ class JointGram:
 
         Cost: O(features^2) per sample.
         """
-        x, w = checked(x, sample_weights, self._own.d_in)
+        x, w = checked(x, sample_weights, self._weights.d_in)
         cut = len(x) - int(HELD_OUT * len(x))
-        for part, rows in enumerate((slice(0, cut), slice(cut, None))):
-            self._waiting[part].append((x[rows], None if w is None else w[rows]))
-            if sum(len(block) for block, _ in self._waiting[part]) >= ROWS:
-                self._flush(part)
+        for sums, rows in ((self._train, slice(0, cut)), (self._test, slice(cut, None))):
+            sums.waiting.append((x[rows], None if w is None else w[rows]))
+            if sum(len(block) for block, _ in sums.waiting) >= ROWS:
+                self._flush(sums)
 
-    def _flush(self, part: int) -> None:
-        waiting, self._waiting[part] = self._waiting[part], []
+    def _flush(self, sums: "_Sums") -> None:
+        """Add what is waiting."""
+        waiting, sums.waiting = sums.waiting, []
         if not waiting:
             return
         x = torch.cat([block for block, _ in waiting])
@@ -84,11 +86,11 @@ class JointGram:
             w = torch.cat([o if v is None else v for o, (_, v) in zip(ones, waiting, strict=True)])
         self._neurons.update(x, w)
         for i in range(0, len(x), ROWS):
-            block = x[i : i + ROWS].to(self._own.device, self._weights.dtype)
+            block = x[i : i + ROWS].to(self._weights.device, self.dtype)
             base, center, z_mean = self._frame = self._frame or self._standardised(block)
             phi = features(base, center, z_mean, block, self._degree)
             roots = None if w is None else w[i : i + ROWS].to(phi).sqrt()
-            (self._test if part else self._train).add(phi, self._weights(block), roots)
+            sums.add(phi, self._weights(block), roots)
 
     def _standardised(self, x: Tensor) -> tuple[Polynomial, Tensor, Tensor]:
         """What `features` reads: m and s in a polynomial without coefficients, E[x], E[z]."""
@@ -109,8 +111,8 @@ class JointGram:
         Raises:
             InvalidInputError: no samples with a positive weight, or sums that are not finite.
         """
-        for part, sums in enumerate((self._train, self._test)):
-            self._flush(part)
+        for sums in (self._train, self._test):
+            self._flush(sums)
             sums.complete()
         base = self._neurons.solve(inputs=inputs)
         assert self._frame is not None
@@ -131,20 +133,24 @@ def fit_joint(weights: MLPWeights | GLUWeights, samples: Samples, degree: int) -
         InvalidInputError: no samples, NaN, or too many features (the size).
     """
     gram = JointGram(weights, degree)
-    dtype = torch.promote_types(weights.dtype, torch.float32)
-    for x, sample_weights in samples.batches(dtype, weights.device, weights.d_in):
+    for x, sample_weights in samples.batches(gram.dtype, weights.device, weights.d_in):
         gram.update(x, sample_weights)
     return gram.solve(inputs=samples)
 
 
 class _Sums:
-    """Phi^T Phi, Phi^T y and |y|^2 of features Phi and true outputs y, in float64."""
+    """Phi^T Phi, Phi^T y and |y|^2 of features Phi and true outputs y, in float64.
+
+    Attributes:
+        waiting: batches (x, sample weights or None) that are too small to be added alone.
+    """
 
     def __init__(self, size: int, d_out: int, device: torch.device) -> None:
         zeros: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.gram = torch.zeros(size, size, **zeros)  # right of the diagonal blocks, see `complete`
         self.cross = torch.zeros(size, d_out, **zeros)
         self.square = self.count = 0.0
+        self.waiting: list[tuple[Tensor, Tensor | None]] = []
 
     def add(self, phi: Tensor, y: Tensor, roots: Tensor | None) -> None:
         """Add samples weighted by the squares of `roots`; overwrites phi."""

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from polylens.errors import InvalidInputError, UnsupportedModel
+from polylens.errors import UnsupportedModel
 from polylens.hosts import host_for
 from polylens.hosts.base import Host
+from polylens.selection import check_at_least
 
 # Sequences sampled at a time.
 BATCH = 64
@@ -46,9 +47,8 @@ def sample_tokens(
 
 def sampled(host: Host, sequences: int, length: int, seed: int, progress: bool) -> Tensor:
     """`sample_tokens` of a model whose host is known."""
-    for name, value, least in (("sequences", sequences, 1), ("length", length, 2)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InvalidInputError(f"{name} must be an integer >= {least}, got {value!r}")
+    check_at_least("sequences", sequences, 1)
+    check_at_least("length", length, 2)
     if not host.reads_tokens:
         raise UnsupportedModel("a model that reads no token ids cannot write text")
     sizes = [min(BATCH, sequences - i) for i in range(0, sequences, BATCH)]

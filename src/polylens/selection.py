@@ -1,4 +1,4 @@
-"""Which layers and which degree a user asked for: checked once, said once."""
+"""Which layers, which degree and how many a user asked for: checked once, said once."""
 
 from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -25,6 +25,12 @@ def check_degree(degree: int, fitted: int, remedy: str) -> int:
             f"degree {fitted}{hint}"
         )
     return degree
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """InvalidInputError for a number of that name that is no integer >= least."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InvalidInputError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
 def check_layers(

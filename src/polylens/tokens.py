@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
+from polylens.selection import check_at_least
 
 
 def validate_inputs(
@@ -81,8 +82,7 @@ def batches(
     tokens: Tensor, attention_mask: Tensor | None, size: int
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
     """(tokens, mask) of `size` sequences at a time, as views; the last may be smaller."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise InvalidInputError(f"batch_size must be an integer >= 1, got {size!r}")
+    check_at_least("batch_size", size, 1)
     for start in range(0, len(tokens), size):
         mask = None if attention_mask is None else attention_mask[start : start + size]
         yield tokens[start : start + size], mask

@@ -16,6 +16,7 @@ from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fit import fit
 from polylens.inputs import Gaussian
 from polylens.scoring import score
+from polylens.selection import check_at_least
 from polylens.trace import Trace as Trace
 from polylens.trace import TraceData as TraceData
 from polylens.trace import TraceRow as TraceRow
@@ -63,8 +64,7 @@ class Tracer:
         steps: Container[int] | Callable[[int], bool] | None = None,
         layers: Readers | None = None,
     ) -> None:
-        if isinstance(degree, bool) or not isinstance(degree, int) or degree < 0:
-            raise InvalidInputError(f"degree must be an integer >= 0, got {degree!r}")
+        check_at_least("degree", degree, 0)
         self.data, self.degree, self.layers = data, degree, layers
         self.path = None if path is None else Path(path)
         self._due = _power_of_two if steps is None else steps
