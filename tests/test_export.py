@@ -3,6 +3,7 @@
 import copy
 import json
 
+import gguf
 import pytest
 import torch
 import transformers
@@ -123,6 +124,46 @@ def test_bfloat16_and_tied_embeddings(tmp_path):
     assert loaded.dtype == torch.bfloat16
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert loaded.model.layers[0].mlp.act_fn.P.dtype == torch.float32
+    assert torch.equal(outputs(loaded), outputs(exported))
+
+
+def write_gguf(path, model):
+    """A llama of transformers as a GGUF file of 8 bit blocks."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        values, kind = tensor.numpy(), gguf.GGMLQuantizationType.Q8_0
+        options = {}
+        if tensor.dim() == 2:
+            options = {"raw_dtype": kind}
+            values = gguf.quants.quantize(values, kind)
+        writer.add_tensor(names.get_name(name, (".weight",)) + ".weight", values, **options)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_model_from_a_gguf_file_is_saved_with_plain_weights(tmp_path):
+    write_gguf(tmp_path / "model.gguf", model_of("llama", hidden_size=32))
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file="model.gguf", dtype=torch.float32
+    )
+    with attach(model) as lens:
+        exported = lens.export()
+        with lens.replaced():
+            assert torch.equal(outputs(exported), outputs(model))
+    exported.save_pretrained(tmp_path / "exported")
+    loaded = polylens.load_exported(tmp_path / "exported")
     assert torch.equal(outputs(loaded), outputs(exported))
 
 

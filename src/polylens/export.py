@@ -258,8 +258,28 @@ def _make_savable(model: Any, record: Mapping[str, Any]) -> None:
             f"the save_pretrained of this {type(model).__name__} does not save a whole model of "
             "transformers; merge its adapter (merge_and_unload) and attach to what that returns"
         )
+    _forget_quantization(model)
     model.config.polylens = dict(record)
     model.save_pretrained = partial(_save_pretrained, model)
+
+
+def _forget_quantization(model: Any) -> None:
+    """Let transformers save weights that it unpacked while loading, such as those of a GGUF file.
+
+    Raises:
+        AttachmentError: weights that are still packed, and cannot be saved.
+    """
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or quantizer.is_serializable():
+        return
+    packed = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
+    if packed:
+        method = type(quantizer).__name__.removesuffix("HfQuantizer")
+        raise AttachmentError(
+            f"transformers cannot save {method} weights that are still packed ({packed[0]} and "
+            f"{len(packed) - 1} more); load the model dequantized and attach to that"
+        )
+    quantizer.remove_quantization_config(model)
 
 
 def _save_pretrained(model: Any, *args: Any, **options: Any) -> Any:
