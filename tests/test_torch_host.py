@@ -108,6 +108,16 @@ def test_inputs_that_cannot_be_guessed_are_asked_for_by_name():
         assert [site.activation.name for site in sites] == ["relu"]
 
 
+def test_a_model_of_two_kinds_of_inputs_is_to_be_attached_to_by_parts():
+    model = build("clip")
+    before = module_snapshot(model)
+    with pytest.raises(UnsupportedModel, match=r"does not run on input_ids alone.*pixel_values"):
+        attach(model)
+    assert module_snapshot(model) == before
+    with attach(model.text_model) as lens:
+        assert len(lens.layers) == 2
+
+
 @pytest.mark.parametrize("name", ["vit", "clip", "whisper"])
 def test_inputs_of_other_modalities_are_guessed(name):
     sites, refused = TorchHost(build(name)).sites()

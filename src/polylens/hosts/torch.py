@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
+from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
 from polylens.hosts.base import Emitter, Layer, MLPSite, Norm, first_tokens
 from polylens.hosts.copying import Place, clean_copy, place_of, require_apart
 from polylens.hosts.dataflow import Block, find_blocks
@@ -121,14 +121,26 @@ class TorchHost:
 
     def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[batch, pos] token ids (or a float tensor, for models of images or features)."""
-        out = self._call(self.module, self._inputs(self.module, tokens, attention_mask))
+        out = self._forward(self.module, tokens, attention_mask)
         if isinstance(out, Tensor):
             return out
         return out.logits if hasattr(out, "logits") else out[0]
 
     def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
-        trunk = self._trunk()
-        self._call(trunk, self._inputs(trunk, tokens, attention_mask))
+        self._forward(self._trunk(), tokens, attention_mask)
+
+    def _forward(self, module: nn.Module, tokens: Tensor, mask: Tensor | None) -> Any:
+        inputs = self._inputs(module, tokens, mask)
+        try:
+            return self._call(module, inputs)
+        except (AttributeError, TypeError, ValueError) as error:
+            missing = [n for n in self._examples or () if isinstance(n, str) and n not in inputs]
+            if isinstance(error, PolylensError) or not missing:
+                raise
+            raise UnsupportedModel(
+                f"{type(module).__name__} does not run on {', '.join(inputs)} alone ({error}); "
+                f"attach to the part of it that does not read {', '.join(missing)}"
+            ) from error
 
     def _trunk(self) -> nn.Module:
         """The model without its head, where every block is in it."""
