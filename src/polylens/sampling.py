@@ -12,7 +12,7 @@ from polylens.hosts.base import Host
 from polylens.selection import check_at_least
 
 # Sequences sampled at a time.
-BATCH = 64
+BATCH = 128
 
 
 def sample_tokens(
@@ -26,9 +26,9 @@ def sample_tokens(
 ) -> Tensor:
     """[sequences, length] token ids that the model writes at temperature 1.
 
-    Every other sequence begins with the beginning-of-sequence token, where there is one, the
-    others with any token: variety is what counts in calibration text, and no text of one's own
-    has as much. To calibrate on both: torch.cat([tokens, polylens.sample_tokens(model)]).
+    They begin with the beginning-of-sequence token, where there is one, which half go on from
+    with any token: variety is what counts in calibration text, and no text of one's own has as
+    much. To calibrate on both: torch.cat([tokens, polylens.sample_tokens(model)]).
 
     Args:
         model, example_inputs: as in `attach`.
@@ -40,7 +40,7 @@ def sample_tokens(
         InvalidInputError: fewer than one sequence of two tokens.
         UnsupportedModel: a model that cannot generate text.
 
-    Cost: length forward passes over one position of all sequences, in batches of 64.
+    Cost: length forward passes over one position of all sequences, in batches of 128.
     """
     return sampled(host_for(model, example_inputs), sequences, length, seed, progress)
 

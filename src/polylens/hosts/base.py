@@ -1,6 +1,6 @@
 """What a host must offer, so that everything above it knows no framework."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polylens.activations import Activation
+from polylens.errors import UnsupportedModel
 from polylens.weights import GLUWeights, MLPWeights
 
 Weights = MLPWeights | GLUWeights
@@ -174,12 +175,29 @@ class Host(Protocol):
         ...
 
 
-def first_tokens(n: int, bos: Any, d_vocab: int) -> Tensor:
-    """[n, 1] where sampled text begins: `bos` in every other row, elsewhere any token.
+def openings(n: int, bos: Any, d_vocab: int, device: torch.device) -> list[Tensor]:
+    """How n sampled sequences begin, by length: any token [n, 1].
 
-    Behind its beginning-of-sequence token alone a chat model writes nothing but chats.
+    Where there is a `bos`, half begin with it alone, the others with it and any token. Behind it
+    alone a chat model writes nothing but chats; without it some models write nothing sensible.
     """
-    drawn = torch.randint(d_vocab, (n, 1))
-    if isinstance(bos, int):
-        drawn[::2] = bos
-    return drawn
+    drawn = torch.randint(d_vocab, (n, 1)).to(device)  # the same on every device
+    if not isinstance(bos, int):
+        return [drawn]
+    both = torch.cat([torch.full_like(drawn, bos), drawn], dim=1)
+    return [both[: n - n // 2, :1], both[n - n // 2 :]]
+
+
+def written(starts: Iterable[Tensor], seq_len: int, go_on: Callable[..., Any], name: str) -> Tensor:
+    """[n, seq_len] of sequences that begin so; go_on(start, n_new) appends n_new > 0 tokens.
+
+    Raises:
+        UnsupportedModel: `go_on` fails.
+    """
+    try:
+        left = ((start, seq_len - start.shape[1]) for start in starts if len(start))
+        return torch.cat([go_on(start, n) if n else start for start, n in left])
+    except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
+        raise UnsupportedModel(
+            f"{name} could not generate text to calibrate on ({error}); give tokens="
+        ) from error

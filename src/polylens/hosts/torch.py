@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
-from polylens.hosts.base import Emitter, Layer, MLPSite, Norm, first_tokens
+from polylens.hosts.base import Emitter, Layer, MLPSite, Norm, openings, written
 from polylens.hosts.copying import Place, clean_copy, place_of, require_apart
 from polylens.hosts.dataflow import Block, find_blocks
 from polylens.hosts.guessing import Inputs, accepted, guessed_inputs
@@ -25,6 +25,8 @@ from polylens.hosts.passage import (
 )
 from polylens.hosts.recording import quiet
 from polylens.hosts.splice import Splice
+
+_SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_beams": 1}
 
 
 class TorchHost:
@@ -185,30 +187,19 @@ class TorchHost:
                 f"{type(model).__name__} cannot generate text to calibrate on; give tokens="
             )
         text = model.config.get_text_config()
-        bos = getattr(text, "bos_token_id", None)
+        bos, pad = (getattr(text, f"{name}_token_id", None) for name in ("bos", "pad"))
         seq_len = min(seq_len, getattr(text, "max_position_embeddings", None) or seq_len)
+
+        def go_on(start: Tensor, n_new: int) -> Tensor:
+            # a decoder of its own begins with a token of its own
+            n = seq_len - 1 if model.config.is_encoder_decoder else n_new
+            size = {"max_new_tokens": n, "min_new_tokens": n, "pad_token_id": pad or 0}
+            return model.generate(start, attention_mask=torch.ones_like(start), **size, **_SAMPLING)
+
         with quiet(model):
             torch.manual_seed(seed)
-            start = first_tokens(n_seq, bos, text.vocab_size)
-            try:
-                out = model.generate(
-                    start.to(self.device),
-                    attention_mask=torch.ones_like(start).to(self.device),
-                    max_new_tokens=seq_len - 1,
-                    min_new_tokens=seq_len - 1,
-                    do_sample=True,
-                    top_k=0,
-                    top_p=1.0,
-                    temperature=1.0,
-                    num_beams=1,
-                    pad_token_id=getattr(text, "pad_token_id", None) or 0,
-                )
-            except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-                raise UnsupportedModel(
-                    f"{type(model).__name__} could not generate text to calibrate on ({error}); "
-                    "give tokens="
-                ) from error
-        return out
+            starts = openings(n_seq, bos, text.vocab_size, self.device)
+            return written(starts, seq_len, go_on, type(model).__name__)
 
     def observe(self, observers: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         return observing(self._join, observers)

@@ -20,8 +20,9 @@ from polylens.hosts.base import (
     MLPSite,
     Norm,
     Weights,
-    first_tokens,
+    openings,
     relative_error,
+    written,
 )
 from polylens.hosts.junction import Junction, Wiring, interior_of
 from polylens.hosts.norms import Call, matching_norm, norm_read
@@ -68,27 +69,23 @@ class TransformerLensHost:
         with _seeded(seed, self.device), torch.no_grad():
             seq_len = min(seq_len, getattr(self.model.cfg, "n_ctx", None) or seq_len)
             bos = getattr(getattr(self.model, "tokenizer", None), "bos_token_id", None)
-            start = first_tokens(n_seq, bos, self.model.cfg.d_vocab).to(self.device)
-            try:
-                if not self.is_bridge:
-                    return self._continue(start, seq_len)
-                return self.model.generate(start, max_new_tokens=seq_len - 1, **_SAMPLING)
-            except (RuntimeError, ValueError, NotImplementedError, TypeError) as error:
-                raise UnsupportedModel(
-                    f"{self.name} could not generate text to calibrate on ({error}); give tokens="
-                ) from error
+            starts = openings(n_seq, bos, self.model.cfg.d_vocab, self.device)
+            return written(starts, seq_len, self._continue, self.name)
 
-    def _continue(self, tokens: Tensor, seq_len: int) -> Tensor:
+    def _continue(self, tokens: Tensor, n_new: int) -> Tensor:
+        if self.is_bridge:
+            return self.model.generate(tokens, max_new_tokens=n_new, **_SAMPLING)
         # HookedTransformer.generate (3.9) shifts positions twice when it uses its cache
         from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
 
         cache = TransformerLensKeyValueCache.init_cache(self.model.cfg, self.device, len(tokens))
-        while tokens.shape[1] < seq_len:
-            last = tokens[:, -1:]
+        unseen = tokens
+        for _ in range(n_new):
             # without a mask it wants a tokenizer that knows the padding
-            logits = self.model(last, past_kv_cache=cache, attention_mask=torch.ones_like(last))
-            new = torch.multinomial(logits[:, -1].float().softmax(-1), 1)
-            tokens = torch.cat([tokens, new], dim=1)
+            mask = torch.ones_like(unseen)
+            logits = self.model(unseen, past_kv_cache=cache, attention_mask=mask)
+            unseen = torch.multinomial(logits[:, -1].float().softmax(-1), 1)
+            tokens = torch.cat([tokens, unseen], dim=1)
         return tokens
 
     def sites(self) -> tuple[list[MLPSite], dict[Layer, str]]:
