@@ -134,8 +134,8 @@ def _polynomial(
     tensors = {name: tensor.to(weights.device) for name, tensor in tensors.items()}
     P = _unpacked(tensors["P"], n + 1, n + 1, 1)
     Q = _unpacked(tensors["Q"], n + 1, n, 0) if "Q" in tensors else None
-    polynomial = Polynomial(weights, tensors["m"], tensors["s"], P, Q, tensors.get("y_range"))
-    polynomial.ridge = record["ridge"]
+    own = (tensors["m"], tensors["s"], P, Q, tensors.get("y_range"))
+    polynomial = Polynomial(weights, *own, ridge=record["ridge"])
     return JointPolynomial.on(polynomial, tensors) if "center" in tensors else polynomial
 
 

@@ -150,9 +150,7 @@ class NeuronGram:
             P, Q = glu_tables(solutions, n, z_mean)
         else:
             P, Q = solutions.transpose(1, 2).contiguous(), None
-        poly = Polynomial(self.weights, m, s, P, Q, inputs=inputs)
-        poly.ridge = ridge
-        return poly
+        return Polynomial(self.weights, m, s, P, Q, inputs=inputs, ridge=ridge)
 
 
 def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[Tensor, float]:

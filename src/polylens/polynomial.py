@@ -50,7 +50,6 @@ class Polynomial(Sized, Approximation):
     """
 
     kind = "polynomial"
-    ridge: float = 0.0
     W_in: Tensor
     W_out: Tensor
     W_gate: Tensor | None
@@ -72,11 +71,12 @@ class Polynomial(Sized, Approximation):
         Q: Tensor | None,
         y_range: Tensor | None = None,
         inputs: Any = None,
+        ridge: float = 0.0,
     ) -> None:
         super().__init__()
         self.weights_type = type(weights)
         self.act = weights.act
-        self.inputs = inputs
+        self.inputs, self.ridge = inputs, ridge
         for name in ROLES:
             tensor = getattr(weights, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach())
@@ -110,9 +110,7 @@ class Polynomial(Sized, Approximation):
         weights, inputs = context_of(metadata, tensors)
         assert weights is not None
         own = (tensors.get(name) for name in _COEFFICIENTS)
-        poly = cls(weights, *own, inputs=inputs)  # type: ignore[arg-type]
-        poly.ridge = metadata["ridge"]
-        return poly
+        return cls(weights, *own, inputs=inputs, ridge=metadata["ridge"])  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:
         kind = "mlp" if self.Q is None else "glu"
@@ -145,9 +143,7 @@ class Polynomial(Sized, Approximation):
         """The same coefficients over the same weights, wherever and in whatever dtype they are."""
         coefficients = (getattr(self, name) for name in _COEFFICIENTS)
         moved = (None if t is None else t.to(weights.device) for t in coefficients)
-        poly = Polynomial(weights, *moved, inputs=self.inputs)  # type: ignore[arg-type]
-        poly.ridge = self.ridge
-        return poly
+        return Polynomial(weights, *moved, self.inputs, self.ridge)  # type: ignore[arg-type]
 
     def unclipped(self) -> "Polynomial":
         return self if self.y_range is None else self.clipped(None)
@@ -171,8 +167,8 @@ class Polynomial(Sized, Approximation):
                     f"y_range must be [2, {self.d_mlp}], lowest and highest y of each neuron; got "
                     f"{list(y_range.shape)}, or a lowest that is not below the highest"
                 )
-        poly = Polynomial(self.weights, self.m, self.s, self.P, self.Q, y_range, self.inputs)
-        poly.ridge, poly._r2 = self.ridge, self._r2
+        poly = self._like(y_range=y_range)
+        poly._r2 = self._r2
         return poly
 
     def truncate(self, degree: int) -> "Polynomial":
@@ -183,8 +179,7 @@ class Polynomial(Sized, Approximation):
         """
         n = check_degree(degree, self.degree, "fit")
         Q = None if self.Q is None else self.Q[: n + 1, :n]
-        lower = self._with_coefficients(self.P[: n + 1, : n + 1], Q, self.b_out)
-        lower.ridge = self.ridge
+        lower = self._like(P=self.P[: n + 1, : n + 1], Q=Q)
         lower._r2 = None if self._r2 is None else self._r2[: n + 1]
         return lower
 
@@ -203,9 +198,7 @@ class Polynomial(Sized, Approximation):
         if self.Q is not None:
             Q = torch.zeros_like(self.Q[: n + 1, :n])
             Q[n] = self.Q[n, :n] - self.Q[n - 1, :n]
-        part = self._with_coefficients(P, Q, None)
-        part.inputs = part._r2 = None  # a part is no optimum, so it has no R2
-        return part
+        return self._like(P=P, Q=Q, b_out=None, inputs=None)  # no optimum, so it has no R2
 
     def linear(self) -> tuple[Tensor, Tensor]:
         """(beta [d_in, d_out], alpha [d_out]) in float64: the degree 1 optimum is x beta + alpha.
@@ -284,15 +277,14 @@ class Polynomial(Sized, Approximation):
             tensors[0] = tensors[0] + self.b_out.double()
         return tensors
 
-    def _with_coefficients(self, P: Tensor, Q: Tensor | None, b_out: Tensor | None) -> "Polynomial":
+    def _like(self, **changes: Any) -> "Polynomial":
+        """The same with other attributes; tensors are shared, weights not checked again."""
         poly = Polynomial.__new__(Polynomial)
         nn.Module.__init__(poly)
-        poly.weights_type, poly.act, poly.inputs = self.weights_type, self.act, self.inputs
-        for name in ROLES:
-            poly.register_buffer(name, getattr(self, name))
-        poly.b_out = b_out
-        for name, tensor in zip(_COEFFICIENTS, (self.m, self.s, P, Q, self.y_range), strict=True):
-            poly.register_buffer(name, tensor)
+        for name in ("weights_type", "act", "inputs", "ridge"):
+            setattr(poly, name, changes.get(name, getattr(self, name)))
+        for name in (*ROLES, *_COEFFICIENTS):
+            poly.register_buffer(name, changes.get(name, getattr(self, name)))
         poly._horner_cache = {}
         return poly
 
