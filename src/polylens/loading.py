@@ -126,6 +126,12 @@ def load_tokenizer(source: str) -> Any:
         ) from error
 
 
+def leading_bos(tokenizer: Any) -> list[int]:
+    """The BOS token, if the tokenizer puts one in front of texts."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
 def token_windows(
     tokenizer: Any,
     text: str,
@@ -166,7 +172,7 @@ def token_windows(
 
 
 def _first_windows(tokenizer: Any, text: str, n: int, seq_len: int, use: str) -> Tensor:
-    bos = _leading_bos(tokenizer)
+    bos = leading_bos(tokenizer)
     fresh = seq_len - len(bos)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < n * fresh:
@@ -243,11 +249,6 @@ def _bridge(model: Any, tokenizer: Any, name: str, source: str) -> Any:
         raise UnsupportedModel(
             f"{source}: TransformerLens has no bridge for {architecture}: {_first_line(error)}"
         ) from error
-
-
-def _leading_bos(tokenizer: Any) -> list[int]:
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _first_line(error: BaseException) -> str:
