@@ -372,6 +372,10 @@ def test_readouts_through_the_norms():
     torch.testing.assert_close(vectors.T @ u, (written[4] - written[7]))
     u = analysis.token_direction(W_U, 4, centred=True, weight=weight)
     torch.testing.assert_close(vectors.T @ u, written[4])
+    for centred in (True, False):
+        there = analysis.behind_norm(vectors.T, centred=centred, weight=weight)
+        back = analysis.before_norm(W_U.T, centred=centred, weight=weight)
+        torch.testing.assert_close(there @ W_U, vectors.T @ back.T)
     high, low = analysis.top_tokens(read[:, 0], 2, lambda i: f"t{i}")
     assert high[0] == (f"t{int(read[:, 0].argmax())}", pytest.approx(float(read[:, 0].max())))
     assert low[0][0] == f"t{int(read[:, 0].argmin())}"

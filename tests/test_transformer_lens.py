@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import polylens
+from polylens import analysis
 from polylens.hosts import host_for
 from tests.host_contract import (
     POINTS,
@@ -223,6 +224,43 @@ def test_norm_in_front_of_the_mlp(name):
     assert torch.allclose(size, torch.ones_like(size), atol=3e-2)
     if norm.centred:
         assert float(plain.mean(-1).abs().max()) < 5e-2
+
+
+BEHIND = {
+    "hooked-post_norm": lambda model: model.blocks[1].ln2_post.w,
+    "bridge-gemma2": lambda model: 1 + _norm_behind(model).weight,
+    "bridge-gemma3": lambda model: 1 + _norm_behind(model).weight,
+    "bridge-olmo2": lambda model: _norm_behind(model).weight,
+}
+
+
+def _norm_behind(model):
+    return model.original_model.model.layers[1].post_feedforward_layernorm
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_norm_behind_the_mlp(name):
+    model = HOSTS[name]()
+    host = host_for(model)
+    with polylens.attach(model, TOKENS, degree=2, layers=1, progress=False) as lens:
+        with lens.replaced():
+            norm = host.output_norm(host.sites()[0][1])
+    if name not in BEHIND:
+        assert norm is None
+        return
+    assert not norm.centred
+    assert torch.equal(norm.weight, BEHIND[name](model))
+
+
+def test_features_go_through_the_norm_behind_the_layer():
+    model = BRIDGES["gemma2"]()
+    with polylens.attach(model, TOKENS, degree=2, layers=1, progress=False) as lens:
+        found = analysis.layer_features(lens, 1, 4, against=7, k=3).features
+        inner = model.original_model.model
+        u = (model.W_U[:, 4] - model.W_U[:, 7]).double() * (1 + inner.norm.weight.double())
+        u = u * (1 + _norm_behind(model).weight.double())
+        expected = analysis.eigenfeatures(lens[1], u.detach(), 3, metric="covariance")
+    torch.testing.assert_close(found.values, expected.values)
 
 
 def test_a_residual_inside_the_mlp_module_is_left_out():

@@ -168,7 +168,9 @@ def _open(lens: Lens, layer: Layer, k: int, n_tokens: int, names: Callable[[int]
         return Opening(layer, shares, missing=str(error))
     try:
         rows = feature_rows(lens, layer, features, n_tokens, names)[:k]
-        return Opening(layer, shares, features, written_tokens(lens, u, n_tokens, names), rows)
+        return Opening(
+            layer, shares, features, written_tokens(lens, layer, u, n_tokens, names), rows
+        )
     except UnsupportedModel as error:
         return Opening(layer, shares, features, missing=f"no tokens: {error}")
 

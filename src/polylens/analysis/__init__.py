@@ -24,6 +24,8 @@ from polylens.analysis.layer_features import LayerFeatures as LayerFeatures
 from polylens.analysis.layer_features import layer_features as layer_features
 from polylens.analysis.linear import SingularFeatures as SingularFeatures
 from polylens.analysis.linear import singular_features as singular_features
+from polylens.analysis.readout import before_norm as before_norm
+from polylens.analysis.readout import behind_norm as behind_norm
 from polylens.analysis.readout import embedding_scores as embedding_scores
 from polylens.analysis.readout import single_token as single_token
 from polylens.analysis.readout import token_direction as token_direction

@@ -12,13 +12,15 @@ from torch import Tensor
 
 from polylens.analysis.features import EigenFeatures, eigenfeatures
 from polylens.analysis.readout import (
+    before_norm,
+    behind_norm,
     embedding_scores,
     token_direction,
     top_tokens,
     unembedding_scores,
 )
 from polylens.errors import UnsupportedModel
-from polylens.hosts.base import Layer
+from polylens.hosts.base import Layer, Norm
 from polylens.selection import label
 
 TokenScores = list[tuple[str, float]]
@@ -92,9 +94,10 @@ def layer_features(
 ) -> LayerFeatures:
     """The k eigenfeatures of a layer along a token's logit, each with the tokens it reads.
 
-    The direction is `token_direction` through the final norm, the metric the covariance of the
-    layer's inputs, so that features are ordered by the variance they explain. A token's score is
-    its embedding through the layer's own norm, less the mean input, along the feature.
+    The direction is `token_direction` through the final norm and, where there is one (Gemma), the
+    norm behind the layer, their scales frozen; the metric is the covariance of the layer's inputs,
+    so that features are ordered by the variance they explain. A token's score is its embedding
+    through the layer's own norm, less the mean input, along the feature.
 
     Args:
         lens: of a TransformerLens model, of degree 2 or more.
@@ -108,9 +111,10 @@ def layer_features(
         UnsupportedModel: another host; a layer that does not read a norm's output, such as one
             whose norm is folded away, or a model without a final norm.
     """
-    last = _language_host(lens).final_norm()
+    last, own = _norms_behind(lens, layer)
     W_U = lens.host.model.W_U
     u = token_direction(W_U, token, against, centred=last.centred, weight=last.weight)
+    u = u if own is None else before_norm(u, centred=own.centred, weight=own.weight)
     features = eigenfeatures(lens[layer], u, k, metric="covariance")
     rows = feature_rows(lens, layer, features, n_tokens, names)
     return LayerFeatures(
@@ -150,16 +154,23 @@ def feature_rows(
 
 @torch.no_grad()
 def written_tokens(
-    lens: Any, u: Tensor, n_tokens: int, names: Callable[[int], str]
+    lens: Any, layer: Layer, u: Tensor, n_tokens: int, names: Callable[[int], str]
 ) -> tuple[TokenScores, TokenScores]:
-    """(raised most, lowered most) when a layer writes u, through the final norm.
+    """(raised most, lowered most) when a layer writes u, through the norms behind it.
 
     Raises:
         UnsupportedModel: as `layer_features`.
     """
-    last = _language_host(lens).final_norm()
+    last, own = _norms_behind(lens, layer)
+    u = u if own is None else behind_norm(u, centred=own.centred, weight=own.weight)
     scores = unembedding_scores(u, lens.host.model.W_U, centred=last.centred, weight=last.weight)
     return top_tokens(scores[:, 0], n_tokens, names)
+
+
+def _norms_behind(lens: Any, layer: Layer) -> tuple[Norm, Norm | None]:
+    """The final norm, and what the layer's output passes before the residual stream, if any."""
+    host = _language_host(lens)
+    return host.final_norm(), host.output_norm(lens.sites[layer])
 
 
 def _language_host(lens: Any) -> Any:

@@ -63,10 +63,7 @@ def unembedding_scores(
         InvalidInputError: sizes that do not fit.
     """
     columns = _columns(vectors, W_U.shape[0], "W_U [d_model, d_vocab]")
-    if centred:
-        columns = columns - columns.mean(0)
-    if weight is not None:
-        columns = columns * weight.detach().double()[:, None]
+    columns = behind_norm(columns.T, centred=centred, weight=weight).T
     scores = W_U.detach().double().T @ columns
     return scores - scores.mean(0)
 
@@ -98,10 +95,26 @@ def token_direction(
     if token == against:
         raise InvalidInputError(f"token {token} against itself is the zero direction")
     base = columns.mean(1) if against is None else columns[:, against]
-    u = columns[:, token] - base
+    return before_norm(columns[:, token] - base, centred=centred, weight=weight)
+
+
+def behind_norm(vectors: Tensor, *, centred: bool, weight: Tensor | None = None) -> Tensor:
+    """[..., d_model] float64: what a norm makes of vectors, up to its (positive) scale."""
+    vectors = vectors.detach().double()
+    if centred:
+        vectors = vectors - vectors.mean(-1, keepdim=True)
+    return vectors if weight is None else vectors * weight.detach().double()
+
+
+def before_norm(u: Tensor, *, centred: bool, weight: Tensor | None = None) -> Tensor:
+    """[..., d_model] float64: the direction in front of a norm that moves u behind it.
+
+    The transpose of `behind_norm`: v . behind_norm(x) = before_norm(v) . x.
+    """
+    u = u.detach().double()
     if weight is not None:
         u = u * weight.detach().double()
-    return u - u.mean() if centred else u
+    return u - u.mean(-1, keepdim=True) if centred else u
 
 
 def single_token(text: str, encode: Callable[[str], Sequence[int]]) -> int:

@@ -30,6 +30,14 @@ def norm_read(site: MLPSite, calls: list[Call], x: Tensor) -> Norm:
     )
 
 
+def norm_behind(calls: list[Call], y: Tensor) -> Norm | None:
+    """The Norm among the calls (module, input, output) that read y; None if none did."""
+    for module, before, after in calls:
+        if before.shape == y.shape and torch.equal(before, y):
+            return matching_norm(module, before, after)
+    return None
+
+
 def matching_norm(module: nn.Module, before: Tensor, after: Tensor) -> Norm | None:
     """LayerNorm or RMSNorm with the module's weight w, or 1 + w, or none, and its bias.
 

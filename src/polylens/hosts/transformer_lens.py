@@ -25,7 +25,7 @@ from polylens.hosts.base import (
     written,
 )
 from polylens.hosts.junction import Junction, Wiring, interior_of
-from polylens.hosts.norms import Call, matching_norm, norm_read
+from polylens.hosts.norms import Call, matching_norm, norm_behind, norm_read
 from polylens.hosts.passage import (
     Emitting,
     Function,
@@ -36,6 +36,7 @@ from polylens.hosts.passage import (
 from polylens.weights import ROLES, GLUWeights, MLPWeights
 
 _ACTIVATIONS = ("act", "act_fn", "activation_fn", "activation", "gelu_impl", "intermediate_act_fn")
+_NORMS = ("ln1", "ln2", "ln1_post", "ln2_post")
 _SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=1.0, stop_at_eos=False)
 _SAMPLING |= dict(prepend_bos=False, return_type="tokens", verbose=False)
 
@@ -264,20 +265,39 @@ class TransformerLensHost:
         return [self.model.mod_dict, self.model.hook_dict]
 
     def norm(self, site: MLPSite) -> Norm:
+        inputs: list[Tensor] = []
+        with self.observe({site.layer: lambda x, y: inputs.append(x.detach().clone())}):
+            calls = self._norm_calls(site)
+        return norm_read(site, calls, inputs[0])
+
+    def output_norm(self, site: MLPSite) -> Norm | None:
+        """What the layer's output passes before it is added to the residual stream, if any."""
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
+            outputs.append(out.detach().clone())
+
+        hook = self.model.blocks[site.layer].mlp.register_forward_hook(keep)
+        try:
+            calls = self._norm_calls(site)
+        finally:
+            hook.remove()
+        # a block may call the parts of its MLP instead, and none that does has a norm behind it
+        return norm_behind(calls, outputs[0]) if outputs else None
+
+    def _norm_calls(self, site: MLPSite) -> list[Call]:
+        """What the block's normalisations read and return in one tiny forward pass."""
         block = self.model.blocks[site.layer]
         calls: list[Call] = []
-        inputs: list[Tensor] = []
 
         def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
             calls.append((module, args[0].detach().clone(), out.detach().clone()))
 
         with ExitStack() as stack:
-            for module in filter(None, (getattr(block, name, None) for name in ("ln1", "ln2"))):
+            for module in filter(None, (getattr(block, name, None) for name in _NORMS)):
                 stack.callback(module.register_forward_hook(keep).remove)
-            read = {site.layer: lambda x, y: inputs.append(x.detach().clone())}
-            stack.enter_context(self.observe(read))
             self._probe()
-        return norm_read(site, calls, inputs[0])
+        return calls
 
     def final_norm(self) -> Norm:
         """The normalisation in front of the unembedding; UnsupportedModel if there is none."""
