@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from polylens.analysis.interactions import through_norm
-from polylens.errors import InvalidInputError
+from polylens.errors import InvalidInputError, UnsupportedModel
 
 # Rounding of the host's own forward pass, relative to what the MLP reads.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -19,9 +19,9 @@ def residual_writers(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """(writers [n, d_model], names) whose sum is exactly what this layer's MLP read.
 
-    Embeddings, each head (or attention layer) and each earlier MLP, through the layer's norm with
-    its scale frozen; then attention biases, the norm's bias and the rounding of the host's own
-    sum, as writers of their own.
+    Embeddings, each head (or attention layer) and each earlier MLP, through the layer's norm (and
+    one behind the attention, as in Gemma) with its scale frozen; then attention biases, the norm's
+    bias and the rounding of the host's own sum, as writers of their own.
 
     Args:
         lens: attached while the cache was recorded, so that `poly_in` is in it.
@@ -32,8 +32,15 @@ def residual_writers(
     Raises:
         InvalidInputError: position out of range, a cache without what is needed (which), a layer
             that does not read a norm of the residual stream, such as one with a parallel
-            attention or a second norm behind it.
+            attention.
     """
+    try:
+        norm = lens.host.norm(lens.sites[layer])
+    except UnsupportedModel as error:
+        raise InvalidInputError(
+            f"layer {layer} reads the residual stream without a norm; pass writers of your own to "
+            "interactions()"
+        ) from error
     names_of_points = (f"blocks.{layer}.ln2.hook_scale", f"blocks.{layer}.mlp.hook_poly_in")
     missing = [name for name in names_of_points if name not in cache]
     if missing:
@@ -55,14 +62,14 @@ def residual_writers(
     )
     writers, names = [stack[:, batch]], list(names)
     if heads:
+        biases = torch.zeros_like(writers[0][:1])
         for block in range(layer + 1):
-            written = _heads(cache, block, position, batch)
+            written, bias = _attention(lens, cache, block, position, batch)
             writers.append(written)
+            biases = biases + bias
             names += [f"L{block}H{head}" for head in range(len(written))]
-        bias = cache.model.accumulated_bias(layer, mlp_input=True, include_mlp_biases=False)
-        writers.append(bias[None].to(read))
+        writers.append(biases)
         names.append("attention biases")
-    norm = lens.host.norm(lens.sites[layer])
     parts = through_norm(
         torch.cat([w.to(read) for w in writers]),
         scales[batch, position],
@@ -83,7 +90,27 @@ def residual_writers(
     return torch.cat([parts, rounding[None]]), (*names, "rounding")
 
 
-def _heads(cache: Any, block: int, position: int, batch: int) -> Tensor:
-    """[n_heads, d_model] of one position; `stack_head_results` would fill the cache with all."""
+def _attention(
+    lens: Any, cache: Any, block: int, position: int, batch: int
+) -> tuple[Tensor, Tensor]:
+    """What each head [n_heads, d_model] and the biases [d_model] of an attention layer write.
+
+    At one position; `stack_head_results` would fill the cache with all.
+    """
+    attn = cache.model.blocks[block].attn
     z = cache["z", block, "attn"][batch, position]
-    return torch.einsum("hd,hdm->hm", z, cache.model.blocks[block].attn.W_O.to(z))
+    written = torch.einsum("hd,hdm->hm", z, attn.W_O.to(z))
+    n_heads, b_O = len(written), getattr(attn, "b_O", None)
+    bias = torch.zeros_like(written[0]) if b_O is None else b_O.to(written)
+    written = torch.cat([written, bias[None]])
+    scale = f"blocks.{block}.ln1_post.hook_scale"
+    norm = lens.host.norm_behind(block, "attn") if scale in cache else None
+    if norm is not None:
+        written = through_norm(
+            written,
+            cache[scale][batch, position],
+            centred=norm.centred,
+            weight=norm.weight,
+            bias=norm.bias,
+        )
+    return written[:n_heads], written[n_heads:].sum(0)

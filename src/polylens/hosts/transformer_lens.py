@@ -267,27 +267,27 @@ class TransformerLensHost:
     def norm(self, site: MLPSite) -> Norm:
         inputs: list[Tensor] = []
         with self.observe({site.layer: lambda x, y: inputs.append(x.detach().clone())}):
-            calls = self._norm_calls(site)
+            calls = self._norm_calls(site.layer)
         return norm_read(site, calls, inputs[0])
 
-    def output_norm(self, site: MLPSite) -> Norm | None:
-        """What the layer's output passes before it is added to the residual stream, if any."""
+    def norm_behind(self, layer: int, part: str) -> Norm | None:
+        """What the output of "attn" or "mlp" passes on its way to the residual stream, if any."""
         outputs: list[Tensor] = []
 
-        def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
-            outputs.append(out.detach().clone())
+        def keep(module: nn.Module, args: tuple, out: Any) -> None:
+            outputs.append((out[0] if isinstance(out, tuple) else out).detach().clone())
 
-        hook = self.model.blocks[site.layer].mlp.register_forward_hook(keep)
+        hook = getattr(self.model.blocks[layer], part).register_forward_hook(keep)
         try:
-            calls = self._norm_calls(site)
+            calls = self._norm_calls(layer)
         finally:
             hook.remove()
         # a block may call the parts of its MLP instead, and none that does has a norm behind it
         return norm_behind(calls, outputs[0]) if outputs else None
 
-    def _norm_calls(self, site: MLPSite) -> list[Call]:
+    def _norm_calls(self, layer: Layer) -> list[Call]:
         """What the block's normalisations read and return in one tiny forward pass."""
-        block = self.model.blocks[site.layer]
+        block = self.model.blocks[layer]
         calls: list[Call] = []
 
         def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
