@@ -27,9 +27,10 @@ def windows(tokenizer, path):
     """[n, LENGTH] all windows of a text, in an order that is always the same."""
     text = Path(path).read_text(encoding="utf-8", errors="ignore")[:800_000]
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    fresh = LENGTH - tokenizer.num_special_tokens_to_add()
-    rows = [ids[i : i + fresh] for i in range(0, len(ids) - fresh + 1, fresh)]
-    found = torch.tensor([tokenizer.build_inputs_with_special_tokens(row) for row in rows])
+    first, last = [tokenizer.cls_token_id], [tokenizer.sep_token_id]
+    fresh = LENGTH - 2
+    starts = range(0, len(ids) - fresh + 1, fresh)
+    found = torch.tensor([first + ids[i : i + fresh] + last for i in starts])
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
 
 
