@@ -315,7 +315,8 @@ class Lens:
         file or the new one, nothing in between.
 
         Args:
-            report: is kept with them, as `saved_report` of the lens that is loaded.
+            report: is kept with them, text around its worst tokens included (none with
+                `report(worst=0)`), as `saved_report` of the lens that is loaded.
 
         Raises:
             StalePolynomialError: weights changed since the fit.
@@ -353,7 +354,7 @@ class Lens:
 
         Args:
             repo_id: "user/name".
-            report: its table goes into the card; `saved_report` by default.
+            report: uploaded as `save` keeps it, and in the card; `saved_report` by default.
             base_model: on the Hub; where the model was loaded from by default.
             private: whether a new repository is; the account's default if None.
             token: of the Hub; by default the one of `hf auth login`.
