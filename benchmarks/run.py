@@ -241,17 +241,18 @@ def replacing(pairs: int):
 
 def replaced_forward(what: str, make: Callable, tokens: torch.Tensor, pairs: int):
     model, twin = make(), make()
-    lens = polylens.attach(model, tokens, degree=3, progress=False)
-    for degree in (2, 3):
-        with torch.no_grad(), lens.replaced(degree=degree):
+    for degree, clip in ((2, False), (3, False), (3, True)):
+        with (
+            polylens.attach(model, tokens, degree=degree, clip=clip, progress=False) as lens,
+            torch.no_grad(),
+            lens.replaced(),
+        ):
             lens.host.logits(tokens), twin(tokens)
-            samples = [
-                (timed(lambda: model(tokens)), timed(lambda: twin(tokens))) for _ in range(pairs)
-            ]
+            samples = [[timed(partial(m, tokens)) for m in (model, twin)] for _ in range(pairs)]
         ours, theirs = (min(column) for column in zip(*samples, strict=True))
         median = statistics.median(a / b for a, b in samples)
         yield (
-            f"all MLPs replaced, degree {degree}, {what}",
+            f"all MLPs replaced, degree {degree}{', clipped' if clip else ''}, {what}",
             f"{ours * 1e3:.1f} ms",
             f"true forward: {theirs * 1e3:.1f} ms",
             f"{ours / theirs:.3f} (median {median:.3f})",

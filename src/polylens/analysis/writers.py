@@ -7,6 +7,7 @@ from torch import Tensor
 
 from polylens.analysis.interactions import through_norm
 from polylens.errors import InvalidInputError, UnsupportedModel
+from polylens.hosts.base import Norm
 
 # Rounding of the host's own forward pass, relative to what the MLP reads.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -19,9 +20,10 @@ def residual_writers(
 ) -> tuple[Tensor, tuple[str, ...]]:
     """(writers [n, d_model], names) whose sum is exactly what this layer's MLP read.
 
-    Embeddings, each head (or attention layer) and each earlier MLP, through the layer's norm (and
-    one behind the attention, as in Gemma) with its scale frozen; then attention biases, the norm's
-    bias and the rounding of the host's own sum, as writers of their own.
+    Embeddings, each head (or attention layer) and each earlier MLP, through the layer's norm, if it
+    has one, and the one behind the attention, if there is one, with their scales frozen; then
+    attention biases, the norm's bias and the rounding of the host's own sum, as writers of their
+    own.
 
     Args:
         lens: attached while the cache was recorded, so that `poly_in` is in it.
@@ -31,24 +33,21 @@ def residual_writers(
 
     Raises:
         InvalidInputError: position out of range, a cache without what is needed (which), a layer
-            that does not read a norm of the residual stream, such as one with a parallel
+            that reads neither the residual stream nor a norm of it, such as one with a parallel
             attention.
     """
     try:
         norm = lens.host.norm(lens.sites[layer])
-    except UnsupportedModel as error:
-        raise InvalidInputError(
-            f"layer {layer} reads the residual stream without a norm; pass writers of your own to "
-            "interactions()"
-        ) from error
-    names_of_points = (f"blocks.{layer}.ln2.hook_scale", f"blocks.{layer}.mlp.hook_poly_in")
-    missing = [name for name in names_of_points if name not in cache]
-    if missing:
+    except UnsupportedModel:  # it may read the stream itself; the sum is checked below
+        norm = None
+    point, scale = f"blocks.{layer}.mlp.hook_poly_in", f"blocks.{layer}.ln2.hook_scale"
+    needed = [point] if norm is None else [point, scale]
+    if missing := [name for name in needed if name not in cache]:
         raise InvalidInputError(
             f"the cache lacks {', '.join(missing)}; record it by model.run_with_cache(tokens) with "
             "the lens attached, without names_filter"
         )
-    scales, read = (cache[name] for name in names_of_points)
+    read = cache[point]
     if batch not in range(len(read)) or position not in range(read.shape[1]):
         raise InvalidInputError(
             f"no position {position} of sequence {batch}: the cache holds {tuple(read.shape[:2])}"
@@ -64,21 +63,18 @@ def residual_writers(
     if heads:
         biases = torch.zeros_like(writers[0][:1])
         for block in range(layer + 1):
-            written, bias = _attention(lens, cache, block, position, batch)
+            written, bias = _attention(lens, cache, norm, block, position, batch)
             writers.append(written)
             biases = biases + bias
             names += [f"L{block}H{head}" for head in range(len(written))]
         writers.append(biases)
         names.append("attention biases")
-    parts = through_norm(
-        torch.cat([w.to(read) for w in writers]),
-        scales[batch, position],
-        centred=norm.centred,
-        weight=norm.weight,
-        bias=norm.bias,
-    )
-    if norm.bias is not None:
-        names.append("norm bias")
+    parts = torch.cat([w.to(read) for w in writers])
+    if norm is None:
+        parts = parts.double()
+    else:
+        parts = _behind(norm, parts, cache[scale][batch, position])
+        names += [] if norm.bias is None else ["norm bias"]
     rounding = read[batch, position].double() - parts.sum(0)
     size = float(read[batch, position].double().norm())
     if float(rounding.norm()) > TOLERANCE.get(read.dtype, HALF_TOLERANCE) * size:
@@ -91,7 +87,7 @@ def residual_writers(
 
 
 def _attention(
-    lens: Any, cache: Any, block: int, position: int, batch: int
+    lens: Any, cache: Any, front: Norm | None, block: int, position: int, batch: int
 ) -> tuple[Tensor, Tensor]:
     """What each head [n_heads, d_model] and the biases [d_model] of an attention layer write.
 
@@ -103,14 +99,15 @@ def _attention(
     n_heads, b_O = len(written), getattr(attn, "b_O", None)
     bias = torch.zeros_like(written[0]) if b_O is None else b_O.to(written)
     written = torch.cat([written, bias[None]])
-    scale = f"blocks.{block}.ln1_post.hook_scale"
-    norm = lens.host.norm_behind(block, "attn") if scale in cache else None
+    # OLMo 2 has no norm in front, and TransformerLens 3.9 calls the one behind ln1
+    names = ("ln1_post", "ln1") if front is None else ("ln1_post",)
+    scales = (f"blocks.{block}.{name}.hook_scale" for name in names)
+    scale = next((name for name in scales if name in cache), None)
+    norm = lens.host.norm_behind(block, "attn") if scale else None
     if norm is not None:
-        written = through_norm(
-            written,
-            cache[scale][batch, position],
-            centred=norm.centred,
-            weight=norm.weight,
-            bias=norm.bias,
-        )
+        written = _behind(norm, written, cache[scale][batch, position])
     return written[:n_heads], written[n_heads:].sum(0)
+
+
+def _behind(norm: Norm, writers: Tensor, scale: Tensor) -> Tensor:
+    return through_norm(writers, scale, centred=norm.centred, weight=norm.weight, bias=norm.bias)
