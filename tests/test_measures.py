@@ -14,10 +14,12 @@ import torch.nn.functional as F
 from rich.console import Console
 
 import polylens
-from polylens.errors import InvalidInputError
+from polylens.errors import InvalidInputError, UnsupportedModel
+from polylens.hosts import host_for
 from polylens.measuring import measure
 from polylens.report import SCHEMA, LayerRow, Report, WorstToken
-from tests.hf_models import DECODER, ENCODER, from_config
+from polylens.scoring import lead_of
+from tests.hf_models import DECODER, ENCODER, build, from_config
 from tests.models import D_VOCAB, LLAMA, bridge, hooked
 from tests.test_report import TinyHost, TinyLens
 
@@ -138,7 +140,8 @@ def test_prefixes_cost_a_pass_for_each_layer_between(measured):
             counts.append(len(calls))
     finally:
         del lens.host.logits
-    assert counts == [1 + 2 * 4, 1 + 2 * 4 + 1]
+    both_ways = 2  # whether it reads both ways
+    assert counts == [both_ways + 1 + 2 * 4, both_ways + 1 + 2 * 4 + 1]
 
 
 def test_r2_on_the_replaced_stream(measured):
@@ -186,6 +189,40 @@ def test_worst_tokens_and_their_causes(measured):
         t = (neurons - polynomial.m) / polynomial.s
         assert worst.neuron == int(t.abs().argmax())
         assert worst.deviation == pytest.approx(float(t[worst.neuron]), abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "gpt2", "t5"])
+def test_models_that_see_what_follows_are_told_from_those_that_do_not(name, dtype):
+    host = host_for(build(name, dtype))
+    assert lead_of(host, HELD_OUT) == (0 if "bert" in name else 1)
+
+
+def test_a_masked_language_model_is_scored_on_each_token_itself():
+    model = from_config("BertConfig", "BertForMaskedLM", {**ENCODER, **THREE}, torch.float64)
+    with polylens.attach(model, TOKENS, degree=3, progress=False) as lens:
+        report = lens.report(HELD_OUT, attention_mask=MASK, degree=DEGREE, progress=False)
+        truth, logits = true_logits(lens), passed(lens, LAYERS)
+    true, changed = (
+        F.cross_entropy(x.mT, HELD_OUT, reduction="none") * MASK for x in (truth, logits)
+    )
+    n = int(MASK.sum())
+    assert report.n_targets == n
+    assert report.base_ce == pytest.approx(float(true.sum()) / n, abs=1e-10)
+    assert report.all_row.delta_ce == pytest.approx(float((changed - true).sum()) / n, abs=1e-10)
+    assert any("reads both ways" in note for note in report.notes)
+    rises = (changed - true).flatten()
+    places = [divmod(i, 12) for i in rises.argsort(descending=True).tolist() if rises[i] > 1e-6]
+    assert [(w.sequence, w.position) for w in report.worst] == places[:10]
+    assert all(w.token == HELD_OUT[w.sequence, w.position] for w in report.worst)
+
+
+def test_a_model_without_a_head_has_no_losses():
+    model = from_config("BertConfig", "BertModel", ENCODER)
+    with polylens.attach(model, TOKENS, degree=2, progress=False) as lens:
+        with pytest.raises(UnsupportedModel, match=r"no logits.*last_hidden_state.*loss=False"):
+            lens.report(HELD_OUT, progress=False)
+        assert lens.report(HELD_OUT, loss=False, progress=False)[0].r2[2] > 0.5
 
 
 def test_exact_polynomials_cost_nothing_and_agree_everywhere():
@@ -249,9 +286,9 @@ def test_no_layer_is_blamed_where_position_0_stays_true():
     model = from_config("BertConfig", "BertForMaskedLM", ENCODER)
     with polylens.attach(model, TOKENS, degree=1, progress=False) as lens:
         worst = lens.report(HELD_OUT, worst=1000, progress=False).worst
-    assert len({token.position for token in worst}) == 11
+    assert {0, 1, 2} < {token.position for token in worst}
     for token in worst:
-        assert (token.layer is None) == (token.position == 1)
+        assert (token.layer is None) == (token.position == 0)
 
 
 def test_one_sequence_has_no_standard_error_and_fewer_worst_tokens_can_be_asked_for():

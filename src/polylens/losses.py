@@ -79,6 +79,7 @@ def measure_losses(
     bar: tqdm,
     prefixes: bool,
     worst: int,
+    lead: int,
 ) -> Losses:
     """Replace and ablate each layer alone and all of them, and with `prefixes` replace those.
 
@@ -89,26 +90,27 @@ def measure_losses(
         means: of each layer's output, what an ablation puts there.
         steps: tokens and mask of each batch.
         worst: how many tokens to list.
+        lead: of the predicted tokens, see `scoring.lead_of`.
 
     Raises:
         InvalidInputError: logits that are not [batch, pos, d_vocab], or nothing to predict.
     """
     everything, ablated = tuple(layers), {group: Cost() for group in alone_and_all(layers)}
     replaced = {group: Cost() for group in _replaced_groups(layers, prefixes)}
-    stream, rises = _ReplacedStream(lens, degree, layers), WorstRises(worst)
+    stream, rises = _ReplacedStream(lens, degree, layers), WorstRises(worst, lead)
     base, n_positions, n_targets = 0.0, 0, []
     for batch, mask in steps:
         real = counted(batch, mask, exclude_first=False)
-        n_targets.append(targets(real).sum(1).cpu())
+        n_targets.append(targets(real, lead).sum(1).cpu())
         n_positions += int(real.sum())
-        truth, true = _truth(lens, batch, mask, real)
+        truth, true = _truth(lens, batch, mask, real, lead)
         base += float(true.ce.sum())
         bar.update()
         for group, cost in replaced.items():
             whole = group == everything
             watching = stream.watch(batch, mask) if whole else nullcontext()
             with lens.replaced(group, degree), watching:
-                changed = score(lens.host.logits(batch, mask), truth, batch, real)
+                changed = score(lens.host.logits(batch, mask), truth, batch, real, lead)
             cost.update(changed, true)
             if whole:
                 rises.update(changed, true)
@@ -120,7 +122,8 @@ def measure_losses(
                 if layer in means
             }
             with lens.host.substitute(constants):
-                cost.update(score(lens.host.logits(batch, mask), None, batch, real), true)
+                ablation = score(lens.host.logits(batch, mask), None, batch, real, lead)
+                cost.update(ablation, true)
             bar.update()
     counts = torch.cat(n_targets)
     if counts.sum() == 0:
@@ -158,14 +161,16 @@ class _ReplacedStream:
         return {layer: sums.last_r2() for layer, sums in self._sums.items()}
 
 
-def _truth(lens: "Lens", batch: Tensor, mask: Tensor | None, real: Tensor) -> tuple[Tensor, Scores]:
+def _truth(
+    lens: "Lens", batch: Tensor, mask: Tensor | None, real: Tensor, lead: int
+) -> tuple[Tensor, Scores]:
     truth = lens.host.logits(batch, mask)
     if truth.dim() != 3 or truth.shape[:2] != batch.shape:
         raise InvalidInputError(
             f"the loss columns need logits [batch, pos, d_vocab]; {lens.model_name} returns "
             f"{list(truth.shape)} for tokens {list(batch.shape)}; use report(..., loss=False)"
         )
-    return truth, score(truth, None, batch, real)
+    return truth, score(truth, None, batch, real, lead)
 
 
 def _columns(

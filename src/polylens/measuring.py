@@ -14,7 +14,7 @@ from polylens.hosts.base import Layer
 from polylens.lockstep import Step
 from polylens.losses import Losses, measure_losses, passes_per_batch, prefixes_of
 from polylens.report import LayerRow, Report
-from polylens.scoring import ResidualSums
+from polylens.scoring import ResidualSums, lead_of
 from polylens.selection import check_degree, check_layers, label
 from polylens.tokens import batches, counted, rows, validate_inputs
 from polylens.worst import Decode, decoder, explain
@@ -26,6 +26,7 @@ FIRST_POSITION = (
     "position 0 is left out of R² and stays true under replacement and ablation: attention sink"
 )
 
+BOTH_WAYS = "the model reads both ways: CE is of each token itself, not of the next one"
 NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be scored"
 
 
@@ -80,7 +81,7 @@ def measure(
     tokens, mask = tokens.to(device), None if mask is None else mask.to(device)
     steps = list(batches(tokens, mask, batch_size))
     per_batch = 1 + (loss and passes_per_batch(chosen, prefixes))
-    losses, all_row, found = None, None, ()
+    losses, all_row, found, lead = None, None, (), 1
     with (
         torch.no_grad(),
         tqdm(total=len(steps) * per_batch, desc="report", disable=not progress) as bar,
@@ -89,7 +90,8 @@ def measure(
         rows = [LayerRow(n, sums[n].r2(n), n_tokens=sums[n].n) for n in chosen]
         if loss:
             means = {layer: sums[layer].mean for layer in chosen if sums[layer].n}
-            losses = measure_losses(lens, degree, chosen, means, steps, bar, prefixes, worst)
+            lead = lead_of(lens.host, tokens)
+            losses = measure_losses(lens, degree, chosen, means, steps, bar, prefixes, worst, lead)
             all_row = replace(LayerRow(None, None), **losses.by_group[tuple(chosen)])
             rows = _with_losses(rows, losses, prefixes_of(chosen) if prefixes else {})
             if losses.rises:
@@ -108,7 +110,7 @@ def measure(
         rows=tuple(rows),
         all_row=all_row,
         refused=dict(lens.refused),
-        notes=tuple(_notes(lens, sums)),
+        notes=tuple(_notes(lens, sums, lead)),
         worst=found,
     )
 
@@ -136,11 +138,13 @@ def _with_losses(
     return filled
 
 
-def _notes(lens: "Lens", sums: dict[Layer, ResidualSums]) -> Iterator[str]:
+def _notes(lens: "Lens", sums: dict[Layer, ResidualSums], lead: int) -> Iterator[str]:
     if lens.exclude_first:
         yield FIRST_POSITION
     if not lens.host.reads_tokens:
         yield NO_LOSS
+    if lead == 0:
+        yield BOTH_WAYS
     if unseen := [label(n) for n in sums if sums[n].n < 2]:
         yield f"no R² of experts {', '.join(unseen)}: fewer than 2 tokens were sent there"
     if constant := [label(n) for n in sums if sums[n].n > 1 and sums[n].constant]:

@@ -30,7 +30,8 @@ class LayerRow:
         layer: index, (index, expert), or None for the row in which all are replaced at once.
         r2: held-out R2 of degree 0, 1, ..., fitted degree; None for that last row. Of an output
             that does not vary it is 1 where it is reproduced, else 0.
-        delta_ce: next-token cross entropy with the polynomial minus without.
+        delta_ce: next-token cross entropy (of each token itself, in a model that reads both ways)
+            with the polynomial minus without.
         kl: mean over positions of KL(true model || model with the polynomial).
         ablation_delta_ce: the same as delta_ce with the output's mean in place of the polynomial.
         loss_recovered: 1 - delta_ce / ablation_delta_ce; None where the ablation is harmless.

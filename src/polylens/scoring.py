@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
-from polylens.hosts.base import Layer
+from polylens.hosts.base import TOLERANCE, Host, Layer, relative_error
 from polylens.quality import is_constant, share_explained
 from polylens.selection import label
 
@@ -87,7 +87,7 @@ class Scores(NamedTuple):
     """Of every position of a batch, in float64 on the CPU; 0 where it does not count.
 
     Attributes:
-        ce: [batch, pos - 1] cross entropy of the token that follows.
+        ce: [batch, pos - lead] cross entropy of the token `lead` further on.
         kl: [batch, pos] KL(true model || this one); agree: [batch, pos] 1 where both have the
             same most likely token. Zeros without a true model to compare with.
     """
@@ -97,7 +97,30 @@ class Scores(NamedTuple):
     agree: Tensor
 
 
-def score(logits: Tensor, truth: Tensor | None, tokens: Tensor, real: Tensor) -> Scores:
+def lead_of(host: Host, tokens: Tensor) -> int:
+    """How far behind a position the token is that its logits are about.
+
+    1, the next one; 0, its own, in a model whose logits depend on what comes behind them, such as a
+    masked language model: it can see the next one. Two forward passes over one sequence.
+
+    Args:
+        tokens: [batch, pos].
+    """
+    config = getattr(host.module, "config", None)
+    if tokens.shape[1] < 2 or getattr(config, "is_encoder_decoder", False):
+        return 1
+    first, other = tokens[:1], tokens[:1].clone()
+    other[0, -1] += -1 if other[0, -1] > 0 else 1
+    with torch.no_grad():
+        here, there = (host.logits(sequence) for sequence in (first, other))
+    if here.dim() != 3:  # not of positions; `measure_losses` says so
+        return 1
+    return 0 if relative_error(there[:, :-1], here[:, :-1]) > TOLERANCE[here.dtype] else 1
+
+
+def score(
+    logits: Tensor, truth: Tensor | None, tokens: Tensor, real: Tensor, lead: int = 1
+) -> Scores:
     """Cross entropies of logits, and their KL and agreement with the truth.
 
     Sequence by sequence, so that only one sequence of log-probabilities is in memory.
@@ -106,13 +129,15 @@ def score(logits: Tensor, truth: Tensor | None, tokens: Tensor, real: Tensor) ->
         logits, truth: [batch, pos, d_vocab].
         tokens: [batch, pos].
         real: [batch, pos] of bool, False at padding, which does not count.
+        lead: of the tokens whose cross entropy it is, see `lead_of`.
     """
-    ce, counts = [], targets(real)
+    ce, counts = [], targets(real, lead)
     kl, agree = (torch.zeros(real.shape, dtype=torch.float64) for _ in range(2))
     for i in range(len(tokens)):
         log_q = _log_softmax(logits[i])
-        following = -log_q[:-1].gather(1, tokens[i, 1:, None].to(log_q.device)).squeeze(1)
-        ce.append(torch.where(counts[i].to(log_q.device), following, 0).cpu().double())
+        wanted = tokens[i, lead:, None].to(log_q.device)
+        ce_i = -log_q[: len(wanted)].gather(1, wanted).squeeze(1)
+        ce.append(torch.where(counts[i].to(log_q.device), ce_i, 0).cpu().double())
         if truth is not None:
             log_p, here = _log_softmax(truth[i]), real[i].to(log_q.device)
             divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
@@ -121,9 +146,9 @@ def score(logits: Tensor, truth: Tensor | None, tokens: Tensor, real: Tensor) ->
     return Scores(torch.stack(ce), kl, agree)
 
 
-def targets(real: Tensor) -> Tensor:
-    """[batch, pos - 1] of bool: where a real position predicts a real token."""
-    return real[:, :-1] & real[:, 1:]
+def targets(real: Tensor, lead: int = 1) -> Tensor:
+    """[batch, pos - lead] of bool: where a real position predicts a real token."""
+    return real[:, : real.shape[1] - lead] & real[:, lead:]
 
 
 class Cost:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fit import fit
 from polylens.inputs import Gaussian
-from polylens.scoring import score
+from polylens.scoring import lead_of, score
 from polylens.selection import check_at_least
 from polylens.trace import Trace as Trace
 from polylens.trace import TraceData as TraceData
@@ -248,10 +248,11 @@ def _language_model_rows(step: int, model: Any, data: TraceData, degree: int) ->
     total = 0.0
     with torch.no_grad(), attach(model, data.calibration, degree=degree, progress=False) as lens:
         report = lens.report(data.held_out, loss=False, progress=False)
+        lead = lead_of(lens.host, data.held_out)
         for tokens in data.held_out.split(8):
             real = torch.ones_like(tokens, dtype=torch.bool)
-            total += float(score(lens.host.logits(tokens), None, tokens, real).ce.sum())
-    loss = total / data.held_out[:, 1:].numel()
+            total += float(score(lens.host.logits(tokens), None, tokens, real, lead).ce.sum())
+    loss = total / data.held_out[:, lead:].numel()
     return [TraceRow(step, row.layer, "gaussian", row.r2, loss=loss) for row in report]
 
 

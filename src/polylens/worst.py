@@ -24,11 +24,12 @@ ROUNDING = 1e-6
 
 
 class Rise(NamedTuple):
-    """A token and its scores; its position is that of the token, not of what predicts it."""
+    """A token and its scores; its position is that of the token, `at` is where it is predicted."""
 
     rise: float
     sequence: int
     position: int
+    at: int
     true_ce: float
     replaced_ce: float
     kl: float
@@ -37,22 +38,25 @@ class Rise(NamedTuple):
 class WorstRises:
     """The n tokens whose cross entropy rises most, streamed; one that becomes NaN rises to inf.
 
+    Args:
+        lead: of the tokens before what predicts them, see `scoring.lead_of`.
+
     Attributes:
         found: worst first.
     """
 
-    def __init__(self, n: int) -> None:
-        self._n, self._sequences = n, 0
+    def __init__(self, n: int, lead: int) -> None:
+        self._n, self._lead, self._sequences = n, lead, 0
         self.found: list[Rise] = []
 
     def update(self, changed: Scores, true: Scores) -> None:
         rises = (changed.ce - true.ce).nan_to_num(nan=float("inf"), posinf=float("inf"))
         for place in rises.flatten().topk(min(self._n, rises.numel())).indices.tolist():
-            i, before = divmod(place, rises.shape[1])
-            scores = (table[i, before].item() for table in (rises, true.ce, changed.ce, changed.kl))
+            i, at = divmod(place, rises.shape[1])
+            scores = (table[i, at].item() for table in (rises, true.ce, changed.ce, changed.kl))
             rise, *rest = scores
             if rise > ROUNDING:
-                self.found.append(Rise(rise, self._sequences + i, before + 1, *rest))
+                self.found.append(Rise(rise, self._sequences + i, at + self._lead, at, *rest))
         self.found.sort(key=lambda found: (-found.rise, found.sequence, found.position))
         del self.found[self._n :]
         self._sequences += len(rises)
@@ -82,7 +86,7 @@ def explain(
     for k, step in enumerate(batches(tokens[some], mask, batch_size)):
         here = sequences[k * batch_size : (k + 1) * batch_size]
         chosen = [i for i, rise in enumerate(rises) if rise.sequence in here]
-        places = [(here.index(rises[i].sequence), rises[i].position - 1) for i in chosen]
+        places = [(here.index(rises[i].sequence), rises[i].at) for i in chosen]
         n_pos = tokens.shape[1]
         # a kept position 0 has no polynomial that could be wrong
         at = [-1 if lens.exclude_first and p == 0 else s * n_pos + p for s, p in places]

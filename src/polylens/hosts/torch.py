@@ -122,11 +122,20 @@ class TorchHost:
         return module(*(moved(value) for value in inputs))
 
     def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[batch, pos] token ids (or a float tensor, for models of images or features)."""
+        """[batch, pos] token ids (or a float tensor, for models of images or features).
+
+        Raises:
+            UnsupportedModel: a model without a head, which returns hidden states.
+        """
         out = self._forward(self.module, tokens, attention_mask)
         if isinstance(out, Tensor):
             return out
-        return out.logits if hasattr(out, "logits") else out[0]
+        if isinstance(out, Mapping) and "logits" not in out:
+            raise UnsupportedModel(
+                f"{type(self.module).__name__} has no logits, it returns {', '.join(out)}; use "
+                "report(..., loss=False), or a model with a head"
+            )
+        return out["logits"] if isinstance(out, Mapping) else out[0]
 
     def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
         self._forward(self._trunk(), tokens, attention_mask)
