@@ -1,5 +1,7 @@
 """Plain torch and Hugging Face models: hooks only, exact restoration, values at the points."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -106,6 +108,31 @@ def test_inputs_that_cannot_be_guessed_are_asked_for_by_name():
     for inputs in ((x, torch.tensor(2.0)), {"x": x, "scale": torch.tensor(2.0)}):
         sites, _ = TorchHost(TwoInputs(), example_inputs=inputs).sites()
         assert [site.activation.name for site in sites] == ["relu"]
+
+
+class Returns(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.embed, self.a, self.b = nn.Embedding(9, 5), nn.Linear(5, 8), nn.Linear(8, 5)
+
+    def forward(self, tokens):
+        return self.kind(self.b(torch.relu(self.a(self.embed(tokens)))))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        lambda logits: logits,
+        lambda logits: (logits, None),
+        lambda logits: {"loss": None, "logits": logits},
+        lambda logits: SimpleNamespace(logits=logits),
+    ],
+)
+def test_logits_however_a_module_returns_them(kind):
+    tokens, model = torch.arange(6).reshape(2, 3), Returns(kind)
+    expected = model.b(torch.relu(model.a(model.embed(tokens))))
+    assert torch.equal(TorchHost(model, example_inputs=tokens).logits(tokens), expected)
 
 
 def test_a_model_of_two_kinds_of_inputs_is_to_be_attached_to_by_parts():

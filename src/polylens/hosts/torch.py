@@ -15,14 +15,7 @@ from polylens.hosts.dataflow import Block, find_blocks
 from polylens.hosts.guessing import Inputs, accepted, guessed_inputs
 from polylens.hosts.moe import ExpertPassage, ExpertSite, Member, find_experts
 from polylens.hosts.norms import Call, norm_read
-from polylens.hosts.passage import (
-    Emitting,
-    Function,
-    PolyPoint,
-    Taps,
-    observing,
-    substituting,
-)
+from polylens.hosts.passage import Emitting, Function, PolyPoint, Taps, observing, substituting
 from polylens.hosts.recording import quiet
 from polylens.hosts.splice import Splice
 
@@ -130,12 +123,13 @@ class TorchHost:
         out = self._forward(self.module, tokens, attention_mask)
         if isinstance(out, Tensor):
             return out
-        if isinstance(out, Mapping) and "logits" not in out:
+        named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+        if named is None and isinstance(out, Mapping):
             raise UnsupportedModel(
                 f"{type(self.module).__name__} has no logits, it returns {', '.join(out)}; use "
                 "report(..., loss=False), or a model with a head"
             )
-        return out["logits"] if isinstance(out, Mapping) else out[0]
+        return out[0] if named is None else named
 
     def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
         self._forward(self._trunk(), tokens, attention_mask)
