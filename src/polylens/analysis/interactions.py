@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polylens.analysis.features import second_order
 from polylens.analysis.metric import check_inputs, direction
+from polylens.analysis.readout import behind_norm
 from polylens.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -129,10 +130,6 @@ def through_norm(
     divisor = torch.as_tensor(scale).detach().double()
     if divisor.numel() != 1 or not divisor.isfinite().all() or not (divisor > 0).all():
         raise InvalidInputError(f"scale must be one positive number, got {scale!r}")
-    out = writers.detach().double()
-    if centred:
-        out = out - out.mean(1, keepdim=True)
+    out = behind_norm(writers, centred=centred, weight=weight)
     out = out / divisor.to(out.device).reshape(())
-    if weight is not None:
-        out = out * weight.detach().double()
     return out if bias is None else torch.cat([out, bias.detach().double()[None]])
