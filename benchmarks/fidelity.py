@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 import polylens
-from polylens.loading import leading_bos, load_model
+from polylens.loading import all_windows, load_model
 from polylens.scoring import Cost, score
 
 LENGTH = 128
@@ -28,11 +28,8 @@ PROMPT, CONTINUATION = 24, 24
 def windows(tokenizer, path):
     """[n, LENGTH] all windows of a text, BOS included, in an order that is always the same."""
     text = Path(path).read_text(encoding="utf-8", errors="ignore")[:800_000]
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    bos = torch.tensor(leading_bos(tokenizer), dtype=torch.long)
-    fresh = LENGTH - len(bos)
-    found = ids[: len(ids) // fresh * fresh].reshape(-1, fresh)
-    found = torch.cat([bos.expand(len(found), -1), found], dim=1)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    found = all_windows(tokenizer, ids, LENGTH)
     return found[torch.randperm(len(found), generator=torch.Generator().manual_seed(0))]
 
 

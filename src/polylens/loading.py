@@ -126,10 +126,16 @@ def load_tokenizer(source: str) -> Any:
         ) from error
 
 
-def leading_bos(tokenizer: Any) -> list[int]:
-    """The BOS token, if the tokenizer puts one in front of texts."""
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+def all_windows(tokenizer: Any, ids: list[int], seq_len: int) -> Tensor:
+    """int64 [n, seq_len]: ids without special tokens cut into windows, a rest left out.
+
+    Every window starts with the tokenizer's BOS token if it puts one in front of texts.
+    """
+    bos = _leading_bos(tokenizer)
+    fresh = seq_len - len(bos)
+    windows = torch.tensor(ids[: len(ids) // fresh * fresh], dtype=torch.long).reshape(-1, fresh)
+    start = torch.tensor(bos, dtype=torch.long).expand(len(windows), -1)
+    return torch.cat([start, windows], dim=1)
 
 
 def token_windows(
@@ -172,17 +178,14 @@ def token_windows(
 
 
 def _first_windows(tokenizer: Any, text: str, n: int, seq_len: int, use: str) -> Tensor:
-    bos = leading_bos(tokenizer)
-    fresh = seq_len - len(bos)
+    fresh = seq_len - len(_leading_bos(tokenizer))
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < n * fresh:
         raise InvalidInputError(
             f"the text has {len(ids):,} tokens and {n * fresh:,} are needed ({use} windows of "
             f"{fresh}); give a longer text or ask for fewer"
         )
-    windows = torch.tensor(ids[: n * fresh], dtype=torch.long).reshape(-1, fresh)
-    start = torch.tensor(bos, dtype=torch.long).expand(len(windows), -1)
-    return torch.cat([start, windows], dim=1)
+    return all_windows(tokenizer, ids[: n * fresh], seq_len)
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -249,6 +252,11 @@ def _bridge(model: Any, tokenizer: Any, name: str, source: str) -> Any:
         raise UnsupportedModel(
             f"{source}: TransformerLens has no bridge for {architecture}: {_first_line(error)}"
         ) from error
+
+
+def _leading_bos(tokenizer: Any) -> list[int]:
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _first_line(error: BaseException) -> str:
