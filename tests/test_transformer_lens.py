@@ -244,7 +244,7 @@ def test_norm_behind_the_mlp(name):
     host = host_for(model)
     with polylens.attach(model, TOKENS, degree=2, layers=1, progress=False) as lens:
         with lens.replaced():
-            norm = host.norm_behind(1, "mlp")
+            norm = host.norms_behind([1], "mlp").get(1)
     if name not in BEHIND:
         assert norm is None
         return

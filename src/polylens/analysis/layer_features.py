@@ -170,7 +170,7 @@ def written_tokens(
 def _norms_behind(lens: Any, layer: Layer) -> tuple[Norm, Norm | None]:
     """The final norm, and what the layer's output passes before the residual stream, if any."""
     host = _language_host(lens)
-    return host.final_norm(), host.norm_behind(layer, "mlp")
+    return host.final_norm(), host.norms_behind([layer], "mlp").get(layer)
 
 
 def _language_host(lens: Any) -> Any:

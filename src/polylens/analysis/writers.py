@@ -62,8 +62,9 @@ def residual_writers(
     writers, names = [stack[:, batch]], list(names)
     if heads:
         biases = torch.zeros_like(writers[0][:1])
+        behind = _norms_behind(lens, cache, layer, norm)
         for block in range(layer + 1):
-            written, bias = _attention(lens, cache, norm, block, position, batch)
+            written, bias = _attention(cache, block, position, batch, behind.get(block))
             writers.append(written)
             biases = biases + bias
             names += [f"L{block}H{head}" for head in range(len(written))]
@@ -86,8 +87,23 @@ def residual_writers(
     return torch.cat([parts, rounding[None]]), (*names, "rounding")
 
 
+def _norms_behind(
+    lens: Any, cache: Any, layer: int, front: Norm | None
+) -> dict[int, tuple[Norm, Tensor]]:
+    """Of blocks up to this layer that have one, the norm behind the attention and its scales."""
+    # OLMo 2 has no norm in front, and TransformerLens 3.9 calls the one behind ln1
+    names = ("ln1_post", "ln1") if front is None else ("ln1_post",)
+    scales: dict[int, Tensor] = {}
+    for block in range(layer + 1):
+        points = (f"blocks.{block}.{name}.hook_scale" for name in names)
+        if point := next((point for point in points if point in cache), None):
+            scales[block] = cache[point]
+    norms = lens.host.norms_behind(scales, "attn") if scales else {}
+    return {block: (norm, scales[block]) for block, norm in norms.items()}
+
+
 def _attention(
-    lens: Any, cache: Any, front: Norm | None, block: int, position: int, batch: int
+    cache: Any, block: int, position: int, batch: int, behind: tuple[Norm, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """What each head [n_heads, d_model] and the biases [d_model] of an attention layer write.
 
@@ -99,13 +115,9 @@ def _attention(
     n_heads, b_O = len(written), getattr(attn, "b_O", None)
     bias = torch.zeros_like(written[0]) if b_O is None else b_O.to(written)
     written = torch.cat([written, bias[None]])
-    # OLMo 2 has no norm in front, and TransformerLens 3.9 calls the one behind ln1
-    names = ("ln1_post", "ln1") if front is None else ("ln1_post",)
-    scales = (f"blocks.{block}.{name}.hook_scale" for name in names)
-    scale = next((name for name in scales if name in cache), None)
-    norm = lens.host.norm_behind(block, "attn") if scale else None
-    if norm is not None:
-        written = _behind(norm, written, cache[scale][batch, position])
+    if behind is not None:
+        norm, scales = behind
+        written = _behind(norm, written, scales[batch, position])
     return written[:n_heads], written[n_heads:].sum(0)
 
 

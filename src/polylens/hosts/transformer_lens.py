@@ -1,6 +1,6 @@
 """HookedTransformer (TransformerLens 3.9) and TransformerBridge (3.9 and 4)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,13 +26,7 @@ from polylens.hosts.base import (
 )
 from polylens.hosts.junction import Junction, Wiring, interior_of
 from polylens.hosts.norms import Call, matching_norm, norm_behind, norm_read
-from polylens.hosts.passage import (
-    Emitting,
-    Function,
-    Taps,
-    observing,
-    substituting,
-)
+from polylens.hosts.passage import Emitting, Function, Taps, observing, substituting
 from polylens.weights import ROLES, GLUWeights, MLPWeights
 
 _ACTIVATIONS = ("act", "act_fn", "activation_fn", "activation", "gelu_impl", "intermediate_act_fn")
@@ -267,35 +261,40 @@ class TransformerLensHost:
     def norm(self, site: MLPSite) -> Norm:
         inputs: list[Tensor] = []
         with self.observe({site.layer: lambda x, y: inputs.append(x.detach().clone())}):
-            calls = self._norm_calls(site.layer)
-        return norm_read(site, calls, inputs[0])
+            calls = self._norm_calls([site.layer])
+        return norm_read(site, calls[site.layer], inputs[0])
 
-    def norm_behind(self, layer: int, part: str) -> Norm | None:
-        """What the output of "attn" or "mlp" passes on its way to the residual stream, if any."""
-        outputs: list[Tensor] = []
+    def norms_behind(self, layers: Iterable[int], part: str) -> dict[int, Norm]:
+        """By layer, what the output of "attn" or "mlp" passes on its way to the residual stream.
 
-        def keep(module: nn.Module, args: tuple, out: Any) -> None:
-            outputs.append((out[0] if isinstance(out, tuple) else out).detach().clone())
+        Layers where it passes nothing are not in it. One tiny forward pass.
+        """
+        layers, outputs = list(layers), {}
 
-        hook = getattr(self.model.blocks[layer], part).register_forward_hook(keep)
-        try:
-            calls = self._norm_calls(layer)
-        finally:
-            hook.remove()
+        def keep(layer: int, module: nn.Module, args: tuple, out: Any) -> None:
+            outputs[layer] = (out[0] if isinstance(out, tuple) else out).detach().clone()
+
+        with ExitStack() as hooks:
+            for layer in layers:
+                module = getattr(self.model.blocks[layer], part)
+                hooks.callback(module.register_forward_hook(partial(keep, layer)).remove)
+            calls = self._norm_calls(layers)
         # a block may call the parts of its MLP instead, and none that does has a norm behind it
-        return norm_behind(calls, outputs[0]) if outputs else None
+        found = {layer: norm_behind(calls[layer], y) for layer, y in outputs.items()}
+        return {layer: norm for layer, norm in found.items() if norm is not None}
 
-    def _norm_calls(self, layer: Layer) -> list[Call]:
-        """What the block's normalisations read and return in one tiny forward pass."""
-        block = self.model.blocks[layer]
-        calls: list[Call] = []
+    def _norm_calls(self, layers: Sequence[Layer]) -> dict[Layer, list[Call]]:
+        """What the normalisations of blocks read and return in one tiny forward pass."""
+        calls: dict[Layer, list[Call]] = {layer: [] for layer in layers}
 
-        def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
-            calls.append((module, args[0].detach().clone(), out.detach().clone()))
+        def keep(layer: Layer, module: nn.Module, args: tuple, out: Tensor) -> None:
+            calls[layer].append((module, args[0].detach().clone(), out.detach().clone()))
 
-        with ExitStack() as stack:
-            for module in filter(None, (getattr(block, name, None) for name in _NORMS)):
-                stack.callback(module.register_forward_hook(keep).remove)
+        with ExitStack() as hooks:
+            for layer in layers:
+                norms = (getattr(self.model.blocks[layer], name, None) for name in _NORMS)
+                for module in filter(None, norms):
+                    hooks.callback(module.register_forward_hook(partial(keep, layer)).remove)
             self._probe()
         return calls
 
