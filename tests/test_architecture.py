@@ -17,7 +17,7 @@ LAYERS = (
     ("custom", "mixture", "samples"),
     ("weights", "quadratic"),
     ("preactivation",),
-    ("quality",),
+    ("quality", "clipping"),
     ("records",),
     ("approximation",),
     ("polynomial", "dense"),

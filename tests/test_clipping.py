@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import polylens
 import polylens.analysis
 from polylens import Gaussian, InvalidInputError, Samples, fit
+from polylens.clipping import PreactivationRange, flat_tails
 from polylens.hosts.inline import InlinePolynomial
+from polylens.joint import features
+from polylens.joint_gram import JointGram
+from polylens.neuron_gram import NeuronGram
 from tests.hf_models import build
 from tests.test_hosts_agree import bridge, hooked, nnsight, plain
 from tests.test_polynomial import D_IN, LAYERS, randn
@@ -155,6 +160,106 @@ def test_a_joint_polynomial_clips_what_is_not_linear(layer):
     columns += [] if zeta is None else [zeta * t]
     expected = torch.cat(columns, 1) @ joint._readout(2)
     assert torch.allclose(joint(100 * X), expected, rtol=1e-9)
+
+
+def tailed(gram, weights, x, degree, share, sample_weights=None):
+    """The fit to samples with flat tails of this share."""
+    seen = PreactivationRange(weights, flat_tails(weights, x, share))
+    sums = gram(weights, degree, seen=seen)
+    sums.update(x, sample_weights)
+    return sums.solve().clipped(seen.ends)
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_fit_with_tails_is_the_optimum_of_what_is_evaluated(layer):
+    weights, X = LAYERS[layer](), randn(400, D_IN, seed=6) ** 3
+    w = randn(400, seed=7).exp()
+    poly = tailed(NeuronGram, weights, X, 3, 0.05, w)
+    (y, z), (low, high) = preactivations(weights, X), poly.y_range
+    assert ((y < low - 1e-9).sum(0) == 20).all()
+    target = weights.act(y) * (1 if z is None else z)
+    y = y.clamp(low, high)
+    for i in range(weights.d_mlp):
+        powers = torch.stack([((y[:, i] - poly.m[i]) / poly.s[i]) ** k for k in range(4)], 1)
+        columns = powers if z is None else torch.cat([powers, z[:, i, None] * powers[:, :3]], 1)
+        root = w.sqrt()[:, None]
+        solution = torch.linalg.lstsq(root * columns, root * target[:, i, None]).solution
+        expected = (columns @ solution).squeeze(1)
+        found = poly.neurons(y, z)[:, i]
+        assert torch.allclose(found, expected, rtol=1e-7, atol=1e-7 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_a_joint_fit_with_tails_is_the_ridge_optimum_of_what_is_evaluated(layer):
+    weights, X = LAYERS[layer](), randn(400, D_IN, seed=6) ** 3
+    joint = tailed(JointGram, weights, X, 2, 0.05)
+    assert joint.ridge[2] < float("inf")
+    assert torch.equal(joint.base.y_range[0], flat_tails(weights, X, 0.05)[0])
+    phi = features(joint.base, joint.center, joint.z_mean, X, 2)
+    scale = phi.square().mean(0).rsqrt()
+    residual = weights(X) - joint(X)
+    gradient = scale[:, None] * (phi.T @ residual) / len(X)
+    penalty = joint.ridge[2] * joint.corrections[2] / scale[:, None]
+    assert torch.allclose(gradient, penalty, atol=1e-9 * float(weights(X).abs().max()))
+    # The base is every neuron's own least squares, where t itself does not stop either.
+    base = joint.base
+    y, z = preactivations(weights, X)
+    t, near = ((v - base.m) / base.s for v in (y, y.clamp(*base.y_range)))
+    columns = [torch.ones_like(t), t, near**2 - 1]
+    P = base.P[2] if z is None else base.P[2] + joint.z_mean * F.pad(base.Q[2], (0, 0, 0, 1))
+    own = torch.stack(columns) * P[:, None]
+    if z is not None:
+        columns += [z - joint.z_mean, (z - joint.z_mean) * near]
+        own = torch.cat([own, torch.stack(columns[3:]) * base.Q[2, :, None]])
+    residual = weights.act(y) * (1 if z is None else z) - own.sum(0)
+    for column in columns:
+        assert (column * residual).sum(0).abs().max() < 1e-9 * (column * own.sum(0)).abs().sum()
+
+
+@pytest.mark.parametrize(
+    ("act", "sides"),
+    [
+        *((name, (True, False)) for name in ("relu", "gelu", "silu", "softplus", "elu", "relu2")),
+        *((name, (True, True)) for name in ("tanh", "sigmoid", "relu6")),
+        *((name, (False, False)) for name in ("leaky_relu", "identity")),
+    ],
+)
+def test_tails_are_where_the_activation_is_flat(act, sides):
+    weights = polylens.MLPWeights(randn(D_IN, 7), randn(7, 3), act=act)
+    ends = flat_tails(weights, X, 0.1)
+    assert torch.isfinite(ends).all(1).tolist() == list(sides)
+    y = X @ weights.W_in
+    outside = y < ends[0] - 1e-9, y > ends[1] + 1e-9
+    for beyond, tail in zip(outside, sides, strict=True):
+        assert torch.equal(beyond.sum(0), torch.full((7,), 4 if tail else 0))
+    empty = flat_tails(weights, X[:0], 0.1)
+    assert torch.equal(empty.isinf(), torch.ones(2, 7, dtype=torch.bool))
+
+
+def test_a_neuron_that_does_not_vary_has_a_tail_and_a_fit():
+    W_gate = randn(D_IN, 7)
+    W_gate[:, 3] = 0
+    weights = polylens.GLUWeights(randn(D_IN, 7), randn(7, 3), W_gate, "silu")
+    poly = tailed(NeuronGram, weights, X, 3, 0.1)
+    assert torch.isfinite(poly(X)).all()
+    assert (poly(X) - weights(X)).norm() < weights(X).norm()
+
+
+@pytest.mark.parametrize("calibration", ["true", "sequential"])
+@pytest.mark.parametrize("inputs", ["samples", "joint"])
+def test_attach_fits_with_tails_of_what_it_sees(calibration, inputs):
+    model = build("llama")
+    options = {"calibration": calibration, "inputs": inputs, "weighting": "equal", "layers": [0]}
+    with polylens.attach(model, TOKENS, clip=0.1, degree=2, progress=False, **options) as lens:
+        with lens.cache(0) as cache:
+            model(TOKENS)
+        x = cache["in", 0].reshape(4, 16, -1)[:, 1:].reshape(-1, lens[0].d_in)
+        weights = lens.sites[0].weights()
+        base = lens[0].base if inputs == "joint" else lens[0]
+        expected = flat_tails(weights, x, 0.1)[0]
+        assert torch.allclose(base.y_range[0], expected, atol=1e-6)
+        share = float((x @ weights.W_gate < base.y_range[0]).double().mean())
+        assert abs(share - 0.1) < 0.02
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -7,6 +7,7 @@ import torch
 
 import polylens
 from polylens import InvalidInputError, Samples, UnsupportedModel, demo
+from polylens.calibration import visiting_order
 from polylens.hosts import host_for
 from polylens.lockstep import in_step
 from tests.hf_models import build, from_config
@@ -17,6 +18,7 @@ from tests.test_moe import MODELS
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
 
 CALIBRATION = demo.batches(demo.texts()[0], 24, 64)
+VISITED = CALIBRATION[visiting_order(len(CALIBRATION))]
 HELD_OUT = demo.batches(demo.texts()[1], 8, 64)
 SMALL = torch.arange(64).reshape(4, 16) * 7 % 50
 HOSTS = (plain, bridge, nnsight, hooked)
@@ -91,7 +93,7 @@ def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, i
     with attach(model, degree=2, inputs=inputs, batch_size=24, **plain) as lens:
         for layer in (0, 2, 3):
             with lens.replaced(range(layer)) if layer else nullcontext():
-                x = seen_inputs(lens.host, [layer], [(CALIBRATION, None)])[layer][0]
+                x = seen_inputs(lens.host, [layer], [(VISITED, None)])[layer][0]
             x = x[:, 1:].reshape(-1, x.shape[-1])
             given = polylens.Gaussian.from_samples(x) if inputs == "gaussian" else Samples([x])
             scope = "global" if inputs == "joint" else "neuron"
@@ -104,7 +106,7 @@ def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, i
 def test_inputs_may_be_weighted_by_the_size_of_the_output(model, inputs, calibration):
     options = {"calibration": calibration, "weighting": "output", "clip": True}
     with attach(model, degree=2, inputs=inputs, batch_size=24, layers=[0], **options) as lens:
-        x = seen_inputs(lens.host, [0], [(CALIBRATION, None)])[0][0]
+        x = seen_inputs(lens.host, [0], [(VISITED, None)])[0][0]
         x = x[:, 1:].reshape(-1, x.shape[-1])
         weights = lens.sites[0].weights()
         w = 1 / weights(x).double().norm(dim=1)
@@ -135,7 +137,7 @@ def test_samples_are_the_default_and_the_report_says_so(model):
     with attach(model, layers=[0, 1]) as lens:
         assert lens.inputs_summary == (
             "samples per neuron, 1536 tokens, position 0 excluded, weighted by 1 / |output|, "
-            "preactivations clipped to those seen, layer by layer"
+            "preactivations clipped to those seen and in flat tails of 0.01, layer by layer"
         )
         assert "layer by layer" in str(lens.report(HELD_OUT, loss=False, progress=False))
 
@@ -159,6 +161,11 @@ def test_padding_is_left_out(model):
         ({"degree": 13}, "degree"),
         ({"weighting": "input"}, "'equal', 'output'"),
         ({"calibration": "true", "tokens": None, "inputs": "norm", "clip": True}, "inputs seen"),
+        ({"calibration": "true", "tokens": None, "inputs": "norm", "clip": 0.01}, "inputs seen"),
+        ({"inputs": "gaussian", "clip": 0.01}, 'inputs="samples"'),
+        ({"clip": 0.5}, "between 0 and 0.5"),
+        ({"clip": 0}, "between 0 and 0.5"),
+        ({"clip": float("nan")}, "between 0 and 0.5"),
     ],
 )
 def test_refused_and_nothing_attached(model, options, message):

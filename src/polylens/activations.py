@@ -278,7 +278,7 @@ _REGISTRY: dict[str, Activation] = {
         Activation("relu", torch.relu, (), (0.0, 1.0)),
         Activation("relu2", _squared_relu, (), (0.0, 0.0, 1.0)),
         Activation("relu6", F.relu6, (), (6.0,), edges=(0.0, 6.0), kinks=(0.0, 6.0)),
-        Activation("gelu", F.gelu, closed_form=_gelu_coefficients),
+        Activation("gelu", F.gelu, (), (0.0, 1.0), closed_form=_gelu_coefficients),
         Activation("gelu_new", _tanh_gelu, (), (0.0, 1.0), edges=(-12.0, -3.0, 0.0, 3.0, 12.0)),
         Activation(
             "gelu_10",

@@ -13,9 +13,10 @@ from polylens import artifact
 from polylens import calibration as streams
 from polylens.calibration import Calibration
 from polylens.checkpoint import Checkpoint, identity
+from polylens.clipping import Clip
 from polylens.emitter import Fitted
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
-from polylens.estimators import estimator
+from polylens.estimators import check_clip, estimator
 from polylens.fit import fit, require_degree
 from polylens.hosts import host_for
 from polylens.hosts.base import Host, Layer, MLPSite
@@ -54,7 +55,7 @@ def attach(
     inputs: Gaussian | Mapping[Layer, Gaussian] | str | None = None,
     calibration: str = "true",
     weighting: str | None = None,
-    clip: bool | None = None,
+    clip: Clip | None = None,
     degree: int = 2,
     layers: Iterable[Layer] | int | None = None,
     attention_mask: Tensor | None = None,
@@ -96,9 +97,12 @@ def attach(
         weighting: of the inputs in the fit: "equal" (default), or "output" (default for
             "sequential"): by 1 / |true output|. What comes after a layer is normalised, so
             that rare huge outputs, which decide equal squares, matter less than their size.
-        clip: evaluate a polynomial whose preactivation is beyond all that calibration saw at
-            the end of that range (default for "sequential"): far outside, a polynomial grows
-            without bound and the activation does not. False for polynomials everywhere.
+        clip: where to stop evaluating a polynomial, at the end of a range of preactivations.
+            True: the range that calibration saw: far outside, a polynomial grows without bound
+            and the activation does not. A share, 0.01 (default for "sequential"): also, where
+            the activation is flat, as SiLU and GELU are far below, beyond all but that share of
+            each neuron's preactivations, and the fit knows: what it spent on the tail goes into
+            the rest. False (default for "true"): polynomials everywhere.
         degree: fitted degree, 0 ... 12; lower ones come with it.
         layers: which layers; all that can be read by default.
         attention_mask: [batch, pos], 0 at padding, which is left out.
@@ -166,7 +170,10 @@ def attach(
             "inputs= says what they are. Give tokens, or neither of these"
         )
     weighting = ("output" if sequential else "equal") if weighting is None else weighting
-    clip = sequential if clip is None else clip
+    if clip is None:
+        clip = kind.default_clip if kind is not None and sequential else False
+    if kind is not None:
+        check_clip(kind, clip)
     host, found, refused = _read(model, example_inputs)
     streams.require_deterministic(host.module)
     sites = {site.layer: site for site in found}

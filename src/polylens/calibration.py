@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from polylens.clipping import Clip
 from polylens.emitter import Fitted, keep_first
 from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
 from polylens.estimators import Estimator
@@ -35,7 +36,8 @@ class Calibration:
         steps: (inputs, attention mask) of each batch.
         exclude_first: leave out position 0, and keep it true where a polynomial flows on.
         weighting: of the inputs, "equal" or "output".
-        clip: evaluate the polynomials at no preactivation beyond those seen.
+        clip: evaluate the polynomials at no preactivation beyond those seen, or beyond a share
+            of them where the activation is flat.
         progress: show a progress bar.
     """
 
@@ -43,7 +45,7 @@ class Calibration:
     steps: Sequence[Step]
     exclude_first: bool
     weighting: str
-    clip: bool
+    clip: Clip
     progress: bool
 
     @classmethod
@@ -55,7 +57,7 @@ class Calibration:
         *,
         exclude_first: bool,
         weighting: str,
-        clip: bool,
+        clip: Clip,
         batch_size: int,
         progress: bool,
     ) -> "Calibration":
@@ -69,7 +71,8 @@ class Calibration:
                 f"weighting={weighting!r} is unknown; there are {', '.join(map(repr, WEIGHTINGS))}"
             )
         tokens, mask = validate_inputs(tokens, attention_mask, reads_tokens=host.reads_tokens)
-        steps = list(batches(tokens, mask, batch_size))
+        order = visiting_order(len(tokens)).to(tokens.device)
+        steps = list(batches(tokens[order], None if mask is None else mask[order], batch_size))
         return cls(host, steps, exclude_first, weighting, clip, progress)
 
     def describe(self, origin: str) -> list[str]:
@@ -81,9 +84,12 @@ class Calibration:
         options = {
             "position 0 excluded": self.exclude_first,
             WEIGHTINGS[self.weighting]: self.weighting != "equal",
-            "preactivations clipped to those seen": self.clip,
+            "preactivations clipped to those seen": bool(self.clip),
         }
-        return [f"{count} {origin}", *(text for text, true in options.items() if true)]
+        described = [text for text, true in options.items() if true]
+        if not isinstance(self.clip, bool):
+            described[-1] += f" and in flat tails of {self.clip:.3g}"
+        return [f"{count} {origin}", *described]
 
     def kept(self, i: int) -> Tensor | None:
         """Rows of batch i that count, None for all."""
@@ -96,6 +102,11 @@ class Calibration:
         size = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64)
         floor = SMALLEST * float(size.max())
         return 1 / size.clamp(min=floor) if floor > 0 else None
+
+
+def visiting_order(n: int) -> Tensor:
+    """A permutation of n sequences, so that the first are like all where texts follow texts."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
 
 
 def on_true_stream(

@@ -2,29 +2,38 @@
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from polylens.clipping import Clip, PreactivationRange, flat_tails
 from polylens.errors import InvalidInputError
 from polylens.fit import fit
 from polylens.hosts.base import MLPSite
 from polylens.inputs import Moments
 from polylens.joint import JointPolynomial
 from polylens.joint_gram import JointGram
-from polylens.neuron_gram import NeuronGram, PreactivationRange
+from polylens.neuron_gram import NeuronGram
 from polylens.polynomial import Polynomial
 from polylens.selection import label
+
+# Inputs that are kept to see where the tails begin, before any is fitted.
+FIRST = 4096
+# docs/fidelity.md, "Flat tails".
+TAILS = 0.01
 
 
 class Estimator(Protocol):
     """Sums over the inputs of one layer; memory does not grow with their number.
 
     Args:
-        clip: evaluate the polynomial at no y beyond those seen.
+        clip: see `polylens.clipping.Clip`. With a share, the first FIRST inputs say where the
+            tails begin, so they should be like all.
     """
 
     name: str
+    default_clip: Clip  # where many layers are replaced
 
-    def __init__(self, site: MLPSite, degree: int, clip: bool = False) -> None: ...
+    def __init__(self, site: MLPSite, degree: int, clip: Clip = False) -> None: ...
 
     @property
     def count(self) -> int:
@@ -44,8 +53,9 @@ class GaussianEstimator:
     """The closed form under a Gaussian with the moments of the inputs."""
 
     name = "Gaussian"
+    default_clip: Clip = True
 
-    def __init__(self, site: MLPSite, degree: int, clip: bool = False) -> None:
+    def __init__(self, site: MLPSite, degree: int, clip: Clip = False) -> None:
         self.site, self.degree = site, degree
         self._moments = Moments()
         self._range = PreactivationRange(site.weights()) if clip else None
@@ -68,21 +78,41 @@ class GaussianEstimator:
 class _GramEstimator:
     """What the normal equations of all inputs so far give."""
 
+    default_clip: Clip = TAILS
     gram: type[NeuronGram] | type[JointGram]
 
-    def __init__(self, site: MLPSite, degree: int, clip: bool = False) -> None:
-        weights = site.weights()
-        self._range = PreactivationRange(weights) if clip else None
-        self._gram = self.gram(weights, degree, seen=self._range)
+    def __init__(self, site: MLPSite, degree: int, clip: Clip = False) -> None:
+        self._weights, self._degree = site.weights(), degree
+        self._share = None if isinstance(clip, bool) else clip
+        self._range = PreactivationRange(self._weights) if clip else None
+        self._first: list[tuple[Tensor, Tensor | None]] = []
+        self._gram = self._begun() if self._share is None else None
         self.count = 0
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        self._gram.update(x, sample_weights)
         self.count += len(x)
+        if self._gram is not None:
+            self._gram.update(x, sample_weights)
+            return
+        self._first.append((x.clone(), sample_weights))
+        if self.count >= FIRST:
+            self._gram = self._begun()
 
     def polynomial(self) -> Polynomial | JointPolynomial:
-        fitted = self._gram.solve()
+        gram = self._gram or self._begun()
+        fitted = gram.solve()
         return fitted if self._range is None else fitted.clipped(self._range.ends)
+
+    def _begun(self) -> NeuronGram | JointGram:
+        """The normal equations, of what was kept so far."""
+        if self._range is not None and self._share is not None and self.count:
+            x = torch.cat([x if w is None else x[(w > 0).to(x.device)] for x, w in self._first])
+            self._range.tails = flat_tails(self._weights, x, self._share)
+        gram = self.gram(self._weights, self._degree, seen=self._range)
+        for x, sample_weights in self._first:
+            gram.update(x, sample_weights)
+        self._first = []
+        return gram
 
 
 class SamplesEstimator(_GramEstimator):
@@ -114,3 +144,19 @@ def estimator(name: str) -> type[Estimator]:
             "tokens, 'norm' needs none; or give a Gaussian, or a mapping from layer to Gaussian"
         )
     return ESTIMATORS[name]
+
+
+def check_clip(kind: type[Estimator], clip: Clip) -> None:
+    """InvalidInputError unless clip is a bool or, for fits to samples, a share below 0.5."""
+    if isinstance(clip, bool):
+        return
+    if not isinstance(clip, float) or not 0 < clip < 0.5:
+        raise InvalidInputError(
+            f"clip={clip!r}: give False, True (to the range of the preactivations seen), or the "
+            "share of them, between 0 and 0.5, that may be clipped where the activation is flat"
+        )
+    if kind is GaussianEstimator:
+        raise InvalidInputError(
+            f"clip={clip!r} is for fits to the inputs themselves, which can make up for it, and a "
+            'Gaussian has a closed form without: give True or False, or inputs="samples"'
+        )

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polylens.clipping import PreactivationRange
 from polylens.errors import InvalidInputError
 from polylens.joint import JointPolynomial, feature_count, features, readout
-from polylens.neuron_gram import NeuronGram, PreactivationRange
+from polylens.neuron_gram import NeuronGram, NeuronMoments
 from polylens.polynomial import Polynomial
 from polylens.preactivation import branches
 from polylens.samples import Samples, checked
@@ -37,7 +38,8 @@ class JointGram:
     Args:
         weights: the layer.
         degree: of the fit.
-        seen: gets the range of the preactivations, of samples with a positive weight.
+        seen: gets the range of the preactivations, of samples with a positive weight. Where it
+            has tails, the features that are not linear stop at their ends.
 
     Attributes:
         dtype: of the products; sums are in float64.
@@ -57,7 +59,8 @@ class JointGram:
             )
         self.dtype = torch.promote_types(weights.dtype, torch.float32)
         self._weights, self._degree = weights.to(self.dtype), degree
-        self._neurons = NeuronGram(weights, degree, seen=seen)
+        self._neurons = NeuronGram(weights, degree, seen=seen, linear=True)
+        self._tails = None if seen is None else seen.tails
         self._frame: tuple[Polynomial, Tensor, Tensor] | None = None
         self._train, self._test = (_Sums(size, weights.d_out, weights.device) for _ in range(2))
 
@@ -84,25 +87,28 @@ class JointGram:
         if any(weights is not None for _, weights in waiting):
             ones = (x.new_ones(len(block), dtype=torch.float64) for block, _ in waiting)
             w = torch.cat([o if v is None else v for o, (_, v) in zip(ones, waiting, strict=True)])
+        if self._frame is None:
+            self._frame = self._standardised(x[:ROWS].to(self._weights.device, self.dtype))
+        base, center, z_mean = self._frame
         self._neurons.update(x, w)
         for i in range(0, len(x), ROWS):
             block = x[i : i + ROWS].to(self._weights.device, self.dtype)
-            base, center, z_mean = self._frame = self._frame or self._standardised(block)
             phi = features(base, center, z_mean, block, self._degree)
             roots = None if w is None else w[i : i + ROWS].to(phi).sqrt()
             sums.add(phi, self._weights(block), roots)
 
     def _standardised(self, x: Tensor) -> tuple[Polynomial, Tensor, Tensor]:
         """What `features` reads: m and s in a polynomial without coefficients, E[x], E[z]."""
-        assert self._neurons.standardise is not None
-        m, s, _, _ = self._neurons.standardise
+        moments = NeuronMoments(self._weights)
+        moments.update(x)
+        m, s, _, _ = self._neurons.standardise = moments.standardise(fallback=1.0)
         P = m.new_zeros(self._degree + 1, self._degree + 1, len(m))
         center, z_mean, Q = x.double().mean(0), torch.zeros_like(m), None
         _, _, V, b_V = branches(self._weights)
         if V is not None:
             z_mean, Q = center @ V.double(), P[:, : self._degree]
             z_mean = z_mean if b_V is None else z_mean + b_V.double()
-        return Polynomial(self._weights, m, s, P, Q), center, z_mean
+        return Polynomial(self._weights, m, s, P, Q, self._tails), center, z_mean
 
     @torch.no_grad()
     def solve(self, inputs: Any = None) -> JointPolynomial:

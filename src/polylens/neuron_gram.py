@@ -1,23 +1,21 @@
 """Streamed least squares, neuron by neuron: the per-neuron fit to samples."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from polylens.clipping import PreactivationRange
 from polylens.errors import InvalidInputError, NumericalWarning
 from polylens.nested import glu_tables, nested_solutions
 from polylens.polynomial import Polynomial
-from polylens.preactivation import branches
+from polylens.preactivation import blocks
 from polylens.samples import Samples, checked
 from polylens.weights import GLUWeights, MLPWeights
 
 # Float64 numbers in one block of features: a core's cache on a CPU, plenty of work on a GPU.
 BLOCK = {"cpu": 1 << 18, "other": 1 << 25}
-# Samples whose preactivations are held at a time.
-ROWS = 1024
 # Ridge relative to each feature's mean square, and the pivot below which it is added.
 RIDGE, PIVOT = 1e-10, 1e-12
 
@@ -36,7 +34,9 @@ class NeuronGram:
         standardise: (m, s, z mean, z deviation), each [d_mlp]; None takes those of the first
             batch. They only affect conditioning, so a first batch of a few hundred samples is
             enough.
-        seen: gets the range of the preactivations, of samples with a positive weight.
+        seen: gets the range of the preactivations, of samples with a positive weight. Where it
+            has tails, t stops at their ends in the basis, and in the target y does not.
+        linear: t itself, k = 1, does not stop there.
 
     Attributes:
         standardise: as above; None before the first batch.
@@ -47,12 +47,13 @@ class NeuronGram:
         weights: MLPWeights | GLUWeights,
         degree: int,
         standardise: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
-        seen: "PreactivationRange | None" = None,
+        seen: PreactivationRange | None = None,
+        linear: bool = False,
     ) -> None:
         self.weights, self.degree = weights, degree
         self.standardise = standardise
         self._rows = 0
-        self._seen = seen
+        self._seen, self._linear = seen, linear
         self._glu = isinstance(weights, GLUWeights)
         size = (2 * degree if self._glu else degree) + 2
         self._gram = torch.zeros(
@@ -75,7 +76,7 @@ class NeuronGram:
         if not len(x):
             return
         self._rows += len(x) if sample_weights is None else int((sample_weights > 0).sum())
-        for y, z, w in _blocks(self.weights, x, sample_weights):
+        for y, z, w in blocks(self.weights, x, sample_weights):
             self._add(y, z, w)
 
     def _add(self, y: Tensor, z: Tensor | None, w: Tensor | None) -> None:
@@ -104,7 +105,12 @@ class NeuronGram:
         he = [out[:, 0], *(out[:, stride * (k - 1) + 1] for k in range(1, self.degree + 1))]
         if self.degree:
             # where: a constant neuron has t = 0
-            torch.sub(y, m, out=he[1]).mul_(torch.where(s > 0, 1 / s, 0.0))
+            inverse = torch.where(s > 0, 1 / s, 0.0)
+            tails = None if self._seen is None else self._seen.tails
+            near = y if tails is None else y.clamp(*(end[rows, None].to(y) for end in tails))
+            torch.sub(y if self._linear else near, m, out=he[1]).mul_(inverse)
+            if self._linear and tails is not None:
+                he[1] = (near.double() - m) * inverse
         for k in range(1, self.degree):
             torch.mul(he[1], he[k], out=he[k + 1]).sub_(he[k - 1], alpha=k)
         if z is None:
@@ -191,34 +197,6 @@ def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[T
     return nested_solutions(L.mT, Qb, sizes).squeeze(3) * scale, ridge
 
 
-class PreactivationRange:
-    """Lowest and highest y of every neuron over the inputs so far.
-
-    Attributes:
-        ends: [2, d_mlp] in float64; None before the first input.
-    """
-
-    ends: Tensor | None = None
-
-    def __init__(self, weights: MLPWeights | GLUWeights) -> None:
-        self.weights = weights
-
-    @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Add inputs x [n, d_in] of the layer."""
-        for y, _, _ in _blocks(self.weights, x, None):
-            self.add(y)
-
-    def add(self, y: Tensor) -> None:
-        """Add preactivations [d_mlp, n]."""
-        if not y.shape[1]:
-            return
-        low, high = (end.double() for end in torch.aminmax(y, dim=1))
-        if self.ends is not None:
-            low, high = low.minimum(self.ends[0]), high.maximum(self.ends[1])
-        self.ends = torch.stack([low, high])
-
-
 class NeuronMoments:
     """Streamed mean and deviation of every neuron's y and z, about those of the first batch."""
 
@@ -231,7 +209,7 @@ class NeuronMoments:
     @torch.no_grad()
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
         """Add inputs x [n, d_in] of the layer, optionally weighted [n]."""
-        for y, z, w in _blocks(self.weights, x, sample_weights):
+        for y, z, w in blocks(self.weights, x, sample_weights):
             self.add(y, z, w)
 
     def add(self, y: Tensor, z: Tensor | None, sample_weights: Tensor | None) -> None:
@@ -255,29 +233,6 @@ class NeuronMoments:
         constant = deviation <= 1e-14 * mean.abs()
         s = torch.where(constant[0], fallback, deviation[0])
         return mean[0], s, mean[1], torch.where(constant[1], 1.0, deviation[1])
-
-
-def _blocks(
-    weights: MLPWeights | GLUWeights, x: Tensor, sample_weights: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """(y, z, sample weights) of ROWS inputs at a time, on the layer's device."""
-    for i in range(0, len(x), ROWS):
-        w = None if sample_weights is None else sample_weights[i : i + ROWS].to(weights.device)
-        yield *_branches(weights, x[i : i + ROWS].to(weights.device)), w
-
-
-def _branches(weights: MLPWeights | GLUWeights, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """y [d_mlp, n] and z, in the wider dtype of x and the weights, at least float32."""
-    W, b, V, b_V = branches(weights)
-    dtype = torch.promote_types(torch.promote_types(x.dtype, W.dtype), torch.float32)
-    x = x.to(dtype).T
-    y = W.to(dtype).T @ x
-    if b is not None:
-        y += b.to(dtype)[:, None]
-    if V is None:
-        return y, None
-    z = V.to(dtype).T @ x
-    return y, z if b_V is None else z.add_(b_V.to(dtype)[:, None])
 
 
 def fit_samples(weights: MLPWeights | GLUWeights, samples: Samples, degree: int) -> Polynomial:

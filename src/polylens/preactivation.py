@@ -1,5 +1,6 @@
-"""Moments of a layer's preactivations under a Gaussian model of its inputs."""
+"""A layer's preactivations: those of inputs, and their moments under a Gaussian."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,8 @@ from polylens.inputs import Gaussian
 from polylens.weights import GLUWeights, MLPWeights
 
 CHUNK = 4096
+# Inputs whose preactivations are held at a time.
+ROWS = 1024
 
 
 class Preactivations(NamedTuple):
@@ -32,6 +35,29 @@ def branches(
     if isinstance(weights, GLUWeights):
         return weights.W_gate, weights.b_gate, weights.W_in, weights.b_in
     return weights.W_in, weights.b_in, None, None
+
+
+def blocks(
+    weights: MLPWeights | GLUWeights, x: Tensor, sample_weights: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """(y, z, sample weights) of ROWS inputs at a time, on the layer's device."""
+    for i in range(0, len(x), ROWS):
+        w = None if sample_weights is None else sample_weights[i : i + ROWS].to(weights.device)
+        yield *_preactivations(weights, x[i : i + ROWS].to(weights.device)), w
+
+
+def _preactivations(weights: MLPWeights | GLUWeights, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """y [d_mlp, n] and z, in the wider dtype of x and the weights, at least float32."""
+    W, b, V, b_V = branches(weights)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, W.dtype), torch.float32)
+    x = x.to(dtype).T
+    y = W.to(dtype).T @ x
+    if b is not None:
+        y += b.to(dtype)[:, None]
+    if V is None:
+        return y, None
+    z = V.to(dtype).T @ x
+    return y, z if b_V is None else z.add_(b_V.to(dtype)[:, None])
 
 
 def preactivation_moments(
