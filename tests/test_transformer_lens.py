@@ -263,6 +263,23 @@ def test_features_go_through_the_norm_behind_the_layer():
     torch.testing.assert_close(found.values, expected.values)
 
 
+def test_features_of_a_fit_that_kept_no_moments_are_in_those_of_the_norm(tmp_path):
+    model = BRIDGES["llama"]()
+    weight = model.original_model.model.layers[1].post_attention_layernorm.weight.detach()
+    implied = polylens.Gaussian(torch.zeros(len(weight)), weight.square())
+    options = {"degree": 2, "layers": 1, "inputs": "samples", "progress": False}
+    with polylens.attach(model, TOKENS, **options) as lens:
+        found = analysis.layer_features(lens, 1, 4, against=7, k=3)
+        lens.save(tmp_path / "lens")
+        inner = model.original_model.model
+        u = (model.W_U[:, 4] - model.W_U[:, 7]).double() * inner.norm.weight.double()
+        expected = analysis.eigenfeatures(lens[1], u.detach(), 3, metric=implied)
+    torch.testing.assert_close(found.features.values, expected.values)
+    with polylens.load(tmp_path / "lens", model) as lens:
+        again = analysis.layer_features(lens, 1, 4, against=7, k=3)
+    assert again.to_dict() == found.to_dict()
+
+
 def test_a_residual_inside_the_mlp_module_is_left_out():
     model = bridge("MptConfig", "MptForCausalLM", d_model=24, n_heads=4, n_layers=2, max_seq_len=48)
     sites, refused = host_for(model).sites()

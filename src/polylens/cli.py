@@ -36,6 +36,14 @@ ModelName = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, mps, ...")]
 Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")]
+Stream = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        help='"true": fitted to what the model itself computes. "sequential": layer by layer to '
+        "what the replaced layers below produce, to replace all at once.",
+    ),
+]
 Calibration = Annotated[int, typer.Option(help="From the start of the text.")]
 Heldout = Annotated[int, typer.Option(help="From what follows.")]
 SeqLen = Annotated[int, typer.Option(help="Positions per sequence.")]
@@ -65,7 +73,11 @@ def report(
     layers: Annotated[str | None, typer.Option(help="Such as 0-5,10; all by default.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
+    calibration: Stream = "true",
     calibration_tokens: Calibration = 4096,
+    sampled_tokens: Annotated[
+        int, typer.Option(min=0, help="Calibrate on this many that the model writes, too.")
+    ] = 0,
     heldout_tokens: Heldout = 4096,
     seq_len: SeqLen = 128,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 8,
@@ -83,12 +95,15 @@ def report(
         chosen = parse_layers(layers)
         content = _read(text)
         other = None if heldout_text is None else _read(heldout_text)
+        more = _windows("sampled", sampled_tokens, seq_len) if sampled_tokens else 0
+        import torch
+
         import polylens
         from polylens.loading import load_model, token_windows
 
         _quiet_libraries()
         bridge, tokenizer = load_model(model, device, dtype)
-        calibration, heldout = token_windows(
+        tokens, heldout = token_windows(
             tokenizer,
             content,
             _windows("calibration", calibration_tokens, seq_len),
@@ -97,7 +112,11 @@ def report(
             other,
         )
         options = {"batch_size": batch_size, "progress": sys.stderr.isatty()}
-        lens = polylens.attach(bridge, calibration, degree=degree, layers=chosen, **options)
+        if more:
+            written = polylens.sample_tokens(bridge, more, seq_len, progress=options["progress"])
+            tokens = torch.cat([tokens, written.to(tokens.device)])
+        fitted = {"calibration": calibration, "degree": degree, "layers": chosen}
+        lens = polylens.attach(bridge, tokens, **fitted, **options)
         measures = {"loss": not no_loss, "prefixes": prefixes, "worst": worst}
         result = lens.report(heldout, decode=tokenizer.decode, **measures, **options)
         _show(result, json_file, plot_file)
@@ -107,6 +126,7 @@ def report(
 @app.command()
 def demo(
     degree: Degree = 3,
+    calibration: Stream = "true",
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
     html_file: HtmlFile = None,
@@ -128,7 +148,8 @@ def demo(
             embedded.batches(text, sequences, DEMO_LENGTH) for text in embedded.texts()
         )
         progress = sys.stderr.isatty()
-        lens = polylens.attach(embedded.load_bridge(), training, degree=degree, progress=progress)
+        fitted = {"calibration": calibration, "degree": degree, "progress": progress}
+        lens = polylens.attach(embedded.load_bridge(), training, **fitted)
         tokenizer = embedded.ByteTokenizer()
         measures = {"loss": not no_loss, "prefixes": prefixes, "worst": worst}
         result = lens.report(heldout, decode=tokenizer.decode, progress=progress, **measures)

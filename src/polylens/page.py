@@ -22,11 +22,14 @@ from polylens.analysis.layer_features import (
     FeatureRow,
     TokenScores,
     feature_rows,
+    input_moments,
     written_tokens,
 )
 from polylens.analysis.metric import gaussian_of
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
+from polylens.fit import fit
 from polylens.hosts.base import Layer
+from polylens.inputs import Gaussian
 from polylens.lens import Lens
 from polylens.report import Report
 from polylens.selection import check_layers, label
@@ -125,7 +128,9 @@ def html_page(
             _note(
                 "Left to right: output directions by the variance of the second-order part, "
                 "singular features of the linear part, and eigenfeatures along the first of those "
-                "output directions, all in the covariance of the layer's inputs."
+                "output directions, all in the covariance of the layer's inputs. Where the fit has "
+                "kept none, it is that which the norm in front implies, and the output directions "
+                "are those of its closed form."
             ),
             _image(figures.shares_figure(shown), "cumulative shares"),
         ]
@@ -154,15 +159,19 @@ _FEATURES = (
 def _open(lens: Lens, layer: Layer, k: int, n_tokens: int, names: Callable[[int], str]) -> Opening:
     polynomial, shares = lens[layer], {}
     try:
-        shares["linear part"] = singular_features(polynomial, metric="covariance").share.tolist()
+        moments = input_moments(lens, layer)
+        shares["linear part"] = singular_features(polynomial, metric=moments).share.tolist()
         if polynomial.degree < 2:
             return Opening(layer, shares, missing="fitted to degree 1: no quadratic part")
-        values, vectors = torch.linalg.eigh(degree_energy(polynomial, 2))
+        closed = polynomial
+        if not isinstance(polynomial.inputs, Gaussian):
+            closed = fit(polynomial.weights, moments, 2)
+        values, vectors = torch.linalg.eigh(degree_energy(closed, 2))
         values = values.flip(0).clamp(min=0)
         shares["output directions"] = (values.cumsum(0) / values.sum()).tolist()
         u = vectors[:, -1]
         most = min(16, polynomial.d_in, polynomial.weights.d_mlp)
-        features = eigenfeatures(polynomial, u, most, metric="covariance")
+        features = eigenfeatures(polynomial, u, most, metric=moments)
         shares["eigenfeatures of u"] = features.share.tolist()
     except PolylensError as error:
         return Opening(layer, shares, missing=str(error))

@@ -11,6 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from polylens.analysis.features import EigenFeatures, eigenfeatures
+from polylens.analysis.metric import gaussian_of
 from polylens.analysis.readout import (
     before_norm,
     behind_norm,
@@ -19,8 +20,10 @@ from polylens.analysis.readout import (
     top_tokens,
     unembedding_scores,
 )
+from polylens.calibration import norm_inputs
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Layer, Norm
+from polylens.inputs import Gaussian
 from polylens.selection import label
 
 TokenScores = list[tuple[str, float]]
@@ -95,8 +98,8 @@ def layer_features(
     """The k eigenfeatures of a layer along a token's logit, each with the tokens it reads.
 
     The direction is `token_direction` through the final norm and, where there is one (Gemma), the
-    norm behind the layer, their scales frozen; the metric is the covariance of the layer's inputs,
-    so that features are ordered by the variance they explain. A token's score is its embedding
+    norm behind the layer, their scales frozen; the metric is that of `input_moments`, so that
+    features are ordered by the variance they explain. A token's score is its embedding
     through the layer's own norm, less the mean input, along the feature.
 
     Args:
@@ -115,7 +118,7 @@ def layer_features(
     W_U = lens.host.model.W_U
     u = token_direction(W_U, token, against, centred=last.centred, weight=last.weight)
     u = u if own is None else before_norm(u, centred=own.centred, weight=own.weight)
-    features = eigenfeatures(lens[layer], u, k, metric="covariance")
+    features = eigenfeatures(lens[layer], u, k, metric=input_moments(lens, layer))
     rows = feature_rows(lens, layer, features, n_tokens, names)
     return LayerFeatures(
         layer, names(token), None if against is None else names(against), rows, features
@@ -139,7 +142,7 @@ def feature_rows(
         weight=norm.weight,
         bias=norm.bias,
     )
-    scores = scores - lens[layer].inputs.mean.to(scores) @ features.vectors
+    scores = scores - input_moments(lens, layer).mean.to(scores) @ features.vectors
     shares = features.values.square() / features.energy
     return tuple(
         FeatureRow(
@@ -150,6 +153,19 @@ def feature_rows(
         )
         for i in range(len(features))
     )
+
+
+def input_moments(lens: Any, layer: Layer) -> Gaussian:
+    """Mean and covariance of a layer's inputs, under what its polynomial was fitted to.
+
+    A fit to samples has kept no moments, nor has a loaded lens: then those that the norm in front
+    of the layer implies.
+
+    Raises:
+        UnsupportedModel: neither; the layer does not read a norm's output.
+    """
+    own = gaussian_of(lens[layer].inputs)
+    return own or norm_inputs(lens.host, {layer: lens.sites[layer]})[layer]
 
 
 @torch.no_grad()
