@@ -68,7 +68,7 @@ def main():
     parser.add_argument("--degrees", nargs="+", type=int, default=[2, 3])
     parser.add_argument("--inputs", nargs="+", default=["samples"])
     parser.add_argument("--weighting", nargs="+", default=["output"])
-    parser.add_argument("--clip", nargs="+", type=int, choices=[0, 1], default=[1])
+    parser.add_argument("--clip", nargs="+", type=float, default=[None], help="0, 1 or a share")
     parser.add_argument("--windows", nargs="+", type=int, default=[252], help="calibration, in all")
     parser.add_argument("--sampled", type=int, default=0, help="windows written by the model")
     parser.add_argument("--heldout-windows", type=int, default=10, help="from each text")
@@ -97,11 +97,10 @@ def main():
             inputs=inputs,
             calibration="sequential",
             weighting=weighting,
-            clip=bool(clip),
+            clip=bool(clip) if clip in (0, 1) else clip,
         ) as lens:
             print(
-                f"\n{inputs}, degree {degree}, weighting {weighting}, clip {clip}, "
-                f"{tokens.numel()} tokens, {options.sampled} windows sampled, "
+                f"\ndegree {degree}, {lens.inputs_summary}, {options.sampled} windows sampled, "
                 f"{time.perf_counter() - start:.0f} s",
                 flush=True,
             )

@@ -24,7 +24,7 @@ LAYERS = (
     ("nested", "quadratic_moments"),
     ("conjugate_gradients",),
     ("closed_form", "joint", "mixture_fit", "neuron_gram", "normal_equations"),
-    ("global_fit", "joint_gram"),
+    ("global_fit", "joint_gram", "tails"),
     ("fit",),
     ("hosts",),
     ("lockstep", "estimators", "emitter", "sampling", "scoring", "rendering"),

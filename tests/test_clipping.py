@@ -1,13 +1,19 @@
 """Polynomials that are evaluated at no preactivation beyond a range."""
 
+import itertools
+import math
+import warnings
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import polylens
 import polylens.analysis
-from polylens import Gaussian, InvalidInputError, Samples, fit
-from polylens.clipping import PreactivationRange, flat_tails
+from polylens import Gaussian, InvalidInputError, Samples, fit, tails
+from polylens.calibration import visiting_order
+from polylens.clipping import PreactivationRange, tail_ends
 from polylens.hosts.inline import InlinePolynomial
 from polylens.joint import features
 from polylens.joint_gram import JointGram
@@ -164,7 +170,7 @@ def test_a_joint_polynomial_clips_what_is_not_linear(layer):
 
 def tailed(gram, weights, x, degree, share, sample_weights=None):
     """The fit to samples with flat tails of this share."""
-    seen = PreactivationRange(weights, flat_tails(weights, x, share))
+    seen = PreactivationRange(weights, tail_ends(weights, x, [share])[0])
     sums = gram(weights, degree, seen=seen)
     sums.update(x, sample_weights)
     return sums.solve().clipped(seen.ends)
@@ -194,7 +200,7 @@ def test_a_joint_fit_with_tails_is_the_ridge_optimum_of_what_is_evaluated(layer)
     weights, X = LAYERS[layer](), randn(400, D_IN, seed=6) ** 3
     joint = tailed(JointGram, weights, X, 2, 0.05)
     assert joint.ridge[2] < float("inf")
-    assert torch.equal(joint.base.y_range[0], flat_tails(weights, X, 0.05)[0])
+    assert torch.equal(joint.base.y_range[0], tail_ends(weights, X, [0.05])[0][0])
     phi = features(joint.base, joint.center, joint.z_mean, X, 2)
     scale = phi.square().mean(0).rsqrt()
     residual = weights(X) - joint(X)
@@ -226,13 +232,13 @@ def test_a_joint_fit_with_tails_is_the_ridge_optimum_of_what_is_evaluated(layer)
 )
 def test_tails_are_where_the_activation_is_flat(act, sides):
     weights = polylens.MLPWeights(randn(D_IN, 7), randn(7, 3), act=act)
-    ends = flat_tails(weights, X, 0.1)
+    ends = tail_ends(weights, X, [0.1])[0]
     assert torch.isfinite(ends).all(1).tolist() == list(sides)
     y = X @ weights.W_in
     outside = y < ends[0] - 1e-9, y > ends[1] + 1e-9
     for beyond, tail in zip(outside, sides, strict=True):
         assert torch.equal(beyond.sum(0), torch.full((7,), 4 if tail else 0))
-    empty = flat_tails(weights, X[:0], 0.1)
+    empty = tail_ends(weights, X[:0], [0.1])[0]
     assert torch.equal(empty.isinf(), torch.ones(2, 7, dtype=torch.bool))
 
 
@@ -245,21 +251,93 @@ def test_a_neuron_that_does_not_vary_has_a_tail_and_a_fit():
     assert (poly(X) - weights(X)).norm() < weights(X).norm()
 
 
+def left_over(weights, X, w, degree, low):
+    """[d_mlp] weighted squared error of each neuron's best polynomial of max(y, low), read out."""
+    y, z = preactivations(weights, X)
+    target, root = weights.act(y) * (1 if z is None else z), w.sqrt()[:, None]
+    y, found = y.maximum(low), []
+    for i in range(weights.d_mlp):
+        t = (y[:, i] - y[:, i].mean()) / y[:, i].std()
+        columns = torch.stack([t**k for k in range(degree + 1)], 1)
+        if z is not None:
+            columns = torch.cat([columns, z[:, i, None] * columns[:, :degree]], 1)
+        solution = torch.linalg.lstsq(root * columns, root * target[:, i, None]).solution
+        residual = root * (columns @ solution - target[:, i, None])
+        found.append(residual.square().sum() * weights.W_out[i].square().sum())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.05])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_no_other_tails_of_the_same_total_leave_less(layer, share):
+    weights, X = LAYERS[layer](), randn(2000, D_IN, seed=6)
+    chosen = torch.arange(4)
+    weights = tails._neurons(weights, chosen)
+    w = randn(2000, seed=7).exp()
+    low = tails.best_tails(weights, X, w, 2, share)[0]
+    y, _ = preactivations(weights, X)
+    spent = float((y < low - 1e-9).double().mean())
+    assert 0 < spent <= share
+    shares = [*tails.SMALL, *tails.LARGE[:1]]
+    ends = torch.stack([ends[0] for ends in tail_ends(weights, X, shares)])
+    errors = torch.stack([left_over(weights, X, w, 2, each) for each in ends])
+    own = float(left_over(weights, X, w, 2, low).sum())
+    for choice in itertools.product(range(len(shares)), repeat=4):
+        if sum(shares[k] for k in choice) / 4 <= spent + 1e-9:
+            assert errors[list(choice), chosen].sum() > own * (1 - 1e-9)
+
+
+def test_a_neuron_that_is_flat_for_nearly_all_inputs_is_clipped_for_them():
+    """It writes for one input in forty; what else it does is nothing."""
+    rare = torch.zeros(4000, 1, dtype=torch.float64)
+    rare[::40] = 1
+    X = torch.cat([rare * (3 + 0.3 * randn(4000, 1)), randn(4000, D_IN - 1, seed=6)], 1)
+    W_in = randn(D_IN, 20)
+    W_in[0, 3], W_in[1:, 3] = 6, 1.5
+    b_in = randn(20)
+    b_in[3] = -6
+    W_out = randn(20, 3)
+    W_out[3] *= 10
+    weights = polylens.MLPWeights(W_in, W_out, "gelu", b_in)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ends = tails.best_tails(weights, X, None, 3, 0.08)
+    y, _ = preactivations(weights, X)
+    beyond = (y < ends[0]).double().mean(0)
+    assert beyond[3] > 0.7
+    assert beyond.mean() < 0.08
+    assert (beyond.sort().values[:-1] < 0.11).all()
+    lows = (torch.full((20,), -math.inf), tail_ends(weights, X, [0.08])[0][0], ends[0])
+    plain, even, found = (left_over(weights, X, torch.ones(4000), 3, low)[3] for low in lows)
+    assert found < 0.2 * even
+    assert even < plain
+
+
+def test_tails_need_a_flat_side_and_enough_inputs():
+    leaky = polylens.MLPWeights(randn(D_IN, 7), randn(7, 3), "leaky_relu")
+    gelu = replace(leaky, act=polylens.activations.activation("gelu"))
+    for weights, x in ((leaky, X), (gelu, X[:30])):
+        assert tails.best_tails(weights, x, None, 2, 0.3).isinf().all()
+    assert not tails.best_tails(gelu, X.repeat(9, 1), None, 2, 0.3).isinf().all()
+
+
 @pytest.mark.parametrize("calibration", ["true", "sequential"])
 @pytest.mark.parametrize("inputs", ["samples", "joint"])
 def test_attach_fits_with_tails_of_what_it_sees(calibration, inputs):
-    model = build("llama")
-    options = {"calibration": calibration, "inputs": inputs, "weighting": "equal", "layers": [0]}
-    with polylens.attach(model, TOKENS, clip=0.1, degree=2, progress=False, **options) as lens:
+    model, tokens = build("llama"), torch.arange(640).reshape(40, 16) * 7 % 50
+    options = {"calibration": calibration, "inputs": inputs, "weighting": "output", "layers": [0]}
+    with polylens.attach(model, tokens, clip=0.1, degree=2, progress=False, **options) as lens:
+        assert "in flat tails of 0.1" in lens.inputs_summary
         with lens.cache(0) as cache:
-            model(TOKENS)
-        x = cache["in", 0].reshape(4, 16, -1)[:, 1:].reshape(-1, lens[0].d_in)
+            model(tokens)
+        x = cache["in", 0].reshape(40, 16, -1)[visiting_order(40), 1:].reshape(-1, lens[0].d_in)
         weights = lens.sites[0].weights()
         base = lens[0].base if inputs == "joint" else lens[0]
-        expected = flat_tails(weights, x, 0.1)[0]
-        assert torch.allclose(base.y_range[0], expected, atol=1e-6)
-        share = float((x @ weights.W_gate < base.y_range[0]).double().mean())
-        assert abs(share - 0.1) < 0.02
+        w = 1 / weights(x).double().norm(dim=1)
+        expected = tails.best_tails(weights, x, w, 2, 0.1)[0].isfinite()
+        beyond = (x @ weights.W_gate < base.y_range[0].float()).double().mean(0)
+        assert torch.equal(beyond > 0.002, expected)
+        assert 0.05 < beyond.mean() <= 0.1
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -99,10 +99,11 @@ def attach(
             that rare huge outputs, which decide equal squares, matter less than their size.
         clip: where to stop evaluating a polynomial, at the end of a range of preactivations.
             True: the range that calibration saw: far outside, a polynomial grows without bound
-            and the activation does not. A share, 0.01 (default for "sequential"): also, where
-            the activation is flat, as SiLU and GELU are far below, beyond all but that share of
-            each neuron's preactivations, and the fit knows: what it spent on the tail goes into
-            the rest. False (default for "true"): polynomials everywhere.
+            and the activation does not. A share, 0.01 (default for "sequential"): also that
+            share of the layer's preactivations, where the activation is flat, as SiLU and GELU
+            are far below, and at the neurons where it pays most; the fit knows, and what it spent
+            on following them goes into the rest. False (default for "true"): polynomials
+            everywhere.
         degree: fitted degree, 0 ... 12; lower ones come with it.
         layers: which layers; all that can be read by default.
         attention_mask: [batch, pos], 0 at padding, which is left out.
@@ -138,6 +139,7 @@ def attach(
     - "samples": (2 degree + 2)^2 float64 per neuron and about the layer's own products;
     - "joint": two Gram matrices of 1 + d_in + 2 (degree - 1) d_mlp features in float64 (half of
       the d_mlp without a gate), and as many multiplications for each token as one has entries;
+    - clip of a share: about six fits of "samples" to 2,048 tokens, which are kept until then;
     - "sequential": the polynomial's output, too; all batches are in memory at once, with
       about four activations of d_model for every token. With offload one batch is, and they
       are written and read once for each layer. A checkpoint is written anew for each layer,

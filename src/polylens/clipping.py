@@ -1,6 +1,7 @@
 """Where a polynomial stops: beyond what was seen, and in tails where the activation is flat."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,8 +10,8 @@ from polylens.activations import Activation
 from polylens.preactivation import blocks
 from polylens.weights import GLUWeights, MLPWeights
 
-# False for polynomials everywhere, True for the range that was seen, or the share of a neuron's
-# preactivations that may be clipped where its activation is flat.
+# False for polynomials everywhere, True for the range that was seen, or the share of a layer's
+# preactivations that may also be clipped where the activation is flat.
 Clip = bool | float
 # Float32 numbers in one block of sorted preactivations.
 BLOCK = 1 << 24
@@ -21,7 +22,7 @@ class PreactivationRange:
 
     Args:
         weights: the layer.
-        tails: [2, d_mlp], ends that lie further inside, as of `flat_tails`.
+        tails: [2, d_mlp], ends that lie further inside, as of `best_tails`.
     """
 
     def __init__(self, weights: MLPWeights | GLUWeights, tails: Tensor | None = None) -> None:
@@ -53,32 +54,31 @@ class PreactivationRange:
 
 
 @torch.no_grad()
-def flat_tails(weights: MLPWeights | GLUWeights, x: Tensor, share: float) -> Tensor:
-    """[2, d_mlp] float64: `share` of the y of inputs x [n, d_in] lie beyond either end.
+def tail_ends(weights: MLPWeights | GLUWeights, x: Tensor, shares: Sequence[float]) -> Tensor:
+    """[shares, 2, d_mlp] float64: that share of the y of inputs x [n, d_in] lies beyond either end.
 
-    Only where the activation approaches a constant, as SiLU and GELU do below: there, what a
-    polynomial has to spend on far y is lost in between, and a constant is nearly right. Infinite
-    on the other side, where the activation grows.
+    Infinite where the activation grows, and for a share of zero.
 
     Cost: one product with the inputs, sorted.
     """
-    ends = x.new_tensor([[-math.inf], [math.inf]], dtype=torch.float64, device=weights.device)
-    ends = ends.repeat(1, weights.d_mlp)
-    flat = _flat(weights.act)
-    if not len(x) or not any(flat):
+    ends = x.new_tensor([-math.inf, math.inf], dtype=torch.float64, device=weights.device)
+    ends = ends[:, None].repeat(len(shares), 1, weights.d_mlp)
+    below, above = flat_sides(weights.act)
+    if not len(x) or not (below or above):
         return ends
     y = torch.cat([y for y, _, _ in blocks(weights, x, None)], dim=1)
-    k = int(share * y.shape[1])
     step = max(1, BLOCK // y.shape[1])
     for i in range(0, len(y), step):
-        ordered = y[i : i + step].sort(dim=1).values
-        if flat[0]:
-            ends[0, i : i + step] = ordered[:, k].double()
-        if flat[1]:
-            ends[1, i : i + step] = ordered[:, -1 - k].double()
+        ordered = y[i : i + step].sort(dim=1).values.double()
+        for own, share in zip(ends[..., i : i + step], shares, strict=True):
+            k = int(share * y.shape[1])
+            if below and k:
+                own[0] = ordered[:, k]
+            if above and k:
+                own[1] = ordered[:, -1 - k]
     return ends
 
 
-def _flat(act: Activation) -> tuple[bool, bool]:
+def flat_sides(act: Activation) -> tuple[bool, bool]:
     """Whether the activation approaches a constant far below, and far above."""
     return not any(act.left[1:]), not any(act.right[1:])

@@ -5,7 +5,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from polylens.clipping import Clip, PreactivationRange, flat_tails
+from polylens.clipping import Clip, PreactivationRange
 from polylens.errors import InvalidInputError
 from polylens.fit import fit
 from polylens.hosts.base import MLPSite
@@ -15,9 +15,10 @@ from polylens.joint_gram import JointGram
 from polylens.neuron_gram import NeuronGram
 from polylens.polynomial import Polynomial
 from polylens.selection import label
+from polylens.tails import best_tails
 
 # Inputs that are kept to see where the tails begin, before any is fitted.
-FIRST = 4096
+FIRST = 2048
 # docs/fidelity.md, "Flat tails".
 TAILS = 0.01
 
@@ -106,8 +107,11 @@ class _GramEstimator:
     def _begun(self) -> NeuronGram | JointGram:
         """The normal equations, of what was kept so far."""
         if self._range is not None and self._share is not None and self.count:
-            x = torch.cat([x if w is None else x[(w > 0).to(x.device)] for x, w in self._first])
-            self._range.tails = flat_tails(self._weights, x, self._share)
+            step = max(1, self.count // FIRST)
+            x = torch.cat([x for x, _ in self._first])[::step]
+            w = [w for _, w in self._first if w is not None]
+            w = torch.cat(w)[::step] if w else None
+            self._range.tails = best_tails(self._weights, x, w, self._degree, self._share)
         gram = self.gram(self._weights, self._degree, seen=self._range)
         for x, sample_weights in self._first:
             gram.update(x, sample_weights)

@@ -138,29 +138,56 @@ class NeuronGram:
         n = self.degree if degree is None else degree
         if not 0 <= n <= self.degree:
             raise InvalidInputError(f"degree {n} was asked of sums kept for 0 ... {self.degree}")
+        solutions, collinear = self._solutions(n)
+        if collinear:
+            warnings.warn(
+                f"the features of {collinear} of {len(solutions[0])} neurons are collinear in "
+                f"these samples; a ridge of {RIDGE:g} of their mean square was added to make the "
+                "fit unique. More samples or a lower degree avoid it",
+                NumericalWarning,
+                stacklevel=3,
+            )
+        assert self.standardise is not None
+        m, s, z_mean, z_scale = self.standardise
+        if self._glu:
+            solutions[:, :, 2::2] /= z_scale[:, None]
+            P, Q = glu_tables(solutions, n, z_mean)
+        else:
+            P, Q = solutions.transpose(1, 2).contiguous(), None
+        ridge = RIDGE if collinear else 0.0
+        return Polynomial(self.weights, m, s, P, Q, inputs=inputs, ridge=ridge)
+
+    @torch.no_grad()
+    def errors(self) -> Tensor:
+        """[d_mlp]: sum of the weighted squared errors of each neuron's optimum of highest degree.
+
+        Raises:
+            InvalidInputError: as `solve`.
+        """
+        c = self._solutions(self.degree)[0][-1]
+        gram, target = self._gram[:, : c.shape[1], : c.shape[1]], self._gram[:, -1]
+        fitted = torch.einsum("hi,hij,hj->h", c, gram, c)
+        right = torch.linalg.vecdot(c, target[:, : c.shape[1]])
+        return (target[:, -1] - 2 * right + fitted).clamp(min=0)
+
+    def _solutions(self, n: int) -> tuple[Tensor, int]:
+        """Coefficients [n + 1, d_mlp, features], and of how many neurons they needed a ridge."""
         if self.standardise is None or not self.count > 0:
             raise InvalidInputError("no samples with a positive weight, nothing to fit to")
-        m, s, z_mean, z_scale = self.standardise
         size = 2 * n + 1 if self._glu else n + 1
         gram = self._gram[:, :size, :size] / self.count
         right = self._gram[:, :size, -1:] / self.count
         if not torch.isfinite(right).all() or not torch.isfinite(gram).all():
             bad = int((~torch.isfinite(self._gram)).any(2).any(1).sum())
             raise InvalidInputError(
-                f"the sums of {bad} of {len(m)} neurons are not finite: their preactivations "
+                f"the sums of {bad} of {len(gram)} neurons are not finite: their preactivations "
                 "overflow float64 in powers; fit a lower degree or inspect the inputs"
             )
-        solutions, ridge = _solve(gram, right, n, self._glu, few=self._rows < size)
-        if self._glu:
-            solutions[:, :, 2::2] /= z_scale[:, None]
-            P, Q = glu_tables(solutions, n, z_mean)
-        else:
-            P, Q = solutions.transpose(1, 2).contiguous(), None
-        return Polynomial(self.weights, m, s, P, Q, inputs=inputs, ridge=ridge)
+        return _solve(gram, right, n, self._glu, few=self._rows < size)
 
 
-def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[Tensor, float]:
-    """Solutions [n + 1, d_mlp, features] and the ridge used; `few`: fewer samples than features."""
+def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[Tensor, int]:
+    """As `_solutions`; `few`: fewer samples than features."""
     size = gram.shape[1]
     if n:
         # A neuron whose t does not vary has no features beyond its constant (and zeta).
@@ -179,22 +206,13 @@ def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[T
     L, info = torch.linalg.cholesky_ex(gram)
     pivots = L.diagonal(dim1=1, dim2=2).square().amin(1)
     collinear = (info != 0) | ~(pivots > PIVOT) | few
-    ridge = 0.0
     if collinear.any():
-        ridge = RIDGE
         amount = torch.where(collinear, RIDGE, 0.0)
         gram.diagonal(dim1=1, dim2=2)[:, 1:] += amount[:, None]
         L = torch.linalg.cholesky(gram)
-        warnings.warn(
-            f"the features of {int(collinear.sum())} of {len(gram)} neurons are collinear in these "
-            f"samples; a ridge of {RIDGE:g} of their mean square was added to make the fit unique. "
-            "More samples or a lower degree avoid it",
-            NumericalWarning,
-            stacklevel=4,
-        )
     Qb = torch.linalg.solve_triangular(L, right * scale[:, :, None], upper=False)
     sizes = range(1, size + 1, 2 if glu else 1)
-    return nested_solutions(L.mT, Qb, sizes).squeeze(3) * scale, ridge
+    return nested_solutions(L.mT, Qb, sizes).squeeze(3) * scale, int(collinear.sum())
 
 
 class NeuronMoments:
