@@ -99,7 +99,7 @@ def attach(
             that rare huge outputs, which decide equal squares, matter less than their size.
         clip: where to stop evaluating a polynomial, at the end of a range of preactivations.
             True: the range that calibration saw: far outside, a polynomial grows without bound
-            and the activation does not. A share, 0.01 (default for "sequential"): also that
+            and the activation does not. A share, 0.03 (default for "sequential"): also that
             share of the layer's preactivations, where the activation is flat, as SiLU and GELU
             are far below, and at the neurons where it pays most; the fit knows, and what it spent
             on following them goes into the rest. False (default for "true"): polynomials

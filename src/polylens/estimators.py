@@ -20,7 +20,7 @@ from polylens.tails import best_tails
 # Inputs that are kept to see where the tails begin, before any is fitted.
 FIRST = 2048
 # docs/fidelity.md, "Flat tails".
-TAILS = 0.01
+TAILS = 0.03
 
 
 class Estimator(Protocol):
