@@ -18,7 +18,7 @@ from polylens.selection import label
 from polylens.tails import best_tails
 
 # Inputs that are kept to see where the tails begin, before any is fitted.
-FIRST = 2048
+FIRST = 2400
 # docs/fidelity.md, "Flat tails".
 TAILS = 0.03
 
@@ -107,10 +107,9 @@ class _GramEstimator:
     def _begun(self) -> NeuronGram | JointGram:
         """The normal equations, of what was kept so far."""
         if self._range is not None and self._share is not None and self.count:
-            step = max(1, self.count // FIRST)
-            x = torch.cat([x for x, _ in self._first])[::step]
+            x = torch.cat([x for x, _ in self._first])[:FIRST]
             w = [w for _, w in self._first if w is not None]
-            w = torch.cat(w)[::step] if w else None
+            w = torch.cat(w)[:FIRST] if w else None
             self._range.tails = best_tails(self._weights, x, w, self._degree, self._share)
         gram = self.gram(self._weights, self._degree, seen=self._range)
         for x, sample_weights in self._first:

@@ -11,7 +11,7 @@ from polylens.weights import GLUWeights, MLPWeights
 
 # Shares of a neuron's preactivations that may be clipped; the large ones, of neurons that are
 # flat for nearly all inputs, are tried where the error is largest.
-SMALL, LARGE = (0.0, 0.003, 0.01, 0.03, 0.1), (0.3, 0.6, 0.8, 0.9, 0.97)
+SMALL, LARGE = (0.0, 0.01, 0.03, 0.1), (0.3, 0.6, 0.8, 0.9, 0.97)
 LARGEST, FEW = 8, 64
 # Inputs that must remain for each feature of a neuron.
 REMAINING = 10
@@ -35,7 +35,7 @@ def best_tails(
     times |W_out,i|^2, and lambda such that mean p_i <= share. A neuron that is flat for all but a
     few inputs may so be clipped for most of them.
 
-    Cost: ten fits to x, half of them for an eighth of the neurons.
+    Cost: nine fits to x, five of them for an eighth of the neurons.
     """
     sides = sum(flat_sides(weights.act))
     features = (2 if isinstance(weights, GLUWeights) else 1) * degree + 1
