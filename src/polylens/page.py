@@ -176,7 +176,7 @@ def _open(lens: Lens, layer: Layer, k: int, n_tokens: int, names: Callable[[int]
     except PolylensError as error:
         return Opening(layer, shares, missing=str(error))
     try:
-        rows = feature_rows(lens, layer, features, n_tokens, names)[:k]
+        rows = feature_rows(lens, layer, features, moments.mean, n_tokens, names)[:k]
         return Opening(
             layer, shares, features, written_tokens(lens, layer, u, n_tokens, names), rows
         )

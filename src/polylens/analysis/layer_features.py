@@ -118,8 +118,9 @@ def layer_features(
     W_U = lens.host.model.W_U
     u = token_direction(W_U, token, against, centred=last.centred, weight=last.weight)
     u = u if own is None else before_norm(u, centred=own.centred, weight=own.weight)
-    features = eigenfeatures(lens[layer], u, k, metric=input_moments(lens, layer))
-    rows = feature_rows(lens, layer, features, n_tokens, names)
+    moments = input_moments(lens, layer)
+    features = eigenfeatures(lens[layer], u, k, metric=moments)
+    rows = feature_rows(lens, layer, features, moments.mean, n_tokens, names)
     return LayerFeatures(
         layer, names(token), None if against is None else names(against), rows, features
     )
@@ -127,9 +128,17 @@ def layer_features(
 
 @torch.no_grad()
 def feature_rows(
-    lens: Any, layer: Layer, features: EigenFeatures, n_tokens: int, names: Callable[[int], str]
+    lens: Any,
+    layer: Layer,
+    features: EigenFeatures,
+    mean: Tensor,
+    n_tokens: int,
+    names: Callable[[int], str],
 ) -> tuple[FeatureRow, ...]:
     """Features of a layer along any direction, with the tokens they read as in `layer_features`.
+
+    Args:
+        mean: [d_in], of the layer's inputs.
 
     Raises:
         UnsupportedModel: as `layer_features`.
@@ -142,7 +151,7 @@ def feature_rows(
         weight=norm.weight,
         bias=norm.bias,
     )
-    scores = scores - input_moments(lens, layer).mean.to(scores) @ features.vectors
+    scores = scores - mean.to(scores) @ features.vectors
     shares = features.values.square() / features.energy
     return tuple(
         FeatureRow(
