@@ -12,7 +12,7 @@ LIMIT = 400
 
 # Lowest first; a module may import from its own row and from rows above it here.
 LAYERS = (
-    ("errors", "hermite", "horner"),
+    ("errors", "hermite", "horner", "monomials"),
     ("activations", "inputs", "tokens", "selection", "storage", "offload"),
     ("custom", "mixture", "samples"),
     ("weights", "quadratic"),

@@ -1,4 +1,4 @@
-"""Polynomials that are evaluated at no preactivation beyond a range."""
+"""Polynomials that end where a preactivation leaves a range, and follow asymptotes beyond."""
 
 import itertools
 import math
@@ -13,7 +13,8 @@ import polylens
 import polylens.analysis
 from polylens import Gaussian, InvalidInputError, Samples, fit, tails
 from polylens.calibration import visiting_order
-from polylens.clipping import PreactivationRange, tail_ends
+from polylens.clipping import PreactivationRange, ends_of
+from polylens.horner import gained
 from polylens.hosts.inline import InlinePolynomial
 from polylens.joint import features
 from polylens.joint_gram import JointGram
@@ -29,25 +30,44 @@ TOKENS = torch.arange(64).reshape(4, 16) * 7 % 50
 
 def preactivations(weights, x):
     """(y, z) of the layer; z of an MLP is None."""
-    if isinstance(weights, polylens.GLUWeights):
-        return x @ weights.W_gate + weights.b_gate, x @ weights.W_in + weights.b_in
-    return x @ weights.W_in + weights.b_in, None
+    roles = ("gate", "in") if isinstance(weights, polylens.GLUWeights) else ("in",)
+    found = []
+    for role in roles:
+        b = getattr(weights, f"b_{role}")
+        found.append(x @ getattr(weights, f"W_{role}") + (0 if b is None else b))
+    return found[0], found[1] if len(found) > 1 else None
 
 
-@pytest.fixture(params=LAYERS)
+def powers(coefficients, y):
+    return sum((c * y**p for p, c in enumerate(coefficients)), torch.zeros_like(y))
+
+
+def beyond(act, y, y_range):
+    """What the polynomials that act approaches gain from the ends of a range on."""
+    (low, high), split = y_range, act.split
+    low, high = low.clamp(max=split), high.clamp(min=split)
+    below = powers(act.left, y.minimum(low)) - powers(act.left, low)
+    above = powers(act.right, y.maximum(high)) - powers(act.right, high)
+    return below.where(low.isfinite(), 0.0) + above.where(high.isfinite(), 0.0)
+
+
+@pytest.fixture(params=itertools.product(LAYERS, (True, False)), ids=str)
 def clipped(request):
-    weights = LAYERS[request.param]()
+    layer, asymptotes = request.param
+    weights = LAYERS[layer]()
     poly = fit(weights, Gaussian.standard(D_IN), 3)
     y_range = torch.stack([poly.m - poly.s, poly.m + 0.5 * poly.s])
-    return poly, poly.clipped(y_range), y_range
+    return poly, poly.clipped(y_range, asymptotes), y_range
 
 
-def test_a_preactivation_beyond_the_range_is_taken_to_be_at_its_end(clipped):
+def test_beyond_a_range_the_end_goes_on_along_the_asymptote(clipped):
     poly, limited, y_range = clipped
     y, z = preactivations(poly.weights, X)
     assert ((y < y_range[0]) | (y > y_range[1])).any(1).all()
+    more = beyond(poly.act, y, y_range) * (1 if z is None else z) * limited.asymptotes
+    assert more.any() == limited.asymptotes
     for degree in range(4):
-        inside = poly.truncate(degree).neurons(y.clamp(*y_range), z)
+        inside = poly.truncate(degree).neurons(y.clamp(*y_range), z) + more
         expected = inside @ poly.W_out + poly.b_out
         found = limited.truncate(degree)
         assert torch.allclose(found(X), expected, rtol=1e-12, atol=1e-12)
@@ -55,6 +75,21 @@ def test_a_preactivation_beyond_the_range_is_taken_to_be_at_its_end(clipped):
         assert torch.allclose(limited.all_degrees(X)[degree], expected, rtol=1e-12, atol=1e-12)
     parts = torch.stack([limited.part(k)(X) for k in range(4)]).sum(0)
     assert torch.allclose(parts, limited(X), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", polylens.known_activations())
+def test_what_is_gained_is_what_the_activation_gains_far_out(name):
+    act = polylens.activations.activation(name)
+    low = torch.tensor([-300.0, -90.0, -45.0, -math.inf], dtype=torch.float64)
+    high = torch.tensor([50.0, 45.0, 700.0, math.inf], dtype=torch.float64)
+    y = torch.linspace(-900, 900, 61, dtype=torch.float64)[:, None].expand(-1, 4)
+    found = gained(y, ends_of(act, torch.stack([low, high])))
+    found = torch.zeros_like(y) if found is None else found
+    assert torch.allclose(found, act(y) - act(y.clamp(low, high)), rtol=1e-9, atol=1e-9)
+    if name in ("relu", "relu2"):
+        low, high = torch.tensor([[-1.0, -2.0, 0.0, 0.0], [-0.5, 2.0, 0.4, 0.0]]).double()
+        found = gained(y, ends_of(act, torch.stack([low, high])))
+        assert torch.allclose(found, act(y) - act(y.clamp(low, high)), rtol=1e-12)
 
 
 def test_within_the_range_and_without_one_nothing_changes(clipped):
@@ -66,16 +101,20 @@ def test_within_the_range_and_without_one_nothing_changes(clipped):
     assert torch.equal(limited.linear()[0], poly.linear()[0])
 
 
-def test_inputs_are_left_as_they_were_and_gradients_stop_at_the_ends(clipped):
+def test_inputs_are_left_as_they_were_and_gradients_beyond_are_those_of_the_asymptote(clipped):
     poly, limited, y_range = clipped
     y, z = preactivations(poly.weights, X)
     before = y.clone()
-    limited.neurons(y, z)
+    values = limited.neurons(y, z)
     assert torch.equal(y, before)
     y.requires_grad_()
-    limited.neurons(y, z).sum().backward()
+    found = limited.neurons(y, z)
+    assert torch.allclose(found, values, rtol=1e-12, atol=1e-12)
+    found.sum().backward()
     outside = (before < y_range[0]) | (before > y_range[1])
-    assert (y.grad[outside] == 0).all()
+    line = before.clone().requires_grad_()
+    (beyond(poly.act, line, y_range) * (1 if z is None else z)).sum().backward()
+    assert torch.allclose(y.grad[outside], line.grad[outside] * limited.asymptotes, atol=1e-12)
     assert (y.grad[~outside] != 0).any()
 
 
@@ -88,11 +127,12 @@ def test_a_range_travels_with_the_polynomial(clipped, tmp_path):
     assert torch.equal(moved(X), limited(X))
     single = limited.to(torch.float32)
     assert single.y_range.dtype == torch.float64
-    assert torch.allclose(single(X.float()).double(), poly.clipped(single.y_range).double()(X))
+    again = poly.clipped(single.y_range, limited.asymptotes)
+    assert torch.allclose(single(X.float()).double(), again.double()(X), rtol=1e-4, atol=1e-4)
     Q = None if limited.Q is None else limited.Q[3]
     limited = limited.double()
     tensors, P = limited.weights.tensors(), limited.P[3]
-    sent = InlinePolynomial(tensors, limited.m, limited.s, P, Q, limited.y_range)
+    sent = InlinePolynomial(tensors, limited.m, limited.s, P, Q, limited.ends(torch.float64))
     assert torch.allclose(sent(X), limited(X), rtol=1e-10)
 
 
@@ -120,7 +160,8 @@ def test_every_host_computes_the_clipped_polynomial(make, tmp_path):
         with lens.replaced(1), torch.no_grad():
             logits = lens.host.logits(far)
         free = lens[1].clipped(None)
-        out = free.neurons(y.clamp(low, high)) @ free.W_out + free.b_out
+        h = free.neurons(y.clamp(low, high)) + beyond(weights.act, y, (low, high))
+        out = h @ free.W_out + free.b_out
         with torch.no_grad(), lens.host.substitute({1: lambda x, y: out.view_as(y)}):
             expected = lens.host.logits(far)
         assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
@@ -144,6 +185,11 @@ def test_an_exported_model_is_clipped_too(tmp_path):
             if hasattr(module, "clip"):
                 module.clip = None
         assert not torch.allclose(exported(far).logits, expected)
+        exported = polylens.load_exported(tmp_path)
+        for module in exported.modules():
+            if hasattr(module, "above"):
+                module.above = None
+        assert not torch.allclose(exported(far).logits, expected)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -156,21 +202,30 @@ def test_a_joint_polynomial_clips_what_is_not_linear(layer):
     joint = joint.clipped(torch.stack([y.amin(0), y.amax(0)]))
     assert torch.allclose(joint(X), expected, rtol=1e-12, atol=1e-12)
     beta, alpha = joint.linear()
-    far = joint.truncate(1)(100 * X)
-    assert torch.allclose(far, 100 * X @ beta + alpha, rtol=1e-9)
     low, high = joint.base.y_range
     y, z = preactivations(weights, 100 * X)
+    more = beyond(weights.act, y, (low, high)) * (1 if z is None else z) @ weights.W_out
+    far = joint.truncate(1)(100 * X)
+    assert torch.allclose(far, 100 * X @ beta + alpha + more, rtol=1e-9)
     y = y.clamp(low, high)
     t, zeta = (y - joint.base.m) / joint.base.s, None if z is None else z - joint.z_mean
     columns = [torch.ones(400, 1), 100 * X - joint.center, t**2 - 1]
     columns += [] if zeta is None else [zeta * t]
     expected = torch.cat(columns, 1) @ joint._readout(2)
-    assert torch.allclose(joint(100 * X), expected, rtol=1e-9)
+    assert torch.allclose(joint(100 * X), expected + more, rtol=1e-9)
+    assert torch.allclose(joint.clipped(joint.base.y_range, False)(100 * X), expected, rtol=1e-9)
 
 
-def tailed(gram, weights, x, degree, share, sample_weights=None):
-    """The fit to samples with flat tails of this share."""
-    seen = PreactivationRange(weights, tail_ends(weights, x, [share])[0])
+def tail_ends(weights, x, below, above):
+    """[2, d_mlp] such that these shares of the y of x lie beyond."""
+    y, _ = preactivations(weights, x)
+    y = y.sort(0).values
+    return torch.stack([y[int(below * len(y))], y[-1 - int(above * len(y))]])
+
+
+def tailed(gram, weights, x, degree, below, above, sample_weights=None):
+    """The fit to samples with tails of these shares."""
+    seen = PreactivationRange(weights, tail_ends(weights, x, below, above))
     sums = gram(weights, degree, seen=seen)
     sums.update(x, sample_weights)
     return sums.solve().clipped(seen.ends)
@@ -180,28 +235,30 @@ def tailed(gram, weights, x, degree, share, sample_weights=None):
 def test_a_fit_with_tails_is_the_optimum_of_what_is_evaluated(layer):
     weights, X = LAYERS[layer](), randn(400, D_IN, seed=6) ** 3
     w = randn(400, seed=7).exp()
-    poly = tailed(NeuronGram, weights, X, 3, 0.05, w)
+    poly = tailed(NeuronGram, weights, X, 3, 0.05, 0.03, w)
     (y, z), (low, high) = preactivations(weights, X), poly.y_range
     assert ((y < low - 1e-9).sum(0) == 20).all()
-    target = weights.act(y) * (1 if z is None else z)
+    assert ((y > high + 1e-9).sum(0) == 12).all()
+    far, more = y, beyond(weights.act, y, (low, high)) * (1 if z is None else z)
+    target = weights.act(y) * (1 if z is None else z) - more
     y = y.clamp(low, high)
     for i in range(weights.d_mlp):
         powers = torch.stack([((y[:, i] - poly.m[i]) / poly.s[i]) ** k for k in range(4)], 1)
         columns = powers if z is None else torch.cat([powers, z[:, i, None] * powers[:, :3]], 1)
         root = w.sqrt()[:, None]
         solution = torch.linalg.lstsq(root * columns, root * target[:, i, None]).solution
-        expected = (columns @ solution).squeeze(1)
-        found = poly.neurons(y, z)[:, i]
+        expected = (columns @ solution).squeeze(1) + more[:, i]
+        found = poly.neurons(far, z)[:, i]
         assert torch.allclose(found, expected, rtol=1e-7, atol=1e-7 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_joint_fit_with_tails_is_the_ridge_optimum_of_what_is_evaluated(layer):
     weights, X = LAYERS[layer](), randn(400, D_IN, seed=6) ** 3
-    joint = tailed(JointGram, weights, X, 2, 0.05)
+    joint = tailed(JointGram, weights, X, 2, 0.05, 0.03)
     assert joint.ridge[2] < float("inf")
-    assert torch.equal(joint.base.y_range[0], tail_ends(weights, X, [0.05])[0][0])
-    phi = features(joint.base, joint.center, joint.z_mean, X, 2)
+    assert torch.equal(joint.base.y_range, tail_ends(weights, X, 0.05, 0.03))
+    phi, _ = features(joint.base, joint.center, joint.z_mean, X, 2)
     scale = phi.square().mean(0).rsqrt()
     residual = weights(X) - joint(X)
     gradient = scale[:, None] * (phi.T @ residual) / len(X)
@@ -217,45 +274,27 @@ def test_a_joint_fit_with_tails_is_the_ridge_optimum_of_what_is_evaluated(layer)
     if z is not None:
         columns += [z - joint.z_mean, (z - joint.z_mean) * near]
         own = torch.cat([own, torch.stack(columns[3:]) * base.Q[2, :, None]])
-    residual = weights.act(y) * (1 if z is None else z) - own.sum(0)
+    more = beyond(weights.act, y, base.y_range)
+    residual = (weights.act(y) - more) * (1 if z is None else z) - own.sum(0)
     for column in columns:
         assert (column * residual).sum(0).abs().max() < 1e-9 * (column * own.sum(0)).abs().sum()
-
-
-@pytest.mark.parametrize(
-    ("act", "sides"),
-    [
-        *((name, (True, False)) for name in ("relu", "gelu", "silu", "softplus", "elu", "relu2")),
-        *((name, (True, True)) for name in ("tanh", "sigmoid", "relu6")),
-        *((name, (False, False)) for name in ("leaky_relu", "identity")),
-    ],
-)
-def test_tails_are_where_the_activation_is_flat(act, sides):
-    weights = polylens.MLPWeights(randn(D_IN, 7), randn(7, 3), act=act)
-    ends = tail_ends(weights, X, [0.1])[0]
-    assert torch.isfinite(ends).all(1).tolist() == list(sides)
-    y = X @ weights.W_in
-    outside = y < ends[0] - 1e-9, y > ends[1] + 1e-9
-    for beyond, tail in zip(outside, sides, strict=True):
-        assert torch.equal(beyond.sum(0), torch.full((7,), 4 if tail else 0))
-    empty = tail_ends(weights, X[:0], [0.1])[0]
-    assert torch.equal(empty.isinf(), torch.ones(2, 7, dtype=torch.bool))
 
 
 def test_a_neuron_that_does_not_vary_has_a_tail_and_a_fit():
     W_gate = randn(D_IN, 7)
     W_gate[:, 3] = 0
     weights = polylens.GLUWeights(randn(D_IN, 7), randn(7, 3), W_gate, "silu")
-    poly = tailed(NeuronGram, weights, X, 3, 0.1)
+    poly = tailed(NeuronGram, weights, X, 3, 0.1, 0.05)
     assert torch.isfinite(poly(X)).all()
     assert (poly(X) - weights(X)).norm() < weights(X).norm()
 
 
-def left_over(weights, X, w, degree, low):
-    """[d_mlp] weighted squared error of each neuron's best polynomial of max(y, low), read out."""
+def left_over(weights, X, w, degree, ends):
+    """[d_mlp] weighted squared error of each neuron's best polynomial between ends, read out."""
     y, z = preactivations(weights, X)
-    target, root = weights.act(y) * (1 if z is None else z), w.sqrt()[:, None]
-    y, found = y.maximum(low), []
+    factor, root = 1 if z is None else z, w.sqrt()[:, None]
+    target = (weights.act(y) - beyond(weights.act, y, ends)) * factor
+    y, found = y.clamp(*ends), []
     for i in range(weights.d_mlp):
         t = (y[:, i] - y[:, i].mean()) / y[:, i].std()
         columns = torch.stack([t**k for k in range(degree + 1)], 1)
@@ -267,57 +306,78 @@ def left_over(weights, X, w, degree, low):
     return torch.stack(found)
 
 
+@pytest.mark.parametrize("act", ["silu", "leaky_relu", "tanh", "relu2", "gelu"])
+@pytest.mark.parametrize("degree", [1, 3])
+@pytest.mark.parametrize("layer", LAYERS)
+def test_the_error_of_every_pair_of_tails_is_that_of_its_least_squares(layer, degree, act):
+    weights, X = LAYERS[layer](), randn(500, D_IN, seed=6)
+    weights = replace(weights, act=polylens.activations.activation(act))
+    w = randn(500, seed=7).exp()
+    neurons = torch.arange(weights.d_mlp)
+    pairs = [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.03, 0.1), (0.6, 0.1)]
+    found = tails._Sums(weights, X, w, degree).choices(neurons, pairs)
+    for k, (below, above) in enumerate(pairs):
+        ends = tail_ends(weights, X, below, above)
+        ends[0] = ends[0] if below else -math.inf
+        ends[1] = ends[1] if above else math.inf
+        assert torch.allclose(found.ends[k], ends, rtol=1e-12, atol=1e-12)
+        expected = left_over(weights, X, w, degree, ends)
+        assert torch.allclose(found.errors[k], expected, rtol=1e-6, atol=1e-8 * expected.max())
+        assert found.spent[k] == int(below * 500) / 500 + int(above * 500) / 500
+
+
 @pytest.mark.parametrize("share", [0.01, 0.05])
 @pytest.mark.parametrize("layer", LAYERS)
 def test_no_other_tails_of_the_same_total_leave_less(layer, share):
     weights, X = LAYERS[layer](), randn(2000, D_IN, seed=6)
-    chosen = torch.arange(4)
-    weights = tails._neurons(weights, chosen)
+    chosen = torch.arange(3)
+    roles = {name: getattr(weights, name, None) for name in ("W_in", "W_gate", "b_in", "b_gate")}
+    own = {name: t[..., chosen] for name, t in roles.items() if t is not None}
+    weights = replace(weights, W_out=weights.W_out[chosen], **own)
     w = randn(2000, seed=7).exp()
-    low = tails.best_tails(weights, X, w, 2, share)[0]
+    ends = tails.best_tails(weights, X, w, 2, share)
     y, _ = preactivations(weights, X)
-    spent = float((y < low - 1e-9).double().mean())
+    spent = float(((y < ends[0] - 1e-9) | (y > ends[1] + 1e-9)).double().mean())
     assert 0 < spent <= share
-    shares = [*tails.SMALL, *tails.LARGE[:1]]
-    ends = torch.stack([ends[0] for ends in tail_ends(weights, X, shares)])
-    errors = torch.stack([left_over(weights, X, w, 2, each) for each in ends])
-    own = float(left_over(weights, X, w, 2, low).sum())
-    for choice in itertools.product(range(len(shares)), repeat=4):
-        if sum(shares[k] for k in choice) / 4 <= spent + 1e-9:
-            assert errors[list(choice), chosen].sum() > own * (1 - 1e-9)
+    pairs = list(itertools.product(tails.SMALL, tails.SMALL))
+    errors = tails._Sums(weights, X, w, 2).choices(chosen, pairs).errors
+    found = float(left_over(weights, X, w, 2, ends).sum())
+    for choice in itertools.product(range(len(pairs)), repeat=3):
+        if sum(sum(pairs[k]) for k in choice) / 3 <= spent + 1e-9:
+            assert errors[list(choice), chosen].sum() > found * (1 - 1e-6)
 
 
-def test_a_neuron_that_is_flat_for_nearly_all_inputs_is_clipped_for_them():
+def test_a_neuron_that_is_flat_for_nearly_all_inputs_is_so_beyond_its_end():
     """It writes for one input in forty; what else it does is nothing."""
     rare = torch.zeros(4000, 1, dtype=torch.float64)
     rare[::40] = 1
     X = torch.cat([rare * (3 + 0.3 * randn(4000, 1)), randn(4000, D_IN - 1, seed=6)], 1)
     W_in = randn(D_IN, 20)
-    W_in[0, 3], W_in[1:, 3] = 6, 1.5
+    W_in[0, 3], W_in[1:, 3] = 4, 2
     b_in = randn(20)
-    b_in[3] = -6
+    b_in[3] = -9
     W_out = randn(20, 3)
     W_out[3] *= 10
-    weights = polylens.MLPWeights(W_in, W_out, "gelu", b_in)
+    weights = polylens.MLPWeights(W_in, W_out, "sigmoid", b_in)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ends = tails.best_tails(weights, X, None, 3, 0.08)
     y, _ = preactivations(weights, X)
-    beyond = (y < ends[0]).double().mean(0)
-    assert beyond[3] > 0.7
-    assert beyond.mean() < 0.08
-    assert (beyond.sort().values[:-1] < 0.11).all()
-    lows = (torch.full((20,), -math.inf), tail_ends(weights, X, [0.08])[0][0], ends[0])
-    plain, even, found = (left_over(weights, X, torch.ones(4000), 3, low)[3] for low in lows)
-    assert found < 0.2 * even
-    assert even < plain
+    outside = ((y < ends[0]) | (y > ends[1])).double().mean(0)
+    assert outside[3] > 0.5
+    assert outside.mean() < 0.08
+    even = tail_ends(weights, X, 0.04, 0.04)
+    none = even.new_tensor([-math.inf, math.inf])[:, None].expand_as(even)
+    plain, even, found = (
+        left_over(weights, X, torch.ones(4000), 3, each)[3] for each in (none, even, ends)
+    )
+    assert found < 0.4 * min(even, plain)
 
 
-def test_tails_need_a_flat_side_and_enough_inputs():
-    leaky = polylens.MLPWeights(randn(D_IN, 7), randn(7, 3), "leaky_relu")
-    gelu = replace(leaky, act=polylens.activations.activation("gelu"))
-    for weights, x in ((leaky, X), (gelu, X[:30])):
-        assert tails.best_tails(weights, x, None, 2, 0.3).isinf().all()
+def test_tails_need_enough_inputs_and_a_degree():
+    gelu = polylens.MLPWeights(randn(D_IN, 7), randn(7, 3), "gelu")
+    for x, degree in ((X[:30], 2), (X.repeat(9, 1), 0)):
+        assert tails.best_tails(gelu, x, None, degree, 0.3).isinf().all()
     assert not tails.best_tails(gelu, X.repeat(9, 1), None, 2, 0.3).isinf().all()
 
 
@@ -327,17 +387,20 @@ def test_attach_fits_with_tails_of_what_it_sees(calibration, inputs):
     model, tokens = build("llama"), torch.arange(640).reshape(40, 16) * 7 % 50
     options = {"calibration": calibration, "inputs": inputs, "weighting": "output", "layers": [0]}
     with polylens.attach(model, tokens, clip=0.1, degree=2, progress=False, **options) as lens:
-        assert "in flat tails of 0.1" in lens.inputs_summary
+        assert "in tails of 0.1" in lens.inputs_summary
         with lens.cache(0) as cache:
             model(tokens)
         x = cache["in", 0].reshape(40, 16, -1)[visiting_order(40), 1:].reshape(-1, lens[0].d_in)
         weights = lens.sites[0].weights()
         base = lens[0].base if inputs == "joint" else lens[0]
         w = 1 / weights(x).double().norm(dim=1)
-        expected = tails.best_tails(weights, x, w, 2, 0.1)[0].isfinite()
-        beyond = (x @ weights.W_gate < base.y_range[0].float()).double().mean(0)
-        assert torch.equal(beyond > 0.002, expected)
-        assert 0.05 < beyond.mean() <= 0.1
+        low, high = tails.best_tails(weights, x, w, 2, 0.1)
+        y = x @ weights.W_gate
+        below = (y < base.y_range[0].float()).double().mean(0)
+        above = (y > base.y_range[1].float()).double().mean(0)
+        assert torch.equal(below > 0.002, low.isfinite())
+        assert torch.equal(above > 0.002, high.isfinite())
+        assert 0.05 < float((below + above).mean()) <= 0.1
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -34,13 +34,15 @@ def entry(site: MLPSite, polynomial: Fitted, sums: Fingerprint | None = None) ->
     weights, name = polynomial.weights, label(site.layer)
     sums = fingerprint(weights) if sums is None else sums
     act, values = activation_record(weights.act)
+    own = polynomial.base if isinstance(polynomial, JointPolynomial) else polynomial
     record = {
         "layer": name,
         "path": site.path,
         "kind": site.kind,
         "sizes": [site.d_in, site.d_mlp, site.d_out],
         "degree": polynomial.degree,
-        "ridge": getattr(polynomial, "base", polynomial).ridge,
+        "ridge": own.ridge,
+        "asymptotes": own.asymptotes,
         "activation": act,
         "weights": {
             "dtype": str(weights.dtype),
@@ -135,7 +137,8 @@ def _polynomial(
     P = _unpacked(tensors["P"], n + 1, n + 1, 1)
     Q = _unpacked(tensors["Q"], n + 1, n, 0) if "Q" in tensors else None
     own = (tensors["m"], tensors["s"], P, Q, tensors.get("y_range"))
-    polynomial = Polynomial(weights, *own, ridge=record["ridge"])
+    asymptotes = record.get("asymptotes", False)
+    polynomial = Polynomial(weights, *own, ridge=record["ridge"], asymptotes=asymptotes)
     return JointPolynomial.on(polynomial, tensors) if "center" in tensors else polynomial
 
 

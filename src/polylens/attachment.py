@@ -97,13 +97,13 @@ def attach(
         weighting: of the inputs in the fit: "equal" (default), or "output" (default for
             "sequential"): by 1 / |true output|. What comes after a layer is normalised, so
             that rare huge outputs, which decide equal squares, matter less than their size.
-        clip: where to stop evaluating a polynomial, at the end of a range of preactivations.
-            True: the range that calibration saw: far outside, a polynomial grows without bound
-            and the activation does not. A share, 0.03 (default for "sequential"): also that
-            share of the layer's preactivations, where the activation is flat, as SiLU and GELU
-            are far below, and at the neurons where it pays most; the fit knows, and what it spent
-            on following them goes into the rest. False (default for "true"): polynomials
-            everywhere.
+        clip: where a neuron's polynomial ends; beyond, its preactivation follows the asymptote
+            of the activation, which is 0 or y for SiLU and GELU (see `Polynomial.clipped`).
+            True: at the ends of the range that calibration saw: far outside, a polynomial grows
+            without bound. A share, 0.03 (default for "sequential"): also, for no more than that
+            share of the layer's preactivations, further inside, at the neurons and on the sides
+            where it pays most; the fit knows, and what it spent on following them goes into the
+            rest. False (default for "true"): polynomials everywhere.
         degree: fitted degree, 0 ... 12; lower ones come with it.
         layers: which layers; all that can be read by default.
         attention_mask: [batch, pos], 0 at padding, which is left out.
@@ -139,7 +139,7 @@ def attach(
     - "samples": (2 degree + 2)^2 float64 per neuron and about the layer's own products;
     - "joint": two Gram matrices of 1 + d_in + 2 (degree - 1) d_mlp features in float64 (half of
       the d_mlp without a gate), and as many multiplications for each token as one has entries;
-    - clip of a share: about five fits of "samples" to 2,400 tokens, which are kept until then;
+    - clip of a share: about three fits of "samples" to 2,400 tokens, which are kept until then;
     - "sequential": the polynomial's output, too; all batches are in memory at once, with
       about four activations of d_model for every token. With offload one batch is, and they
       are written and read once for each layer. A checkpoint is written anew for each layer,

@@ -36,8 +36,7 @@ class Calibration:
         steps: (inputs, attention mask) of each batch.
         exclude_first: leave out position 0, and keep it true where a polynomial flows on.
         weighting: of the inputs, "equal" or "output".
-        clip: evaluate the polynomials at no preactivation beyond those seen, or beyond a share
-            of them where the activation is flat.
+        clip: where the polynomials end, see `polylens.clipping.Clip`.
         progress: show a progress bar.
     """
 
@@ -84,11 +83,11 @@ class Calibration:
         options = {
             "position 0 excluded": self.exclude_first,
             WEIGHTINGS[self.weighting]: self.weighting != "equal",
-            "preactivations clipped to those seen": bool(self.clip),
+            "asymptotes beyond the preactivations seen": bool(self.clip),
         }
         described = [text for text, true in options.items() if true]
         if not isinstance(self.clip, bool):
-            described[-1] += f" and in flat tails of {self.clip:.3g}"
+            described[-1] += f" and in tails of {self.clip:.3g}"
         return [f"{count} {origin}", *described]
 
     def kept(self, i: int) -> Tensor | None:

@@ -1,20 +1,18 @@
-"""Where a polynomial stops: beyond what was seen, and in tails where the activation is flat."""
+"""Where a polynomial ends, and the asymptotes of the activation take over."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from polylens.activations import Activation
+from polylens.horner import Ends, Growth
 from polylens.preactivation import blocks
 from polylens.weights import GLUWeights, MLPWeights
 
-# False for polynomials everywhere, True for the range that was seen, or the share of a layer's
-# preactivations that may also be clipped where the activation is flat.
+# False for polynomials everywhere, True for ends at the range that was seen, or the share of a
+# layer's preactivations that may lie beyond them.
 Clip = bool | float
-# Float32 numbers in one block of sorted preactivations.
-BLOCK = 1 << 24
 
 
 class PreactivationRange:
@@ -53,32 +51,25 @@ class PreactivationRange:
         self._seen = torch.stack([low, high])
 
 
-@torch.no_grad()
-def tail_ends(weights: MLPWeights | GLUWeights, x: Tensor, shares: Sequence[float]) -> Tensor:
-    """[shares, 2, d_mlp] float64: that share of the y of inputs x [n, d_in] lies beyond either end.
+def ends_of(act: Activation, y_range: Tensor, asymptotes: bool = True) -> Ends:
+    """What lies beyond a range [2, ...] of y: the polynomials that act approaches there.
 
-    Infinite where the activation grows, and for a share of zero.
-
-    Cost: one product with the inputs, sorted.
+    They begin at the split between the two where that is further out; up to it nothing is gained.
     """
-    ends = x.new_tensor([-math.inf, math.inf], dtype=torch.float64, device=weights.device)
-    ends = ends[:, None].repeat(len(shares), 1, weights.d_mlp)
-    below, above = flat_sides(weights.act)
-    if not len(x) or not (below or above):
-        return ends
-    y = torch.cat([y for y, _, _ in blocks(weights, x, None)], dim=1)
-    step = max(1, BLOCK // y.shape[1])
-    for i in range(0, len(y), step):
-        ordered = y[i : i + step].sort(dim=1).values.double()
-        for own, share in zip(ends[..., i : i + step], shares, strict=True):
-            k = int(share * y.shape[1])
-            if below and k:
-                own[0] = ordered[:, k]
-            if above and k:
-                own[1] = ordered[:, -1 - k]
-    return ends
+    low, high = y_range
+    if not asymptotes:
+        return Ends(low, high, None, None)
+    below = _growth(act.left, low.clamp(max=act.split))
+    return Ends(low, high, below, _growth(act.right, high.clamp(min=act.split)))
 
 
-def flat_sides(act: Activation) -> tuple[bool, bool]:
-    """Whether the activation approaches a constant far below, and far above."""
-    return not any(act.left[1:]), not any(act.right[1:])
+def _growth(powers: tuple[float, ...], start: Tensor) -> Growth | None:
+    """sum_p powers[p] (y^p - start^p) in powers of y - start."""
+    rates = []
+    for j in range(1, len(powers)):
+        rate = torch.zeros_like(start)
+        for p in range(j, len(powers)):
+            if powers[p]:
+                rate += math.comb(p, j) * powers[p] * start ** (p - j)
+        rates.append(torch.where(start.isfinite(), rate, 0.0))
+    return Growth(start, tuple(rates)) if any(powers[1:]) else None

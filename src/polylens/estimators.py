@@ -84,10 +84,10 @@ class _GramEstimator:
 
     def __init__(self, site: MLPSite, degree: int, clip: Clip = False) -> None:
         self._weights, self._degree = site.weights(), degree
-        self._share = None if isinstance(clip, bool) else clip
+        self._clip = clip
         self._range = PreactivationRange(self._weights) if clip else None
         self._first: list[tuple[Tensor, Tensor | None]] = []
-        self._gram = self._begun() if self._share is None else None
+        self._gram = self._begun() if isinstance(clip, bool) else None
         self.count = 0
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
@@ -106,11 +106,11 @@ class _GramEstimator:
 
     def _begun(self) -> NeuronGram | JointGram:
         """The normal equations, of what was kept so far."""
-        if self._range is not None and self._share is not None and self.count:
+        if self._range is not None and not isinstance(self._clip, bool) and self.count:
             x = torch.cat([x for x, _ in self._first])[:FIRST]
             w = [w for _, w in self._first if w is not None]
             w = torch.cat(w)[:FIRST] if w else None
-            self._range.tails = best_tails(self._weights, x, w, self._degree, self._share)
+            self._range.tails = best_tails(self._weights, x, w, self._degree, self._clip)
         gram = self.gram(self._weights, self._degree, seen=self._range)
         for x, sample_weights in self._first:
             gram.update(x, sample_weights)
@@ -156,10 +156,10 @@ def check_clip(kind: type[Estimator], clip: Clip) -> None:
     if not isinstance(clip, float) or not 0 < clip < 0.5:
         raise InvalidInputError(
             f"clip={clip!r}: give False, True (to the range of the preactivations seen), or the "
-            "share of them, between 0 and 0.5, that may be clipped where the activation is flat"
+            "share of them, between 0 and 0.5, that may follow the activation's asymptotes"
         )
     if kind is GaussianEstimator:
         raise InvalidInputError(
-            f"clip={clip!r} is for fits to the inputs themselves, which can make up for it, and a "
+            f"clip={clip!r} is for fits to the inputs themselves, which know of it, and a "
             'Gaussian has a closed form without: give True or False, or inputs="samples"'
         )

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from polylens.emitter import Fitted, has_first
 from polylens.errors import ArtifactError, AttachmentError
-from polylens.horner import Coefficients, evaluate
+from polylens.horner import Coefficients, Ends, Growth, evaluate
 from polylens.hosts.base import TOLERANCE, Layer, relative_error
 from polylens.hosts.copying import GLUPlace, Place
 from polylens.hosts.recording import half
 from polylens.polynomial import Polynomial
 from polylens.selection import label
 
-FORMAT = 1
+FORMAT = 2
 # Of the weight files: what asks for a model without polynomials does not find them.
 VARIANT = "polylens"
 
@@ -36,18 +36,22 @@ class NeuronPolynomial(nn.Module):
         mean: [d_mlp].
         P: [degree + 1, d_mlp], of v^0, v^1, ...; Q: [degree, d_mlp] or None.
         clip: [2, d_mlp] lowest and highest v that the polynomial is evaluated at, or None.
+        below, above: what is gained beyond them, [1 + powers, d_mlp] start and rates of a
+            `polylens.horner.Growth`, or None.
     """
 
     mean: Tensor
     P: Tensor
     Q: Tensor | None
     clip: Tensor | None
+    below: Tensor | None
+    above: Tensor | None
 
     def __init__(self, true: nn.Module, tables: Mapping[str, Tensor], keep_first: bool) -> None:
         super().__init__()
         self.true = true
         self.keep_first = keep_first
-        for name in ("mean", "P", "Q", "clip"):
+        for name in ("mean", "P", "Q", "clip", "below", "above"):
             self.register_buffer(name, tables.get(name))
 
     def extra_repr(self) -> str:
@@ -55,8 +59,14 @@ class NeuronPolynomial(nn.Module):
 
     def forward(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         q = None if self.Q is None else self.Q.unbind()
-        clip = None if self.clip is None else (self.clip[0], self.clip[1])
-        h = evaluate(self.P.unbind(), q, y, z, self.mean, clip).contiguous()
+        ends = None
+        if self.clip is not None:
+            below, above = (
+                None if table is None else Growth(table[0], table[1:].unbind())
+                for table in (self.below, self.above)
+            )
+            ends = Ends(self.clip[0], self.clip[1], below, above)
+        h = evaluate(self.P.unbind(), q, y, z, self.mean, ends).contiguous()
         if not (self.keep_first and has_first(h)):
             return h
         first = self.true(y[..., :1, :].clone())
@@ -121,7 +131,7 @@ def built(
             "glu": None if place.glu is None else asdict(place.glu),
             "degree": polynomial.degree,
             "d_mlp": polynomial.d_mlp,
-            "clipped": polynomial.y_range is not None,
+            "rows": {table: len(t) for table, t in tensors[name].items() if table != "mean"},
             "dtype": str(tensors[name]["P"].dtype).removeprefix("torch."),
         }
     record = {
@@ -138,9 +148,13 @@ def built(
 
 
 def coefficients(polynomial: Polynomial) -> dict[str, Tensor]:
-    """mean, P, (of a GLU, above degree 0) Q and (where clipped) clip, in new memory."""
+    """The tables of a NeuronPolynomial that there are, in new memory."""
     own = polynomial._horner(polynomial.degree)
-    stacked: dict[str, Coefficients | None] = {"P": own.p, "Q": own.q, "clip": own.clip}
+    stacked: dict[str, Coefficients | None] = {"P": own.p, "Q": own.q}
+    if own.ends is not None:
+        stacked["clip"] = (own.ends.low, own.ends.high)
+        for name, growth in (("below", own.ends.below), ("above", own.ends.above)):
+            stacked[name] = None if growth is None else (growth.start, *growth.rates)
     return {"mean": own.mean.clone()} | {name: torch.stack(c) for name, c in stacked.items() if c}
 
 
@@ -173,7 +187,7 @@ def load_exported(
         for bit.
 
     Raises:
-        ArtifactError: no exported model, of a later format, or one with missing weights.
+        ArtifactError: no exported model, of another format, or one with missing weights.
         OSError: no such directory or repository, or without weights.
     """
     import transformers
@@ -187,10 +201,10 @@ def load_exported(
             f"{path} holds a {config.model_type} without polynomials; load it with transformers, "
             "or save the model that lens.export() returns"
         )
-    if record["format"] > FORMAT:
+    if record["format"] != FORMAT:
         raise ArtifactError(
-            f"{path} is of format {record['format']}, this polylens reads up to {FORMAT}; upgrade "
-            "polylens"
+            f"{path} is of format {record['format']}, this polylens reads format {FORMAT}: of a "
+            "later one, upgrade polylens; of an earlier one, export again"
         )
     name = (config.architectures or ["?"])[0]
     cls = model_class or getattr(transformers, name, None)
@@ -237,10 +251,8 @@ def _install(
 
 
 def _unset(layer: Mapping[str, Any]) -> dict[str, Tensor]:
-    n, d_mlp, dtype = layer["degree"], layer["d_mlp"], getattr(torch, layer["dtype"])
-    rows = {"P": n + 1} | ({} if layer["glu"] is None or n == 0 else {"Q": n})
-    rows |= {"clip": 2} if layer["clipped"] else {}
-    tables = {name: torch.empty(size, d_mlp, dtype=dtype) for name, size in rows.items()}
+    d_mlp, dtype = layer["d_mlp"], getattr(torch, layer["dtype"])
+    tables = {name: torch.empty(n, d_mlp, dtype=dtype) for name, n in layer["rows"].items()}
     return {"mean": torch.empty(d_mlp, dtype=dtype), **tables}
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from polylens import storage
 from polylens.approximation import Approximation
 from polylens.hermite import hermite_polynomials
+from polylens.horner import gained
 from polylens.polynomial import Polynomial
 from polylens.quadratic import QuadraticForm
 from polylens.quality import r2
@@ -23,7 +24,9 @@ class JointPolynomial(Approximation):
     zeta He_{k-1}(t) with zeta = z - E[z]; D_n [features, d_out] reads every feature out into
     every direction. The base is in the span of the same features, so that one product
     Phi_n [features] @ [features, d_out] evaluates both: at degree 2 as many multiplications as
-    4/3 of a GLU, at degree 3 twice a GLU.
+    4/3 of a GLU, at degree 3 twice a GLU. Beyond the ends of a range (see `Polynomial.clipped`)
+    t in He_k with k >= 2 and in He_{k-1}(t) zeta is that of the end, and what a neuron gains is
+    written along its row of W_out, for a third of a GLU more.
 
     Attributes:
         base: the per-neuron Polynomial.
@@ -88,11 +91,13 @@ class JointPolynomial(Approximation):
         return torch.stack([self._evaluate(x, n) for n in range(self.degree + 1)])
 
     def _evaluate(self, x: Tensor, n: int) -> Tensor:
-        phi = features(self.base, self.center, self.z_mean, x, n)
+        phi, beyond = features(self.base, self.center, self.z_mean, x, n)
         key = (n, phi.dtype)
         if key not in self._readouts:
             self._readouts[key] = self._readout(n).to(phi.dtype)
-        return (phi @ self._readouts[key]).to(x.dtype)
+        out = phi @ self._readouts[key]
+        out = out if beyond is None else out + beyond @ self.base.W_out.to(beyond.dtype)
+        return out.to(x.dtype)
 
     def _readout(self, n: int) -> Tensor:
         """[features, d_out] float64: the base in the same features, plus D_n."""
@@ -111,9 +116,9 @@ class JointPolynomial(Approximation):
         moved = {name: tensor.to(weights.device) for name, tensor in self.tables().items()}
         return JointPolynomial.on(self.base.over(weights), moved)
 
-    def clipped(self, y_range: Tensor | None) -> "JointPolynomial":
+    def clipped(self, y_range: Tensor | None, asymptotes: bool = True) -> "JointPolynomial":
         """`Polynomial.clipped`, of what is not linear in x."""
-        return self._with(self.base.clipped(y_range))
+        return self._with(self.base.clipped(y_range, asymptotes))
 
     def unclipped(self) -> "JointPolynomial":
         return self._with(self.base.unclipped())
@@ -181,15 +186,22 @@ class JointPolynomial(Approximation):
         return cls(base, tables["center"], tables["z_mean"], corrections, ridge, held_out)
 
 
-def features(base: Polynomial, center: Tensor, z_mean: Tensor, x: Tensor, n: int) -> Tensor:
-    """[..., features]: 1, x - center, He_2(t), zeta He_1(t), He_3(t), zeta He_2(t), ..."""
-    columns = [torch.ones_like(x[..., :1])]
+def features(
+    base: Polynomial, center: Tensor, z_mean: Tensor, x: Tensor, n: int
+) -> tuple[Tensor, Tensor | None]:
+    """[..., features]: 1, x - center, He_2(t), zeta He_1(t), He_3(t), zeta He_2(t), ...
+
+    And [..., d_mlp], what the neurons gain beyond their ranges, None where they have none.
+    """
+    columns, beyond = [torch.ones_like(x[..., :1])], None
     if n:
         columns.append(x - center.to(x.dtype))
-    if n > 1:
+    ends = base._horner(n).ends
+    if n > 1 or ends is not None:
         v, z = base._branches(x)
-        clip = base._horner(n).clip
-        v = v if clip is None else v.clamp(*clip)
+        beyond = gained(v, ends)
+        beyond = beyond if beyond is None or z is None else beyond * z
+        v = v if ends is None else v.clamp(ends.low, ends.high)
         t = v * torch.where(base.s > 0, 1 / base.s, 0.0).to(v.dtype)
         he = hermite_polynomials(t, n)
         zeta = None if z is None else z - z_mean.to(z.dtype)
@@ -197,7 +209,7 @@ def features(base: Polynomial, center: Tensor, z_mean: Tensor, x: Tensor, n: int
             columns.append(he[k])
             if zeta is not None:
                 columns.append(zeta * he[k - 1])
-    return torch.cat(columns, dim=-1)
+    return torch.cat(columns, dim=-1), beyond
 
 
 def feature_count(weights: MLPWeights | GLUWeights, n: int) -> int:

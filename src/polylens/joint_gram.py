@@ -39,7 +39,8 @@ class JointGram:
         weights: the layer.
         degree: of the fit.
         seen: gets the range of the preactivations, of samples with a positive weight. Where it
-            has tails, the features that are not linear stop at their ends.
+            has tails, the features that are not linear stop at their ends, and what the
+            activation gains beyond is not fitted.
 
     Attributes:
         dtype: of the products; sums are in float64.
@@ -93,9 +94,10 @@ class JointGram:
         self._neurons.update(x, w)
         for i in range(0, len(x), ROWS):
             block = x[i : i + ROWS].to(self._weights.device, self.dtype)
-            phi = features(base, center, z_mean, block, self._degree)
+            phi, beyond = features(base, center, z_mean, block, self._degree)
             roots = None if w is None else w[i : i + ROWS].to(phi).sqrt()
-            sums.add(phi, self._weights(block), roots)
+            out = self._weights(block)
+            sums.add(phi, out if beyond is None else out - beyond @ self._weights.W_out, roots)
 
     def _standardised(self, x: Tensor) -> tuple[Polynomial, Tensor, Tensor]:
         """What `features` reads: m and s in a polynomial without coefficients, E[x], E[z]."""

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polylens.clipping import PreactivationRange
+from polylens.clipping import PreactivationRange, ends_of
 from polylens.errors import InvalidInputError, NumericalWarning
+from polylens.horner import gained
 from polylens.nested import glu_tables, nested_solutions
 from polylens.polynomial import Polynomial
 from polylens.preactivation import blocks
@@ -35,11 +36,13 @@ class NeuronGram:
             batch. They only affect conditioning, so a first batch of a few hundred samples is
             enough.
         seen: gets the range of the preactivations, of samples with a positive weight. Where it
-            has tails, t stops at their ends in the basis, and in the target y does not.
+            has tails, t stops at their ends in the basis, and the target is without what the
+            activation gains beyond them.
         linear: t itself, k = 1, does not stop there.
 
     Attributes:
         standardise: as above; None before the first batch.
+        size: number of features and the target.
     """
 
     def __init__(
@@ -55,9 +58,9 @@ class NeuronGram:
         self._rows = 0
         self._seen, self._linear = seen, linear
         self._glu = isinstance(weights, GLUWeights)
-        size = (2 * degree if self._glu else degree) + 2
+        self.size = (2 * degree if self._glu else degree) + 2
         self._gram = torch.zeros(
-            weights.d_mlp, size, size, dtype=torch.float64, device=weights.device
+            weights.d_mlp, self.size, self.size, dtype=torch.float64, device=weights.device
         )
 
     @property
@@ -87,20 +90,31 @@ class NeuronGram:
         if self._seen is not None:
             self._seen.add(y if w is None else y[:, w > 0])
         target = self.weights.act(y)
+        if self._seen is not None and self._seen.tails is not None:
+            tails = self._seen.tails[:, :, None].to(y)
+            more = gained(y, ends_of(self.weights.act, tails))
+            target = target if more is None else target - more
         step = BLOCK["cpu" if y.device.type == "cpu" else "other"]
-        step = max(1, step // (self._gram.shape[1] * y.shape[1]))
+        step = max(1, step // (self.size * y.shape[1]))
         for i in range(0, len(y), step):
             rows = slice(i, i + step)
-            features = self._features(rows, y[rows], None if z is None else z[rows], target[rows])
+            features = self.features(rows, y[rows], None if z is None else z[rows], target[rows])
             weighted = features if w is None else features * w
             self._gram[rows].baddbmm_(weighted, features.mT)
 
-    def _features(self, rows: slice, y: Tensor, z: Tensor | None, target: Tensor) -> Tensor:
-        """Basis and target [neurons, features + 1, n] in float64 of these neurons."""
+    def features(
+        self, rows: slice | Tensor, y: Tensor, z: Tensor | None, act: Tensor, more: int = 0
+    ) -> Tensor:
+        """Basis and target [neurons, size + more, n] in float64 of these neurons.
+
+        Args:
+            y, z: [neurons, n]; act: of y, without what is gained beyond tails.
+            more: rows that are left unset.
+        """
         assert self.standardise is not None
         m, s, z_mean, z_scale = (each[rows, None] for each in self.standardise)
-        size, stride = self._gram.shape[1], 1 if z is None else 2
-        out = y.new_empty(len(y), size, y.shape[1], dtype=torch.float64)
+        stride, last = 1 if z is None else 2, self.size - 1
+        out = y.new_empty(len(y), self.size + more, y.shape[1], dtype=torch.float64)
         out[:, 0] = 1.0
         he = [out[:, 0], *(out[:, stride * (k - 1) + 1] for k in range(1, self.degree + 1))]
         if self.degree:
@@ -114,9 +128,9 @@ class NeuronGram:
         for k in range(1, self.degree):
             torch.mul(he[1], he[k], out=he[k + 1]).sub_(he[k - 1], alpha=k)
         if z is None:
-            out[:, -1] = target
+            out[:, last] = act
             return out
-        torch.mul(target, z, out=out[:, -1])
+        torch.mul(act, z, out=out[:, last])
         if self.degree:
             zeta = out[:, 2]
             torch.sub(z, z_mean, out=zeta).div_(z_scale)
@@ -138,40 +152,6 @@ class NeuronGram:
         n = self.degree if degree is None else degree
         if not 0 <= n <= self.degree:
             raise InvalidInputError(f"degree {n} was asked of sums kept for 0 ... {self.degree}")
-        solutions, collinear = self._solutions(n)
-        if collinear:
-            warnings.warn(
-                f"the features of {collinear} of {len(solutions[0])} neurons are collinear in "
-                f"these samples; a ridge of {RIDGE:g} of their mean square was added to make the "
-                "fit unique. More samples or a lower degree avoid it",
-                NumericalWarning,
-                stacklevel=3,
-            )
-        assert self.standardise is not None
-        m, s, z_mean, z_scale = self.standardise
-        if self._glu:
-            solutions[:, :, 2::2] /= z_scale[:, None]
-            P, Q = glu_tables(solutions, n, z_mean)
-        else:
-            P, Q = solutions.transpose(1, 2).contiguous(), None
-        ridge = RIDGE if collinear else 0.0
-        return Polynomial(self.weights, m, s, P, Q, inputs=inputs, ridge=ridge)
-
-    @torch.no_grad()
-    def errors(self) -> Tensor:
-        """[d_mlp]: sum of the weighted squared errors of each neuron's optimum of highest degree.
-
-        Raises:
-            InvalidInputError: as `solve`.
-        """
-        c = self._solutions(self.degree)[0][-1]
-        gram, target = self._gram[:, : c.shape[1], : c.shape[1]], self._gram[:, -1]
-        fitted = torch.einsum("hi,hij,hj->h", c, gram, c)
-        right = torch.linalg.vecdot(c, target[:, : c.shape[1]])
-        return (target[:, -1] - 2 * right + fitted).clamp(min=0)
-
-    def _solutions(self, n: int) -> tuple[Tensor, int]:
-        """Coefficients [n + 1, d_mlp, features], and of how many neurons they needed a ridge."""
         if self.standardise is None or not self.count > 0:
             raise InvalidInputError("no samples with a positive weight, nothing to fit to")
         size = 2 * n + 1 if self._glu else n + 1
@@ -183,11 +163,30 @@ class NeuronGram:
                 f"the sums of {bad} of {len(gram)} neurons are not finite: their preactivations "
                 "overflow float64 in powers; fit a lower degree or inspect the inputs"
             )
-        return _solve(gram, right, n, self._glu, few=self._rows < size)
+        solutions, collinear = _solve(gram, right, n, self._glu, few=self._rows < size)
+        if collinear:
+            warnings.warn(
+                f"the features of {collinear} of {len(solutions[0])} neurons are collinear in "
+                f"these samples; a ridge of {RIDGE:g} of their mean square was added to make the "
+                "fit unique. More samples or a lower degree avoid it",
+                NumericalWarning,
+                stacklevel=3,
+            )
+        m, s, z_mean, z_scale = self.standardise
+        if self._glu:
+            solutions[:, :, 2::2] /= z_scale[:, None]
+            P, Q = glu_tables(solutions, n, z_mean)
+        else:
+            P, Q = solutions.transpose(1, 2).contiguous(), None
+        ridge = RIDGE if collinear else 0.0
+        return Polynomial(self.weights, m, s, P, Q, inputs=inputs, ridge=ridge)
 
 
 def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[Tensor, int]:
-    """As `_solutions`; `few`: fewer samples than features."""
+    """Coefficients [n + 1, d_mlp, features], and of how many neurons they needed a ridge.
+
+    few: fewer samples than features.
+    """
     size = gram.shape[1]
     if n:
         # A neuron whose t does not vary has no features beyond its constant (and zeta).

@@ -1,15 +1,16 @@
 """A polynomial in factored form: a small polynomial per neuron between two weight matrices."""
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from polylens.approximation import Approximation, context_of, context_record
+from polylens.clipping import ends_of
 from polylens.errors import InvalidInputError
 from polylens.hermite import hermite_to_monomial
-from polylens.horner import Coefficients, Range, evaluate
+from polylens.horner import Coefficients, Ends, Growth, evaluate
+from polylens.monomials import expanded_about, outer_powers
 from polylens.quadratic import QuadraticForm
 from polylens.quality import r2
 from polylens.records import Record
@@ -26,7 +27,7 @@ class _Horner(NamedTuple):
     mean: Tensor
     p: Coefficients
     q: Coefficients | None
-    clip: Range | None
+    ends: Ends | None
 
 
 class Polynomial(Sized, Approximation):
@@ -42,9 +43,10 @@ class Polynomial(Sized, Approximation):
         m, s: [d_mlp] mean and standard deviation of the preactivation, float64.
         P: [degree + 1, degree + 1, d_mlp]; P[n, k] multiplies He_k(t) in the optimum of degree n.
         Q: [degree + 1, degree, d_mlp], the same for the factor of z, or None.
-        y_range: [2, d_mlp] lowest and highest y, float64: evaluation takes a y beyond them to be
-            at that end (see `clipped`); None where nothing is clipped. What is said about
-            coefficients (`linear`, `quadratic_form`, `to_dense`) holds between them.
+        y_range: [2, d_mlp] lowest and highest y, float64, beyond which it is no polynomial (see
+            `clipped`); None where it is one everywhere. What is said about coefficients
+            (`linear`, `quadratic_form`, `to_dense`) holds between them.
+        asymptotes: whether what the activation gains beyond them is added.
         inputs: the input model that it was fitted to; None where there is none.
         ridge: relative ridge that a fit to collinear samples needed, else 0.
     """
@@ -72,11 +74,12 @@ class Polynomial(Sized, Approximation):
         y_range: Tensor | None = None,
         inputs: Any = None,
         ridge: float = 0.0,
+        asymptotes: bool = True,
     ) -> None:
         super().__init__()
         self.weights_type = type(weights)
         self.act = weights.act
-        self.inputs, self.ridge = inputs, ridge
+        self.inputs, self.ridge, self.asymptotes = inputs, ridge, asymptotes
         for name in ROLES:
             tensor = getattr(weights, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach())
@@ -103,14 +106,14 @@ class Polynomial(Sized, Approximation):
         metadata, tensors = context_record(self.weights, self.inputs)
         own = {name: getattr(self, name) for name in _COEFFICIENTS}
         tensors.update({name: tensor for name, tensor in own.items() if tensor is not None})
-        return {**metadata, "ridge": self.ridge}, tensors
+        return {**metadata, "ridge": self.ridge, "asymptotes": self.asymptotes}, tensors
 
     @classmethod
     def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "Polynomial":
         weights, inputs = context_of(metadata, tensors)
         assert weights is not None
         own = (tensors.get(name) for name in _COEFFICIENTS)
-        return cls(weights, *own, inputs=inputs, ridge=metadata["ridge"])  # type: ignore[arg-type]
+        return cls(weights, *own, inputs, metadata["ridge"], metadata.get("asymptotes", False))  # type: ignore
 
     def extra_repr(self) -> str:
         kind = "mlp" if self.Q is None else "glu"
@@ -143,19 +146,23 @@ class Polynomial(Sized, Approximation):
         """The same coefficients over the same weights, wherever and in whatever dtype they are."""
         coefficients = (getattr(self, name) for name in _COEFFICIENTS)
         moved = (None if t is None else t.to(weights.device) for t in coefficients)
-        return Polynomial(weights, *moved, self.inputs, self.ridge)  # type: ignore[arg-type]
+        return Polynomial(weights, *moved, self.inputs, self.ridge, self.asymptotes)  # type: ignore
 
     def unclipped(self) -> "Polynomial":
         return self if self.y_range is None else self.clipped(None)
 
-    def clipped(self, y_range: Tensor | None) -> "Polynomial":
-        """The same polynomial, evaluated at the end of this range where y is beyond it.
+    def clipped(self, y_range: Tensor | None, asymptotes: bool = True) -> "Polynomial":
+        """The same polynomial, which ends where y leaves this range.
 
         Far outside what it was fitted to a polynomial grows without bound, while the activation
-        does not: one such neuron can decide what a replaced layer writes.
+        does not: one such neuron can decide what a replaced layer writes. Beyond the range it
+        is P_i(c) + z Q_i(c) + z (A(y) - A(c)), of an MLP without the z, where c is the end and A
+        the polynomial that the activation approaches on that side: nothing is gained below SiLU,
+        y - c above it. The optimum of every degree, that of 0 included, goes on in this way.
 
         Args:
             y_range: [2, d_mlp] lowest and highest y of each neuron; None takes a range off.
+            asymptotes: False for the value at the end everywhere beyond it.
 
         Raises:
             InvalidInputError: of another shape, NaN, or lowest above highest.
@@ -167,7 +174,7 @@ class Polynomial(Sized, Approximation):
                     f"y_range must be [2, {self.d_mlp}], lowest and highest y of each neuron; got "
                     f"{list(y_range.shape)}, or a lowest that is not below the highest"
                 )
-        poly = self._like(y_range=y_range)
+        poly = self._like(y_range=y_range, asymptotes=asymptotes)
         poly._r2 = self._r2
         return poly
 
@@ -187,7 +194,8 @@ class Polynomial(Sized, Approximation):
         """What this degree adds: optimum of `degree` minus optimum of `degree - 1`.
 
         The parts of degree 0 ... n sum to the optimum of degree n; part 0 is a constant and
-        holds b_out. Under a Gaussian, parts of different degree are uncorrelated.
+        holds b_out (and what is gained beyond a range, see `clipped`). Under a Gaussian, parts
+        of different degree are uncorrelated.
         """
         n = check_degree(degree, self.degree, "fit")
         if n == 0:
@@ -198,7 +206,8 @@ class Polynomial(Sized, Approximation):
         if self.Q is not None:
             Q = torch.zeros_like(self.Q[: n + 1, :n])
             Q[n] = self.Q[n, :n] - self.Q[n - 1, :n]
-        return self._like(P=P, Q=Q, b_out=None, inputs=None)  # no optimum, so it has no R2
+        # no optimum, so it has no R2
+        return self._like(P=P, Q=Q, b_out=None, inputs=None, asymptotes=False)
 
     def linear(self) -> tuple[Tensor, Tensor]:
         """(beta [d_in, d_out], alpha [d_out]) in float64: the degree 1 optimum is x beta + alpha.
@@ -259,19 +268,19 @@ class Polynomial(Sized, Approximation):
         W, b, V, b_V = self._activated_first()
         W = W.double()
         powers, z_powers = self._monomials(self.degree)
-        raw = _expand_about(powers, b - self.m)
-        raw_z = None if z_powers is None else _expand_about(z_powers, b - self.m)
+        raw = expanded_about(powers, b - self.m)
+        raw_z = None if z_powers is None else expanded_about(z_powers, b - self.m)
         if raw_z is not None:
             raw[: len(raw_z)] += raw_z * b_V
         tensors = []
         for k in range(self.degree + 1):
-            tensor = _outer_powers(self.W_out.double() * raw[k, :, None], [W] * k)
+            tensor = outer_powers(self.W_out.double() * raw[k, :, None], [W] * k)
             if k and raw_z is not None and V is not None and k <= len(raw_z):
                 factor = self.W_out.double() * raw_z[k - 1, :, None]
                 for position in range(k):
                     columns = [W] * k
                     columns[position] = V.double()
-                    tensor = tensor + _outer_powers(factor, columns) / k
+                    tensor = tensor + outer_powers(factor, columns) / k
             tensors.append(tensor)
         if self.b_out is not None:
             tensors[0] = tensors[0] + self.b_out.double()
@@ -281,7 +290,7 @@ class Polynomial(Sized, Approximation):
         """The same with other attributes; tensors are shared, weights not checked again."""
         poly = Polynomial.__new__(Polynomial)
         nn.Module.__init__(poly)
-        for name in ("weights_type", "act", "inputs", "ridge"):
+        for name in ("weights_type", "act", "inputs", "ridge", "asymptotes"):
             setattr(poly, name, changes.get(name, getattr(self, name)))
         for name in (*ROLES, *_COEFFICIENTS):
             poly.register_buffer(name, changes.get(name, getattr(self, name)))
@@ -317,15 +326,25 @@ class Polynomial(Sized, Approximation):
             shift = self._activated_first()[1] - self.m
             # Powers beyond the dtype's range belong to neurons of vanishing variance.
             limit = torch.finfo(dtype).max
-            clip = None if self.y_range is None else (self.y_range - self.m).to(dtype)
             self._horner_cache[key] = _Horner(
                 shift.to(dtype),
                 self.m.to(dtype),
                 powers.clamp(-limit, limit).to(dtype).unbind(),
                 None if z_powers is None else z_powers.clamp(-limit, limit).to(dtype).unbind(),
-                None if clip is None else (clip[0], clip[1]),
+                self.ends(dtype),
             )
         return self._horner_cache[key]
+
+    def ends(self, dtype: torch.dtype) -> Ends | None:
+        """y_range and what is gained beyond it, in v = y - m; None where nothing is clipped."""
+        if self.y_range is None:
+            return None
+        low, high, *growths = ends_of(self.act, self.y_range, self.asymptotes)
+        moved = (
+            g and Growth((g.start - self.m).to(dtype), tuple(rate.to(dtype) for rate in g.rates))
+            for g in growths
+        )
+        return Ends((low - self.m).to(dtype), (high - self.m).to(dtype), *moved)
 
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """v = y - m and the linear branch z, in the dtype of evaluation."""
@@ -358,7 +377,7 @@ class Polynomial(Sized, Approximation):
         """P(v) + z Q(v), of v - mean where there is one; overwrites v if `reuse` and autograd
         does not need it."""
         own = self._horner(degree)
-        return evaluate(own.p, own.q, v, z, mean, own.clip, reuse)
+        return evaluate(own.p, own.q, v, z, mean, own.ends, reuse)
 
     def _project(self, h: Tensor) -> Tensor:
         return _affine(h.to(self.W_out.dtype), self.W_out, self.b_out)
@@ -371,22 +390,3 @@ def _affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     if b.dtype == W.dtype:
         return torch.addmm(b, x.reshape(-1, x.shape[-1]), W).reshape(*x.shape[:-1], W.shape[1])
     return x @ W + b
-
-
-def _expand_about(powers: Tensor, shift: Tensor) -> Tensor:
-    """Coefficients of y^l, where `powers` are those of (y + shift)^j."""
-    out = torch.zeros_like(powers)
-    for j in range(len(powers)):
-        for power in range(j + 1):
-            out[power] += math.comb(j, power) * shift ** (j - power) * powers[j]
-    return out
-
-
-def _outer_powers(readout: Tensor, columns: list[Tensor]) -> Tensor:
-    """sum_i readout[i] (x) columns_1[:, i] (x) ... (x) columns_k[:, i], as [d_out, d_in, ...]."""
-    if not columns:
-        return readout.sum(0)
-    product = readout.T
-    for column in columns[:-1]:
-        product = product.unsqueeze(-2) * column
-    return product @ columns[-1].T

@@ -1,5 +1,7 @@
 """A polynomial in a class of its own that needs nothing but torch where it is sent."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,8 @@ class InlinePolynomial(nn.Module):
         m, s: [d_mlp] mean and standard deviation of the activated preactivation.
         P: [degree + 1, d_mlp] Hermite coefficients in t = (y - m) / s.
         Q: [degree, d_mlp] those of the factor of the linear branch z, or None for an MLP.
-        y_range: [2, d_mlp] lowest and highest y that it is evaluated at, or None.
+        ends: low and high [d_mlp], of y - m, where P and Q end; below and above, what the
+            activation gains there (start and rates, [d_mlp] each) or None. None without ends.
     """
 
     W_in: Tensor
@@ -27,7 +30,9 @@ class InlinePolynomial(nn.Module):
     scale: Tensor
     P: Tensor
     Q: Tensor | None
-    t_range: Tensor | None
+    v_range: Tensor | None
+    below: Tensor | None
+    above: Tensor | None
 
     def __init__(
         self,
@@ -36,7 +41,7 @@ class InlinePolynomial(nn.Module):
         s: Tensor,
         P: Tensor,
         Q: Tensor | None,
-        y_range: Tensor | None = None,
+        ends: Any = None,
     ) -> None:
         nn.Module.__init__(self)  # sent by source, where super() has no class to refer to
         dtype = torch.promote_types(tensors["W_in"].dtype, torch.float32)
@@ -46,16 +51,29 @@ class InlinePolynomial(nn.Module):
         own = {name: t.detach().contiguous().clone() for name, t in tensors.items()}
         own |= {"shift": shift.to(dtype), "scale": scale.to(dtype), "P": P.to(dtype)}
         own |= {} if Q is None else {"Q": Q.to(dtype)}
-        own |= {} if y_range is None else {"t_range": ((y_range - m) * scale).to(dtype)}
+        if ends is not None:
+            own["v_range"] = torch.stack([ends.low, ends.high])
+            for name, side in (("below", ends.below), ("above", ends.above)):
+                own |= {} if side is None else {name: torch.stack([side.start, *side.rates])}
         for name in ("W_in", "W_out", "W_gate", "b_in", "b_out", "shift", "scale", "P", "Q"):
             self.register_buffer(name, own.get(name))
-        self.register_buffer("t_range", own.get("t_range"))
+        for name in ("v_range", "below", "above"):
+            self.register_buffer(name, own.get(name))
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         pre = x @ (self.W_in if self.Q is None else self.W_gate)
-        t = (pre.to(self.P.dtype) + self.shift) * self.scale
-        if self.t_range is not None:
-            t = t.clamp(self.t_range[0], self.t_range[1])
+        v, gained = pre.to(self.P.dtype) + self.shift, None
+        for side in (self.below, self.above):
+            if side is not None:
+                beyond = v - side[0]
+                beyond = beyond.clamp(max=0) if side is self.below else beyond.clamp(min=0)
+                rate = torch.zeros_like(v)
+                for power in side[1:].flip(0):
+                    rate = rate * beyond + power
+                gained = beyond * rate if gained is None else gained + beyond * rate
+        if self.v_range is not None:
+            v = v.clamp(self.v_range[0], self.v_range[1])
+        t = v * self.scale
         hermite = [torch.ones_like(t), t]
         for k in range(1, len(self.P) - 1):
             hermite.append(t * hermite[k] - k * hermite[k - 1])
@@ -66,6 +84,8 @@ class InlinePolynomial(nn.Module):
             z = x @ self.W_in if self.b_in is None else x @ self.W_in + self.b_in
             for q, he in zip(self.Q, hermite, strict=False):
                 h = h + z * q * he
+            gained = None if gained is None else gained * z
+        h = h if gained is None else h + gained
         out = h.to(self.W_out.dtype) @ self.W_out
         out = out if self.b_out is None else out + self.b_out
         if y is None or out.shape[-2] == 1:

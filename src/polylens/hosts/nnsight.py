@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
+import torch
 from torch import nn
 
 from polylens.errors import AttachmentError, UnsupportedModel
@@ -98,8 +99,8 @@ class NNsightHost(TorchHost):
         nnsight.register(InlinePolynomial.__module__)
         tensors, degree = polynomial.weights.tensors(), polynomial.degree
         Q = None if polynomial.Q is None else polynomial.Q[degree]
-        P, y_range = polynomial.P[degree], polynomial.y_range
-        return InlinePolynomial(tensors, polynomial.m, polynomial.s, P, Q, y_range)
+        ends = polynomial.ends(torch.promote_types(polynomial.W_in.dtype, torch.float32))
+        return InlinePolynomial(tensors, polynomial.m, polynomial.s, polynomial.P[degree], Q, ends)
 
 
 class TraceablePoint(PolyPoint):
