@@ -25,6 +25,7 @@ LAYERS = (
     ("conjugate_gradients",),
     ("closed_form", "joint", "mixture_fit", "neuron_gram", "normal_equations"),
     ("global_fit", "joint_gram", "tails"),
+    ("sample_fit",),
     ("fit",),
     ("hosts",),
     ("lockstep", "estimators", "emitter", "sampling", "scoring", "rendering"),

@@ -83,7 +83,7 @@ def test_it_goes_on_to_the_same_file(after, options, tmp_path, monkeypatch):
 @pytest.mark.parametrize("make", [plain, bridge, nnsight])
 def test_finished_layers_are_not_fitted_again_on_any_host(make, tmp_path, monkeypatch):
     model, fits, solve = make(small()), [], NeuronGram.solve
-    monkeypatch.setattr(NeuronGram, "solve", lambda self: fits.append(1) or solve(self))
+    monkeypatch.setattr(NeuronGram, "solve", lambda self, **o: fits.append(1) or solve(self, **o))
     with attach(model, None) as lens:
         expected = tables(lens)
     interrupted(monkeypatch, model, tmp_path / "x", 2)

@@ -98,7 +98,7 @@ def test_joint_fit_is_at_least_as_good(kind):
     assert len(joint.ridge) == len(joint.held_out) == 4
     assert min(joint.ridge[2:]) < float("inf")
     for n in range(4):  # one product evaluates the base and the correction
-        phi = features(joint.base, joint.center, joint.z_mean, fresh, n)
+        phi = features(joint.base, joint.center, joint.z_mean, fresh, n)[0]
         apart = joint.base.truncate(n)(fresh) + phi @ getattr(joint, f"D{n}")
         torch.testing.assert_close(joint.all_degrees(fresh)[n], apart)
     half = fit(layer.to(torch.bfloat16), Samples(x), 3, "global")
@@ -115,7 +115,7 @@ def test_the_joint_fit_solves_its_ridge_regression(kind):
     batches = [(x[:700], w[:700]), (x[700:701], w[700:701]), (x[701:], w[701:])]
     joint = fit(layer, Samples(iter(batches)), 3, "global")
     for n in range(4):
-        phi = features(joint.base, joint.center, joint.z_mean, x, n)
+        phi = features(joint.base, joint.center, joint.z_mean, x, n)[0]
         left = layer(x) - joint.base.truncate(n)(x)
         gram, right = (phi.T @ (a * w[:, None]) / w.sum() for a in (phi, left))
         if joint.ridge[n] == float("inf"):

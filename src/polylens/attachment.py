@@ -99,11 +99,12 @@ def attach(
             that rare huge outputs, which decide equal squares, matter less than their size.
         clip: where a neuron's polynomial ends; beyond, its preactivation follows the asymptote
             of the activation, which is 0 or y for SiLU and GELU (see `Polynomial.clipped`).
-            True: at the ends of the range that calibration saw: far outside, a polynomial grows
-            without bound. A share, 0.03 (default for "sequential"): also, for no more than that
-            share of the layer's preactivations, further inside, at the neurons and on the sides
-            where it pays most; the fit knows, and what it spent on following them goes into the
-            rest. False (default for "true"): polynomials everywhere.
+            True (default for a Gaussian in "sequential"): at the ends of the range that
+            calibration saw: far outside, a polynomial grows without bound. A share, 0.03 (default
+            for "samples" and "joint"): also, for no more than that share of the layer's
+            preactivations, further inside, at the neurons and on the sides where it pays most;
+            the fit knows, and what it spent on following them goes into the rest. False (default
+            for a Gaussian on the true stream): polynomials everywhere.
         degree: fitted degree, 0 ... 12; lower ones come with it.
         layers: which layers; all that can be read by default.
         attention_mask: [batch, pos], 0 at padding, which is left out.
@@ -173,7 +174,7 @@ def attach(
         )
     weighting = ("output" if sequential else "equal") if weighting is None else weighting
     if clip is None:
-        clip = kind.default_clip if kind is not None and sequential else False
+        clip = kind is not None and kind.default_clip[calibration]
     if kind is not None:
         check_clip(kind, clip)
     host, found, refused = _read(model, example_inputs)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from polylens.activations import Activation
+from polylens.errors import InvalidInputError
 from polylens.horner import Ends, Growth
 from polylens.preactivation import blocks
 from polylens.weights import GLUWeights, MLPWeights
@@ -13,6 +14,15 @@ from polylens.weights import GLUWeights, MLPWeights
 # False for polynomials everywhere, True for ends at the range that was seen, or the share of a
 # layer's preactivations that may lie beyond them.
 Clip = bool | float
+
+
+def require_clip(clip: Clip) -> None:
+    """InvalidInputError unless clip is a bool or a share below 0.5."""
+    if not isinstance(clip, bool) and not (isinstance(clip, float) and 0 < clip < 0.5):
+        raise InvalidInputError(
+            f"clip={clip!r}: give False, True (to the range of the preactivations seen), or the "
+            "share of them, between 0 and 0.5, that may follow the activation's asymptotes"
+        )
 
 
 class PreactivationRange:

@@ -1,11 +1,11 @@
 """From the inputs that a layer is seen to read to its polynomial, batch by batch."""
 
+from collections.abc import Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from polylens.clipping import Clip, PreactivationRange
+from polylens.clipping import Clip, PreactivationRange, require_clip
 from polylens.errors import InvalidInputError
 from polylens.fit import fit
 from polylens.hosts.base import MLPSite
@@ -14,11 +14,9 @@ from polylens.joint import JointPolynomial
 from polylens.joint_gram import JointGram
 from polylens.neuron_gram import NeuronGram
 from polylens.polynomial import Polynomial
+from polylens.sample_fit import SampleFit
 from polylens.selection import label
-from polylens.tails import best_tails
 
-# Inputs that are kept to see where the tails begin, before any is fitted.
-FIRST = 2400
 # docs/fidelity.md, "Flat tails".
 TAILS = 0.03
 
@@ -27,12 +25,11 @@ class Estimator(Protocol):
     """Sums over the inputs of one layer; memory does not grow with their number.
 
     Args:
-        clip: see `polylens.clipping.Clip`. With a share, the first FIRST inputs say where the
-            tails begin, so they should be like all.
+        clip: see `polylens.clipping.Clip` and `SampleFit`.
     """
 
     name: str
-    default_clip: Clip  # where many layers are replaced
+    default_clip: Mapping[str, Clip]  # by the stream that calibration is on
 
     def __init__(self, site: MLPSite, degree: int, clip: Clip = False) -> None: ...
 
@@ -54,7 +51,7 @@ class GaussianEstimator:
     """The closed form under a Gaussian with the moments of the inputs."""
 
     name = "Gaussian"
-    default_clip: Clip = True
+    default_clip: Mapping[str, Clip] = {"true": False, "sequential": True}
 
     def __init__(self, site: MLPSite, degree: int, clip: Clip = False) -> None:
         self.site, self.degree = site, degree
@@ -76,56 +73,34 @@ class GaussianEstimator:
         return fitted if self._range is None else fitted.clipped(self._range.ends)
 
 
-class _GramEstimator:
+class _SampleEstimator:
     """What the normal equations of all inputs so far give."""
 
-    default_clip: Clip = TAILS
+    default_clip: Mapping[str, Clip] = {"true": TAILS, "sequential": TAILS}
     gram: type[NeuronGram] | type[JointGram]
 
     def __init__(self, site: MLPSite, degree: int, clip: Clip = False) -> None:
-        self._weights, self._degree = site.weights(), degree
-        self._clip = clip
-        self._range = PreactivationRange(self._weights) if clip else None
-        self._first: list[tuple[Tensor, Tensor | None]] = []
-        self._gram = self._begun() if isinstance(clip, bool) else None
-        self.count = 0
+        self._fit = SampleFit(self.gram, site.weights(), degree, clip)
+
+    @property
+    def count(self) -> int:
+        return self._fit.count
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        self.count += len(x)
-        if self._gram is not None:
-            self._gram.update(x, sample_weights)
-            return
-        self._first.append((x.clone(), sample_weights))
-        if self.count >= FIRST:
-            self._gram = self._begun()
+        self._fit.update(x, sample_weights)
 
     def polynomial(self) -> Polynomial | JointPolynomial:
-        gram = self._gram or self._begun()
-        fitted = gram.solve()
-        return fitted if self._range is None else fitted.clipped(self._range.ends)
-
-    def _begun(self) -> NeuronGram | JointGram:
-        """The normal equations, of what was kept so far."""
-        if self._range is not None and not isinstance(self._clip, bool) and self.count:
-            x = torch.cat([x for x, _ in self._first])[:FIRST]
-            w = [w for _, w in self._first if w is not None]
-            w = torch.cat(w)[:FIRST] if w else None
-            self._range.tails = best_tails(self._weights, x, w, self._degree, self._clip)
-        gram = self.gram(self._weights, self._degree, seen=self._range)
-        for x, sample_weights in self._first:
-            gram.update(x, sample_weights)
-        self._first = []
-        return gram
+        return self._fit.solve()
 
 
-class SamplesEstimator(_GramEstimator):
+class SamplesEstimator(_SampleEstimator):
     """Least squares over the inputs themselves, neuron by neuron."""
 
     name = "samples per neuron"
     gram = NeuronGram
 
 
-class JointEstimator(_GramEstimator):
+class JointEstimator(_SampleEstimator):
     """Least squares over the inputs, with the features of all neurons for every output."""
 
     name = "samples, jointly"
@@ -151,14 +126,8 @@ def estimator(name: str) -> type[Estimator]:
 
 def check_clip(kind: type[Estimator], clip: Clip) -> None:
     """InvalidInputError unless clip is a bool or, for fits to samples, a share below 0.5."""
-    if isinstance(clip, bool):
-        return
-    if not isinstance(clip, float) or not 0 < clip < 0.5:
-        raise InvalidInputError(
-            f"clip={clip!r}: give False, True (to the range of the preactivations seen), or the "
-            "share of them, between 0 and 0.5, that may follow the activation's asymptotes"
-        )
-    if kind is GaussianEstimator:
+    require_clip(clip)
+    if kind is GaussianEstimator and not isinstance(clip, bool):
         raise InvalidInputError(
             f"clip={clip!r} is for fits to the inputs themselves, which know of it, and a "
             'Gaussian has a closed form without: give True or False, or inputs="samples"'

@@ -5,17 +5,17 @@ from typing import Any, Literal, overload
 from torch import Tensor
 
 from polylens.activations import MAX_DEGREE
+from polylens.clipping import Clip, require_clip
 from polylens.closed_form import fit_gaussian
 from polylens.dense import DensePolynomial
 from polylens.errors import InvalidInputError
 from polylens.global_fit import fit_global
 from polylens.inputs import Gaussian
 from polylens.joint import JointPolynomial
-from polylens.joint_gram import fit_joint
 from polylens.mixture import GaussianMixture
 from polylens.mixture_fit import fit_mixture
-from polylens.neuron_gram import fit_samples
 from polylens.polynomial import Polynomial
+from polylens.sample_fit import fit_joint, fit_samples
 from polylens.samples import Samples
 from polylens.weights import GLUWeights, MLPWeights
 
@@ -29,6 +29,7 @@ def fit(
     *,
     outputs: None = None,
     tolerance: float = 1e-8,
+    clip: Clip = False,
 ) -> Polynomial: ...
 
 
@@ -41,6 +42,7 @@ def fit(
     *,
     outputs: None = None,
     tolerance: float = 1e-8,
+    clip: Clip = False,
 ) -> Polynomial: ...
 
 
@@ -53,6 +55,7 @@ def fit(
     *,
     outputs: Tensor | None = None,
     tolerance: float = 1e-8,
+    clip: Clip = False,
 ) -> Polynomial | DensePolynomial | JointPolynomial: ...
 
 
@@ -64,6 +67,7 @@ def fit(
     *,
     outputs: Tensor | None = None,
     tolerance: float = 1e-8,
+    clip: Clip = False,
 ) -> Polynomial | DensePolynomial | JointPolynomial:
     """The polynomial of given degree closest to the layer in mean squared error.
 
@@ -83,6 +87,11 @@ def fit(
         scope: "neuron" or "global".
         outputs: [d_out, k] output directions; global fits under a mixture only. None is all.
         tolerance: relative residual at which conjugate gradients stop.
+        clip: of Samples: False for polynomials everywhere; True for ends at the lowest and
+            highest preactivation of every neuron, beyond which it follows the asymptote of the
+            activation (`Polynomial.clipped`); a share, such as 0.03, to let so much of the
+            layer's preactivations lie beyond, at the neurons and on the sides where it lowers
+            the error most. Rare huge preactivations then do not bend the rest.
 
     Raises:
         InvalidInputError: degree or scope out of range, inputs of another size or type.
@@ -106,6 +115,12 @@ def fit(
             "outputs= is for scope='global' under a GaussianMixture; every other fit gives all "
             "output directions at once"
         )
+    require_clip(clip)
+    if clip and not isinstance(inputs, Samples):
+        raise InvalidInputError(
+            f"clip={clip!r} is for Samples: a {type(inputs).__name__} has no lowest and highest "
+            "preactivation; use clipped(y_range) on the fit"
+        )
     options: dict[str, Any] = {"outputs": outputs, "tolerance": tolerance}
     if isinstance(inputs, Gaussian):
         return fit_gaussian(weights, inputs, degree)
@@ -114,8 +129,8 @@ def fit(
             return fit_mixture(weights, inputs, degree)
         return fit_global(weights, inputs, degree, **options)
     if scope == "neuron":
-        return fit_samples(weights, inputs, degree)
-    return fit_joint(weights, inputs, degree)
+        return fit_samples(weights, inputs, degree, clip)
+    return fit_joint(weights, inputs, degree, clip)
 
 
 def require_degree(degree: int) -> None:

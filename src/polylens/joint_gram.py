@@ -13,7 +13,7 @@ from polylens.joint import JointPolynomial, feature_count, features, readout
 from polylens.neuron_gram import NeuronGram, NeuronMoments
 from polylens.polynomial import Polynomial
 from polylens.preactivation import branches
-from polylens.samples import Samples, checked
+from polylens.samples import checked
 from polylens.weights import GLUWeights, MLPWeights
 
 # Ridge strengths, in units of a feature's mean square, and the one tried first.
@@ -129,21 +129,6 @@ class JointGram:
         found = [_choose(self._train, self._test, own) for own in readouts]
         corrections, ridge, held_out = zip(*found, strict=True)
         return JointPolynomial(base, center, z_mean, list(corrections), ridge, held_out)
-
-
-@torch.no_grad()
-def fit_joint(weights: MLPWeights | GLUWeights, samples: Samples, degree: int) -> JointPolynomial:
-    """Joint least squares over all neurons' features, with a ridge towards the per-neuron fit.
-
-    See `JointGram`. One pass over the samples.
-
-    Raises:
-        InvalidInputError: no samples, NaN, or too many features (the size).
-    """
-    gram = JointGram(weights, degree)
-    for x, sample_weights in samples.batches(gram.dtype, weights.device, weights.d_in):
-        gram.update(x, sample_weights)
-    return gram.solve(inputs=samples)
 
 
 class _Sums:

@@ -12,7 +12,7 @@ from polylens.horner import gained
 from polylens.nested import glu_tables, nested_solutions
 from polylens.polynomial import Polynomial
 from polylens.preactivation import blocks
-from polylens.samples import Samples, checked
+from polylens.samples import checked
 from polylens.weights import GLUWeights, MLPWeights
 
 # Float64 numbers in one block of features: a core's cache on a CPU, plenty of work on a GPU.
@@ -250,25 +250,3 @@ class NeuronMoments:
         constant = deviation <= 1e-14 * mean.abs()
         s = torch.where(constant[0], fallback, deviation[0])
         return mean[0], s, mean[1], torch.where(constant[1], 1.0, deviation[1])
-
-
-def fit_samples(weights: MLPWeights | GLUWeights, samples: Samples, degree: int) -> Polynomial:
-    """The best P_i(y_i) + z_i Q_i(y_i) for act(y_i) z_i over the samples, per neuron.
-
-    Two passes over samples that can be read twice (moments, then normal equations), one over an
-    iterator. Memory is independent of their number.
-
-    Raises:
-        InvalidInputError: no samples, NaN, another number of features.
-    """
-    standardise = None
-    dtype, device = torch.float64, weights.device
-    if samples.reiterable:
-        moments = NeuronMoments(weights)
-        for x, sample_weights in samples.batches(dtype, device, weights.d_in):
-            moments.update(x, sample_weights)
-        standardise = moments.standardise()
-    gram = NeuronGram(weights, degree, standardise)
-    for x, sample_weights in samples.batches(dtype, device, weights.d_in):
-        gram.update(x, sample_weights)
-    return gram.solve(inputs=samples)

@@ -34,18 +34,19 @@ def best_tails(
     degree: int,
     share: float,
 ) -> Tensor:
-    """[2, d_mlp] float64: ends beyond which y follows an asymptote, infinite where it does not.
+    """[2, d_mlp] float64: ends beyond which y follows an asymptote.
 
     Far from zero SiLU and GELU are 0 or y, and a polynomial that follows them there bends
     everywhere else. Of all preactivations of the layer on inputs x [n, d_in] no more than `share`
     lie beyond an end, at the neurons and on the sides where that lowers the error most: the
-    minimum over pairs of shares p_i below and q_i above of
+    minimum over pairs of shares p_i below and q_i above (0: the end is the lowest or highest y) of
 
         sum_i err_i(p_i, q_i) + lambda (p_i + q_i)
 
     with err_i the squared error of neuron i's best polynomial between the ends that continues as
     in `Polynomial.clipped`, times |W_out,i|^2, and lambda such that mean p_i + q_i <= share. A
-    neuron that is on one side for all but a few inputs may so be beyond for most of them.
+    neuron that is on one side for all but a few inputs may so be beyond for most of them. Infinite
+    where the inputs are too few to tell, and at degree 0.
 
     Cost: about one fit to x: the normal equations of every pair are sums over the same segments
     of sorted preactivations.
@@ -128,16 +129,14 @@ class _Sums:
         grams, ends = [], []
         for p, q in counts:
             first, last = cuts.index(p), cuts.index(n - q)
-            own = [lowest.new_full(neurons.shape, end) for end in (-torch.inf, torch.inf)]
+            own = torch.stack([lowest[first], highest[last - 1]])
             gram = sums[first:last, :, :size, :size].sum(0)
             if p:
-                own[0] = lowest[first]
                 gram += self._beyond(neurons, 0, own[0], sums[:first].sum(0))
             if q:
-                own[1] = highest[last - 1]
                 gram += self._beyond(neurons, 1, own[1], sums[last:].sum(0))
             grams.append(gram)
-            ends.append(torch.stack(own))
+            ends.append(own)
         errors = _least_squares(torch.stack(grams))
         errors *= self._weights.W_out[neurons].double().square().sum(1)
         spent = errors.new_tensor([[(p + q) / n] for p, q in counts])
