@@ -140,7 +140,7 @@ def attach(
     - "samples": (2 degree + 2)^2 float64 per neuron and about the layer's own products;
     - "joint": two Gram matrices of 1 + d_in + 2 (degree - 1) d_mlp features in float64 (half of
       the d_mlp without a gate), and as many multiplications for each token as one has entries;
-    - clip of a share: about three fits of "samples" to 2,400 tokens, which are kept until then;
+    - clip of a share: about three fits of "samples" to 1,200 tokens, which are kept until then;
     - "sequential": the polynomial's output, too; all batches are in memory at once, with
       about four activations of d_model for every token. With offload one batch is, and they
       are written and read once for each layer. A checkpoint is written anew for each layer,

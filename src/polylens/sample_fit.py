@@ -17,7 +17,7 @@ from polylens.tails import best_tails
 from polylens.weights import GLUWeights, MLPWeights
 
 # Inputs that decide where the tails begin.
-FIRST = 2400
+FIRST = 1200
 
 Gram = NeuronGram | JointGram
 

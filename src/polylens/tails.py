@@ -55,12 +55,9 @@ def best_tails(
     most = min(0.99, 1 - REMAINING * size / max(1, len(x)))
     infinite = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64, device=weights.device)
     ends = infinite[:, None].repeat(1, weights.d_mlp)
-    few = [(p, q) for p, q in itertools.product(SMALL, SMALL) if p + q <= most]
-    many = [
-        (p, q)
-        for p, q in itertools.product(SMALL + LARGE, SMALL + LARGE)
-        if p + q <= most and (p, q) not in few
-    ]
+    few = [pair for pair in itertools.product(SMALL, SMALL) if sum(pair) <= most]
+    sides = (LARGE, SMALL), (SMALL, LARGE)
+    many = [pair for two in sides for pair in itertools.product(*two) if sum(pair) <= most]
     if len(few) < 2 or not degree:
         return ends
     sums = _Sums(weights, *checked(x, sample_weights, weights.d_in), degree)
