@@ -59,8 +59,13 @@ def half(tmp_path_factory):
 @pytest.mark.parametrize("after", range(LAYERS))
 @pytest.mark.parametrize(
     "options",
-    [{"inputs": "samples", "attention_mask": MASK}, {"inputs": "gaussian"}, {"inputs": "joint"}],
-    ids=["samples", "gaussian", "joint"],
+    [
+        {"inputs": "samples", "attention_mask": MASK},
+        {"inputs": "gaussian"},
+        {"inputs": "mixture"},
+        {"inputs": "joint"},
+    ],
+    ids=["samples", "gaussian", "mixture", "joint"],
 )
 def test_it_goes_on_to_the_same_file(after, options, tmp_path, monkeypatch):
     model = small()

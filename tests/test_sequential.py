@@ -101,7 +101,7 @@ def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, i
             assert (lens[layer](x) - expected).norm() < 2e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("inputs", ["samples", "gaussian", "joint"])
+@pytest.mark.parametrize("inputs", ["samples", "gaussian", "mixture", "joint"])
 @pytest.mark.parametrize("calibration", ["sequential", "true"])
 def test_inputs_may_be_weighted_by_the_size_of_the_output(model, inputs, calibration):
     options = {"calibration": calibration, "weighting": "output", "clip": True}
@@ -110,10 +110,22 @@ def test_inputs_may_be_weighted_by_the_size_of_the_output(model, inputs, calibra
         x = x[:, 1:].reshape(-1, x.shape[-1])
         weights = lens.sites[0].weights()
         w = 1 / weights(x).double().norm(dim=1)
-        if inputs == "gaussian":
-            mean = w @ x.double() / w.sum()
-            centred = x.double() - mean
-            given = polylens.Gaussian(mean, centred.T @ (centred * w[:, None]) / w.sum())
+        if inputs in ("gaussian", "mixture"):
+            cluster = torch.zeros(len(x))
+            if inputs == "mixture":
+                centres = polylens.GaussianMixture.from_samples(x[:1200], 8).means
+                cluster = torch.cdist(x.double(), centres).argmin(1)
+            parts = []
+            for k in cluster.unique():
+                own, v = x[cluster == k].double(), w[cluster == k]
+                centred = own - v @ own / v.sum()
+                covariance = centred.T @ (centred * v[:, None]) / v.sum()
+                parts.append((v.sum() / w.sum(), v @ own / v.sum(), covariance))
+            share, means, covs = (torch.stack(each) for each in zip(*parts, strict=True))
+            given = polylens.Gaussian(means[0], covs[0])
+            if inputs == "mixture":
+                assert len(means) == 8
+                given = polylens.GaussianMixture(share, means, covs)
         else:
             given = Samples([(x, w)])
         scope = "global" if inputs == "joint" else "neuron"
@@ -156,7 +168,7 @@ def test_padding_is_left_out(model):
     ("options", "message"),
     [
         ({"calibration": "backwards"}, "'true', 'sequential'"),
-        ({"inputs": "cauchy"}, "'gaussian', 'samples'"),
+        ({"inputs": "cauchy"}, "'gaussian', 'mixture', 'samples'"),
         ({"tokens": None, "inputs": "norm"}, "Give one of the two"),
         ({"degree": 13}, "degree"),
         ({"weighting": "input"}, "'equal', 'output'"),

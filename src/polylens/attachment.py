@@ -87,7 +87,8 @@ def attach(
             from `polylens.sample_tokens` serve "sequential" better than either. For a model that
             reads no token ids, the floats [batch, ...] it reads: images, features.
         inputs: "gaussian": the Gaussian with the moments of the inputs, whose optimum is in
-            closed form the one over all polynomials (default); "samples": least squares over
+            closed form the one over all polynomials (default); "mixture": a Gaussian for each of
+            eight clusters of them, neuron by neuron; "samples": least squares over
             the inputs themselves, neuron by neuron, which heavier tails than a Gaussian's do
             not mislead (default for "sequential"); "joint": the same with the features of all
             neurons for every output, closer and dearer. Without tokens: "norm", the data-free model
@@ -99,12 +100,12 @@ def attach(
             that rare huge outputs, which decide equal squares, matter less than their size.
         clip: where a neuron's polynomial ends; beyond, its preactivation follows the asymptote
             of the activation, which is 0 or y for SiLU and GELU (see `Polynomial.clipped`).
-            True (default for a Gaussian in "sequential"): at the ends of the range that
-            calibration saw: far outside, a polynomial grows without bound. A share, 0.03 (default
-            for "samples" and "joint"): also, for no more than that share of the layer's
+            True (default for "gaussian" and "mixture" in "sequential"): at the ends of the range
+            that calibration saw: far outside, a polynomial grows without bound. A share, 0.03
+            (default for "samples" and "joint"): also, for no more than that share of the layer's
             preactivations, further inside, at the neurons and on the sides where it pays most;
             the fit knows, and what it spent on following them goes into the rest. False (default
-            for a Gaussian on the true stream): polynomials everywhere.
+            for "gaussian" and "mixture" on the true stream): polynomials everywhere.
         degree: fitted degree, 0 ... 12; lower ones come with it.
         layers: which layers; all that can be read by default.
         attention_mask: [batch, pos], 0 at padding, which is left out.

@@ -1,24 +1,28 @@
 """From the inputs that a layer is seen to read to its polynomial, batch by batch."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from polylens.clipping import Clip, PreactivationRange, require_clip
-from polylens.errors import InvalidInputError
+from polylens.errors import InvalidInputError, NumericalWarning
 from polylens.fit import fit
 from polylens.hosts.base import MLPSite
-from polylens.inputs import Moments
+from polylens.inputs import Gaussian, Moments
 from polylens.joint import JointPolynomial
 from polylens.joint_gram import JointGram
+from polylens.mixture import GaussianMixture
 from polylens.neuron_gram import NeuronGram
 from polylens.polynomial import Polynomial
-from polylens.sample_fit import SampleFit
+from polylens.sample_fit import FIRST, SampleFit
 from polylens.selection import label
 
-# docs/fidelity.md, "Flat tails".
+# docs/fidelity.md, "Tails".
 TAILS = 0.03
+COMPONENTS = 8
 
 
 class Estimator(Protocol):
@@ -47,30 +51,95 @@ class Estimator(Protocol):
         ...
 
 
-class GaussianEstimator:
-    """The closed form under a Gaussian with the moments of the inputs."""
+class _MomentEstimator:
+    """The closed form under an input model with the moments of the inputs."""
 
-    name = "Gaussian"
     default_clip: Mapping[str, Clip] = {"true": False, "sequential": True}
 
     def __init__(self, site: MLPSite, degree: int, clip: Clip = False) -> None:
-        self.site, self.degree = site, degree
-        self._moments = Moments()
+        self.site, self.degree, self.count = site, degree, 0
         self._range = PreactivationRange(site.weights()) if clip else None
 
-    @property
-    def count(self) -> int:
-        return self._moments.count
-
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        self._moments.update(x, sample_weights)
+        self.count += len(x)
+        self._add(x, sample_weights)
         if self._range is not None:
             self._range.update(x)
 
     def polynomial(self) -> Polynomial:
         where = f"layer {label(self.site.layer)} ({self.site.path})"
-        fitted = fit(self.site.weights(), self._moments.gaussian(where), self.degree)
+        fitted = fit(self.site.weights(), self._model(where), self.degree)
         return fitted if self._range is None else fitted.clipped(self._range.ends)
+
+    def _add(self, x: Tensor, sample_weights: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def _model(self, where: str) -> Gaussian | GaussianMixture:
+        raise NotImplementedError
+
+
+class GaussianEstimator(_MomentEstimator):
+    """Under the Gaussian with the mean and covariance of the inputs."""
+
+    name = "Gaussian"
+
+    def __init__(self, site: MLPSite, degree: int, clip: Clip = False) -> None:
+        super().__init__(site, degree, clip)
+        self._moments = Moments()
+
+    def _add(self, x: Tensor, sample_weights: Tensor | None) -> None:
+        self._moments.update(x, sample_weights)
+
+    def _model(self, where: str) -> Gaussian:
+        return self._moments.gaussian(where)
+
+
+class MixtureEstimator(_MomentEstimator):
+    """Under a Gaussian for each cluster of the inputs, neuron by neuron.
+
+    The clusters are around the k-means centres of the first FIRST inputs.
+    """
+
+    name = f"mixture of {COMPONENTS} clusters"
+
+    def __init__(self, site: MLPSite, degree: int, clip: Clip = False) -> None:
+        super().__init__(site, degree, clip)
+        self._first: list[tuple[Tensor, Tensor | None]] = []
+        self._centres: Tensor | None = None
+        self._moments = [Moments() for _ in range(COMPONENTS)]
+
+    def _add(self, x: Tensor, sample_weights: Tensor | None) -> None:
+        if self._centres is None:
+            self._first.append((x.clone(), sample_weights))
+            if self.count >= FIRST:
+                self._begin()
+            return
+        cluster = torch.cdist(x.double(), self._centres).argmin(1)
+        for k, moments in enumerate(self._moments):
+            own = cluster == k
+            moments.update(x[own], None if sample_weights is None else sample_weights[own])
+
+    def _begin(self) -> None:
+        first, self._first = self._first, []
+        x = torch.cat([x for x, _ in first])[:FIRST]
+        self._centres = GaussianMixture.from_samples(x, min(COMPONENTS, len(x))).means
+        for batch in first:
+            self._add(*batch)
+
+    def _model(self, where: str) -> Gaussian | GaussianMixture:
+        if not self.count:
+            return Moments().gaussian(where)
+        if self._centres is None:
+            self._begin()
+        found = [moments for moments in self._moments if moments.count]
+        with warnings.catch_warnings():  # few inputs in one of the clusters are nothing unusual
+            warnings.simplefilter("ignore", NumericalWarning)
+            components = [moments.gaussian(where) for moments in found]
+        share = torch.tensor([moments.weight for moments in found], dtype=torch.float64)
+        means, covs = ([getattr(c, name) for c in components] for name in ("mean", "cov"))
+        return GaussianMixture.trusted(
+            (share / share.sum()).to(means[0].device), torch.stack(means), torch.stack(covs)
+        )
 
 
 class _SampleEstimator:
@@ -109,6 +178,7 @@ class JointEstimator(_SampleEstimator):
 
 ESTIMATORS: dict[str, type[Estimator]] = {
     "gaussian": GaussianEstimator,
+    "mixture": MixtureEstimator,
     "samples": SamplesEstimator,
     "joint": JointEstimator,
 }
@@ -127,8 +197,8 @@ def estimator(name: str) -> type[Estimator]:
 def check_clip(kind: type[Estimator], clip: Clip) -> None:
     """InvalidInputError unless clip is a bool or, for fits to samples, a share below 0.5."""
     require_clip(clip)
-    if kind is GaussianEstimator and not isinstance(clip, bool):
+    if issubclass(kind, _MomentEstimator) and not isinstance(clip, bool):
         raise InvalidInputError(
-            f"clip={clip!r} is for fits to the inputs themselves, which know of it, and a "
-            'Gaussian has a closed form without: give True or False, or inputs="samples"'
+            f"clip={clip!r} is for fits to the inputs themselves, which know of it; a "
+            f'{kind.name} has a closed form without: give True or False, or inputs="samples"'
         )

@@ -36,7 +36,7 @@ def fit(
 @overload
 def fit(
     weights: MLPWeights | GLUWeights,
-    inputs: GaussianMixture | Samples,
+    inputs: Gaussian | GaussianMixture | Samples,
     degree: int,
     scope: Literal["neuron"] = "neuron",
     *,

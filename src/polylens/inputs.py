@@ -140,10 +140,13 @@ class Moments:
 
     Sums are taken about the mean of the first batch, so that a mean much larger than the
     deviations costs no digits. Memory: d_in^2 float64.
+
+    Attributes:
+        count: samples so far; weight: sum of their weights.
     """
 
     def __init__(self) -> None:
-        self.count, self._weight = 0, 0.0
+        self.count, self.weight = 0, 0.0
         self._shift = self._sum = self._outer = torch.empty(0)
 
     @torch.no_grad()
@@ -170,7 +173,7 @@ class Moments:
         self._sum += weighted.sum(0)
         self._outer.addmm_(weighted.T, x)
         self.count += len(x)
-        self._weight += weight
+        self.weight += weight
 
     def gaussian(self, name: str = "the samples") -> Gaussian:
         """The Gaussian with these moments.
@@ -193,6 +196,6 @@ class Moments:
                 NumericalWarning,
                 stacklevel=2,
             )
-        delta = self._sum / self._weight
-        cov = torch.addr(self._outer, delta, delta, beta=1 / self._weight, alpha=-1)
+        delta = self._sum / self.weight
+        cov = torch.addr(self._outer, delta, delta, beta=1 / self.weight, alpha=-1)
         return Gaussian.trusted(self._shift + delta, cov)
