@@ -1,6 +1,6 @@
 """Evaluating a polynomial per neuron, P(v) + z Q(v), by Horner's rule, and how it goes on."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,8 +64,7 @@ def evaluate(
     if needs_graph:
         centred = v if mean is None else v - mean
         near = centred if ends is None else centred.clamp(ends.low, ends.high)
-        factor = _sum(_horner(q, near) if q else None, gained(centred, ends))
-        return _combined(_horner(p, near), factor, z).to(v.dtype)
+        return _value(p, q, near, z, _gains(centred, ends)).to(v.dtype)
     flat = v.reshape(-1, v.shape[-1])
     flat_z = None if z is None else z.reshape(flat.shape)
     target = flat if reuse else flat.new_empty(flat.shape)
@@ -74,53 +73,65 @@ def evaluate(
     for i in range(0, len(flat), rows):
         block, into = flat[i : i + rows], target[i : i + rows]
         block = block if mean is None else block - mean
-        more = gained(block, ends)
+        gains = _gains(block, ends)
         if ends is not None:
             spare = block if reuse or mean is not None else None
             block = torch.clamp(block, ends.low, ends.high, out=spare)
-        h = _horner_inplace(p, block, into if direct else None)
-        factor = _sum(_horner_inplace(q, block) if q else None, more)
         own_z = None if flat_z is None else flat_z[i : i + rows]
-        h = _combined(h, factor, own_z, out=h if len(p) > 1 else None)
+        h = _value(p, q, block, own_z, gains, into if direct else None, inplace=True)
         if h is not into:
             into.copy_(h)
     return target.reshape(v.shape)
 
 
 def gained(v: Tensor, ends: Ends | None) -> Tensor | None:
-    """What is gained beyond the ends; zero between them."""
-    total = None
-    if ends is not None and ends.below is not None:
-        beyond = (v - ends.below.start).clamp(max=0)
-        total = beyond * _horner(ends.below.rates, beyond)
-    if ends is not None and ends.above is not None:
-        beyond = (v - ends.above.start).clamp(min=0)
-        total = _sum(total, beyond * _horner(ends.above.rates, beyond))
-    return total
+    """What is gained beyond the ends, zero between them; None where nothing is anywhere."""
+    gains = _gains(v, ends)
+    return _add_gains(torch.zeros_like(v), gains, inplace=False) if gains else None
 
 
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+def _gains(v: Tensor, ends: Ends | None) -> list[tuple[Tensor, Tensor]]:
+    """How far v is beyond an end and what it gains by unit, for each side with gains."""
+    found = []
+    for side, limit in () if ends is None else ((ends.below, "max"), (ends.above, "min")):
+        if side is not None:
+            beyond = (v - side.start).clamp_(**{limit: 0.0})
+            found.append((beyond, _horner(side.rates, beyond)))
+    return found
 
 
-def _combined(h: Tensor, factor: Tensor | None, z: Tensor | None, out: Any = None) -> Tensor:
-    """h + z factor, of an MLP h + factor."""
-    if factor is None:
-        return h
-    return torch.add(h, factor, out=out) if z is None else torch.addcmul(h, factor, z, out=out)
-
-
-def _horner(coefficients: Coefficients, v: Tensor) -> Tensor:
-    value = coefficients[-1].expand_as(v)
-    for a in reversed(coefficients[:-1]):
-        value = torch.addcmul(a, value, v)
+def _add_gains(value: Tensor, gains: list[tuple[Tensor, Tensor]], inplace: bool) -> Tensor:
+    for beyond, rate in gains:
+        value = torch.addcmul(value, beyond, rate, out=value if inplace else None)
     return value
 
 
-def _horner_inplace(coefficients: Coefficients, v: Tensor, out: Tensor | None = None) -> Tensor:
+def _value(
+    p: Coefficients,
+    q: Coefficients | None,
+    v: Tensor,
+    z: Tensor | None,
+    gains: list[tuple[Tensor, Tensor]],
+    out: Tensor | None = None,
+    inplace: bool = False,
+) -> Tensor:
+    """P(v) + z Q(v) with gains; `inplace`: in as little memory as can be, without autograd."""
+    h, fresh = _horner(p, v, out, inplace), inplace and len(p) > 1
+    if z is None:
+        return _add_gains(h, gains, fresh)
+    if not q and not gains:
+        return h
+    factor = _horner(q, v, None, inplace) if q else torch.zeros_like(v)
+    factor = _add_gains(factor, gains, inplace and not (q and len(q) == 1))
+    return torch.addcmul(h, factor, z, out=h if fresh else None)
+
+
+def _horner(
+    coefficients: Coefficients, v: Tensor, out: Tensor | None = None, inplace: bool = False
+) -> Tensor:
     if len(coefficients) == 1:
         return coefficients[0].expand_as(v)
     value = torch.addcmul(coefficients[-2], coefficients[-1], v, out=out)
     for a in reversed(coefficients[:-2]):
-        torch.addcmul(a, value, v, out=value)
+        value = torch.addcmul(a, value, v, out=value if inplace else None)
     return value
