@@ -404,6 +404,9 @@ def test_samples_that_can_be_read_once_or_twice_are_fitted_alike():
         assert 0.02 < outside.double().mean() < 0.053
         error = (each(X) - weights(X)).norm() / (poly(X) - weights(X)).norm()
         assert float(error) == pytest.approx(1, abs=0.1)
+    ones = torch.ones(700, dtype=torch.float64)
+    mixed = [(X[:700], ones), X[700:1000], (X[1000:1700], ones), X[1700:]]
+    assert torch.allclose(fit(weights, Samples(iter(mixed)), 2, clip=0.05)(X), once(X))
     few = fit(weights, Samples(X[:20]), 2, clip=0.05)
     assert torch.allclose(few.y_range, tail_ends(weights, X[:20], 0, 0))
 

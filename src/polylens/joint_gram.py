@@ -13,7 +13,7 @@ from polylens.joint import JointPolynomial, feature_count, features, readout
 from polylens.neuron_gram import NeuronGram, NeuronMoments
 from polylens.polynomial import Polynomial
 from polylens.preactivation import branches
-from polylens.samples import checked
+from polylens.samples import checked, joined
 from polylens.weights import GLUWeights, MLPWeights
 
 # Ridge strengths, in units of a feature's mean square, and the one tried first.
@@ -83,11 +83,7 @@ class JointGram:
         waiting, sums.waiting = sums.waiting, []
         if not waiting:
             return
-        x = torch.cat([block for block, _ in waiting])
-        w = None
-        if any(weights is not None for _, weights in waiting):
-            ones = (x.new_ones(len(block), dtype=torch.float64) for block, _ in waiting)
-            w = torch.cat([o if v is None else v for o, (_, v) in zip(ones, waiting, strict=True)])
+        x, w = joined(waiting)
         if self._frame is None:
             self._frame = self._standardised(x[:ROWS].to(self._weights.device, self.dtype))
         base, center, z_mean = self._frame

@@ -12,7 +12,7 @@ from polylens.joint import JointPolynomial
 from polylens.joint_gram import JointGram
 from polylens.neuron_gram import NeuronGram, NeuronMoments
 from polylens.polynomial import Polynomial
-from polylens.samples import Samples
+from polylens.samples import Samples, joined
 from polylens.tails import best_tails
 from polylens.weights import GLUWeights, MLPWeights
 
@@ -78,10 +78,9 @@ class SampleFit:
 
     def _decide_by_first(self) -> None:
         first, self._first = self._first, []
-        weighted = [w for _, w in first if w is not None]
         if first:
-            w = torch.cat(weighted)[:FIRST] if weighted else None
-            self.decide(torch.cat([x for x, _ in first])[:FIRST], w)
+            x, w = joined(first)
+            self.decide(x[:FIRST], None if w is None else w[:FIRST])
         gram = self._gram = self._gram or self._begun()
         for x, sample_weights in first:
             gram.update(x, sample_weights)

@@ -1,6 +1,6 @@
 """Samples as the model of a layer's inputs."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -120,3 +120,12 @@ def checked(x: Tensor, weights: Tensor | None, d_in: int | None) -> tuple[Tensor
     if not torch.isfinite(weights).all() or (weights < 0).any():
         raise InvalidInputError("sample weights must be finite and >= 0")
     return x, weights
+
+
+def joined(batches: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:
+    """(x, weights) of all batches; a batch without weights has ones where others have weights."""
+    x = torch.cat([x for x, _ in batches])
+    if all(w is None for _, w in batches):
+        return x, None
+    ones = (x.new_ones(len(x), dtype=torch.float64) for x, _ in batches)
+    return x, torch.cat([o if w is None else w for o, (_, w) in zip(ones, batches, strict=True)])
