@@ -392,6 +392,25 @@ def test_a_rare_huge_preactivation_does_not_bend_a_fit_to_samples_with_tails(lay
     assert tailed[1] < 0.2 * min(ended[1], free[1])
 
 
+def test_a_huge_preactivation_among_those_that_decide_is_beyond_the_end_of_its_neuron():
+    """The neuron is off otherwise: a cubic goes through that one and is wrong for the next."""
+    W_gate, b_gate = randn(D_IN, 40), torch.zeros(40, dtype=torch.float64)
+    W_gate[:, 3] *= 2.1 / W_gate[:, 3].norm()
+    b_gate[3] = -9.4
+    W_in, W_out = randn(D_IN, 40, seed=1), randn(40, 3, seed=2)
+    weights = polylens.GLUWeights(W_in, W_out, W_gate, "silu", b_gate=b_gate)
+    X, far = randn(1000, D_IN, seed=6), W_gate[:, 3] / W_gate[:, 3].square().sum()
+    X[500] += 56 * far
+    y, z = preactivations(weights, randn(50, D_IN, seed=9) + 45 * far)
+    true = (weights.act(y) * z)[:, 3]
+
+    def error(poly):
+        return float((poly.neurons(y, z)[:, 3] - true).norm() / true.norm())
+
+    assert error(fit(weights, Samples(X), 3, clip=0.01)) < 0.001
+    assert error(fit(weights, Samples(X), 3)) > 0.1
+
+
 def test_samples_that_can_be_read_once_or_twice_are_fitted_alike():
     weights, X = LAYERS["glu"](), randn(3000, D_IN, seed=6)
     poly = fit(weights, Samples(X), 2, clip=0.05)

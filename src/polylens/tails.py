@@ -15,8 +15,9 @@ from polylens.samples import checked
 from polylens.weights import GLUWeights, MLPWeights
 
 # Shares of a neuron's preactivations that may lie beyond one end; the large ones, of neurons that
-# are on one side for nearly all inputs, are tried where the error is largest.
-SMALL, LARGE = (0.0, 0.01, 0.03, 0.1), (0.3, 0.6, 0.8, 0.9, 0.97)
+# are on one side for nearly all inputs, are tried where the error is largest. Not zero, for one
+# huge preactivation is fitted well by any polynomial that gives itself up for it.
+SMALL, LARGE = (0.002, 0.01, 0.03, 0.1), (0.3, 0.6, 0.8, 0.9, 0.97)
 LARGEST, FEW = 8, 64
 # Inputs that must remain for each feature of a neuron.
 REMAINING = 10
@@ -39,7 +40,7 @@ def best_tails(
     Far from zero SiLU and GELU are 0 or y, and a polynomial that follows them there bends
     everywhere else. Of all preactivations of the layer on inputs x [n, d_in] no more than `share`
     lie beyond an end, at the neurons and on the sides where that lowers the error most: the
-    minimum over pairs of shares p_i below and q_i above (0: the end is the lowest or highest y) of
+    minimum over pairs of shares p_i below and q_i above, at least 0.002 (or share / 4) each, of
 
         sum_i err_i(p_i, q_i) + lambda (p_i + q_i)
 
@@ -55,8 +56,9 @@ def best_tails(
     most = min(0.99, 1 - REMAINING * size / max(1, len(x)))
     infinite = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64, device=weights.device)
     ends = infinite[:, None].repeat(1, weights.d_mlp)
-    few = [pair for pair in itertools.product(SMALL, SMALL) if sum(pair) <= most]
-    sides = (LARGE, SMALL), (SMALL, LARGE)
+    small = (min(SMALL[0], share / 4), *SMALL[1:])
+    few = [pair for pair in itertools.product(small, small) if sum(pair) <= most]
+    sides = (LARGE, small), (small, LARGE)
     many = [pair for two in sides for pair in itertools.product(*two) if sum(pair) <= most]
     if len(few) < 2 or not degree:
         return ends
