@@ -99,10 +99,11 @@ def fit_samples(
     """
     standardise, drawn = None, None
     if samples.reiterable:
-        moments, drawn = NeuronMoments(weights), _Drawn()
+        moments, drawn = NeuronMoments(weights), None if isinstance(clip, bool) else _Drawn()
         for x, sample_weights in samples.batches(torch.float64, weights.device, weights.d_in):
             moments.update(x, sample_weights)
-            drawn.add(x, sample_weights)
+            if drawn is not None:
+                drawn.add(x, sample_weights)
         standardise = moments.standardise()
     gram = partial(NeuronGram, standardise=standardise)
     return _fitted(SampleFit(gram, weights, degree, clip), samples, torch.float64, drawn)
@@ -129,7 +130,7 @@ def fit_joint(
 
 
 def _fitted(fit: SampleFit, samples: Samples, dtype: torch.dtype, drawn: "_Drawn | None") -> Any:
-    if drawn is not None and not isinstance(fit.clip, bool):
+    if drawn is not None:
         fit.decide(drawn.x, drawn.w)
     for x, sample_weights in samples.batches(dtype, fit.weights.device, fit.weights.d_in):
         fit.update(x, sample_weights)
@@ -140,18 +141,16 @@ class _Drawn:
     """FIRST of the samples, drawn uniformly, always the same."""
 
     x: Tensor
-    w: Tensor
+    w: Tensor | None
 
     def __init__(self) -> None:
         self._random = torch.Generator().manual_seed(0)
         self._keys = torch.empty(0)
 
     def add(self, x: Tensor, w: Tensor | None) -> None:
-        w = x.new_ones(len(x), dtype=torch.float64) if w is None else w
-        keys = torch.rand(len(x), generator=self._random)
+        keys = torch.cat([self._keys, torch.rand(len(x), generator=self._random)])
         if len(self._keys):
-            x, w = torch.cat([self.x, x]), torch.cat([self.w, w])
-            keys = torch.cat([self._keys, keys])
+            x, w = joined([(self.x, self.w), (x, w)])
         kept = keys.argsort()[:FIRST].sort().values
         self._keys, kept = keys[kept], kept.to(x.device)
-        self.x, self.w = x[kept], w[kept]
+        self.x, self.w = x[kept], None if w is None else w[kept]
