@@ -1,5 +1,6 @@
 """Evaluating a polynomial per neuron, P(v) + z Q(v), by Horner's rule, and how it goes on."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -58,52 +59,56 @@ def evaluate(
     grows = ends is not None and not (ends.below is None and ends.above is None)
     if len(p) == 1 and not grows:
         return p[0].to(v.dtype).expand_as(v)
-    needs_graph = torch.is_grad_enabled() and (
-        v.requires_grad or (z is not None and z.requires_grad)
-    )
-    if needs_graph:
-        centred = v if mean is None else v - mean
-        near = centred if ends is None else centred.clamp(ends.low, ends.high)
-        return _value(p, q, near, z, _gains(centred, ends)).to(v.dtype)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (v, z)):
+        return _value(p, q, v, z, mean, ends, lambda name: None).to(v.dtype)
     flat = v.reshape(-1, v.shape[-1])
     flat_z = None if z is None else z.reshape(flat.shape)
     target = flat if reuse else flat.new_empty(flat.shape)
-    direct = not reuse and len(p) > 1 and target.dtype == p[0].dtype
+    dtype = torch.promote_types(v.dtype, p[0].dtype)
+    direct = target.dtype == dtype and not (reuse and mean is None and ends is None)
     rows = max(1, BLOCK // flat.shape[-1]) if v.device.type == "cpu" else max(1, len(flat))
+    memory: dict[str, Tensor] = {}
     for i in range(0, len(flat), rows):
         block, into = flat[i : i + rows], target[i : i + rows]
-        block = block if mean is None else block - mean
-        gains = _gains(block, ends)
-        if ends is not None:
-            spare = block if reuse or mean is not None else None
-            block = torch.clamp(block, ends.low, ends.high, out=spare)
+
+        def scratch(name: str, block: Tensor = block, into: Tensor = into) -> Tensor:
+            if name == "value" and direct:
+                return into
+            if name not in memory:
+                memory[name] = torch.empty_like(block, dtype=dtype)
+            return memory[name][: len(block)]
+
         own_z = None if flat_z is None else flat_z[i : i + rows]
-        h = _value(p, q, block, own_z, gains, into if direct else None, inplace=True)
-        if h is not into:
-            into.copy_(h)
+        value = _value(p, q, block, own_z, mean, ends, scratch)
+        if value is not into:
+            into.copy_(value)
     return target.reshape(v.shape)
 
 
 def gained(v: Tensor, ends: Ends | None) -> Tensor | None:
     """What is gained beyond the ends, zero between them; None where nothing is anywhere."""
-    gains = _gains(v, ends)
-    return _add_gains(torch.zeros_like(v), gains, inplace=False) if gains else None
+    value = None
+    for beyond, rate in _gains(v, ends, lambda name: None):
+        value = beyond * rate if value is None else torch.addcmul(value, beyond, rate)
+    return value
 
 
-def _gains(v: Tensor, ends: Ends | None) -> list[tuple[Tensor, Tensor]]:
+# Memory for an intermediate result of this name, or None for its own, as autograd needs it.
+_Scratch = Callable[[str], Tensor | None]
+
+
+def _gains(v: Tensor, ends: Ends | None, scratch: _Scratch) -> list[tuple[Tensor, Tensor]]:
     """How far v is beyond an end and what it gains by unit, for each side with gains."""
     found = []
-    for side, limit in () if ends is None else ((ends.below, "max"), (ends.above, "min")):
-        if side is not None:
-            beyond = (v - side.start).clamp_(**{limit: 0.0})
-            found.append((beyond, _horner(side.rates, beyond)))
+    for side, name, limit in () if ends is None else _sides(ends):
+        beyond = torch.sub(v, side.start, out=scratch(name)).clamp_(**{limit: 0.0})
+        found.append((beyond, _horner(side.rates, beyond, scratch, f"{name}, by unit")))
     return found
 
 
-def _add_gains(value: Tensor, gains: list[tuple[Tensor, Tensor]], inplace: bool) -> Tensor:
-    for beyond, rate in gains:
-        value = torch.addcmul(value, beyond, rate, out=value if inplace else None)
-    return value
+def _sides(ends: Ends) -> list[tuple[Growth, str, str]]:
+    sides = (ends.below, "below", "max"), (ends.above, "above", "min")
+    return [(side, name, limit) for side, name, limit in sides if side is not None]
 
 
 def _value(
@@ -111,27 +116,32 @@ def _value(
     q: Coefficients | None,
     v: Tensor,
     z: Tensor | None,
-    gains: list[tuple[Tensor, Tensor]],
-    out: Tensor | None = None,
-    inplace: bool = False,
+    mean: Tensor | None,
+    ends: Ends | None,
+    scratch: _Scratch,
 ) -> Tensor:
-    """P(v) + z Q(v) with gains; `inplace`: in as little memory as can be, without autograd."""
-    h, fresh = _horner(p, v, out, inplace), inplace and len(p) > 1
+    near = v if mean is None else torch.sub(v, mean, out=scratch("near"))
+    gains = _gains(near, ends, scratch)
+    if ends is not None:
+        near = torch.clamp(near, ends.low, ends.high, out=scratch("near"))
     if z is None:
-        return _add_gains(h, gains, fresh)
+        value = _horner(p, near, scratch, "value")
+        for gain in gains:
+            value = torch.addcmul(value, *gain, out=scratch("value"))
+        return value
     if not q and not gains:
-        return h
-    factor = _horner(q, v, None, inplace) if q else torch.zeros_like(v)
-    factor = _add_gains(factor, gains, inplace and not (q and len(q) == 1))
-    return torch.addcmul(h, factor, z, out=h if fresh else None)
+        return _horner(p, near, scratch, "value")
+    factor = _horner(q, near, scratch, "factor") if q else near.new_zeros(())
+    for gain in gains:
+        factor = torch.addcmul(factor, *gain, out=scratch("factor"))
+    return torch.addcmul(_horner(p, near, scratch, "value"), factor, z, out=scratch("value"))
 
 
-def _horner(
-    coefficients: Coefficients, v: Tensor, out: Tensor | None = None, inplace: bool = False
-) -> Tensor:
+def _horner(coefficients: Coefficients, v: Tensor, scratch: _Scratch, name: str) -> Tensor:
     if len(coefficients) == 1:
         return coefficients[0].expand_as(v)
+    out = scratch(name)
     value = torch.addcmul(coefficients[-2], coefficients[-1], v, out=out)
     for a in reversed(coefficients[:-2]):
-        value = torch.addcmul(a, value, v, out=value if inplace else None)
+        value = torch.addcmul(a, value, v, out=out)
     return value

@@ -1,6 +1,7 @@
 """Streamed least squares, neuron by neuron: the per-neuron fit to samples."""
 
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -88,19 +89,18 @@ class NeuronGram:
             moments.add(y, z, None)
             self.standardise = moments.standardise(fallback=1.0)
         if self._seen is not None:
-            self._seen.add(y if w is None else y[:, w > 0])
+            self._seen.add(y if w is None or bool((w > 0).all()) else y[:, w > 0])
         target = self.weights.act(y)
         if self._seen is not None and self._seen.tails is not None:
             tails = self._seen.tails[:, :, None].to(y)
             more = gained(y, ends_of(self.weights.act, tails))
             target = target if more is None else target - more
-        step = BLOCK["cpu" if y.device.type == "cpu" else "other"]
-        step = max(1, step // (self.size * y.shape[1]))
-        for i in range(0, len(y), step):
-            rows = slice(i, i + step)
+        root = None if w is None else w.double().sqrt()
+        for rows in _row_blocks(y, self.size):
             features = self.features(rows, y[rows], None if z is None else z[rows], target[rows])
-            weighted = features if w is None else features * w
-            self._gram[rows].baddbmm_(weighted, features.mT)
+            if root is not None:
+                features *= root
+            self._gram[rows].baddbmm_(features, features.mT)
 
     def features(
         self, rows: slice | Tensor, y: Tensor, z: Tensor | None, act: Tensor, more: int = 0
@@ -214,6 +214,13 @@ def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[T
     return nested_solutions(L.mT, Qb, sizes).squeeze(3) * scale, int(collinear.sum())
 
 
+def _row_blocks(y: Tensor, width: int) -> Iterator[slice]:
+    """Some rows of y [d_mlp, n] at a time, for `width` numbers of each of its entries."""
+    step = BLOCK["cpu" if y.device.type == "cpu" else "other"]
+    step = max(1, step // (width * y.shape[1]))
+    return (slice(i, i + step) for i in range(0, len(y), step))
+
+
 class NeuronMoments:
     """Streamed mean and deviation of every neuron's y and z, about those of the first batch."""
 
@@ -231,13 +238,18 @@ class NeuronMoments:
 
     def add(self, y: Tensor, z: Tensor | None, sample_weights: Tensor | None) -> None:
         """Add preactivations [d_mlp, n]."""
-        values = torch.stack([y, torch.zeros_like(y) if z is None else z]).double()
+        present = [y] if z is None else [y, z]
         if self._shift is None:
-            self._shift = values.mean(2)
-            self._sums = torch.zeros(2, *self._shift.shape).to(values)
-        values -= self._shift[:, :, None]
-        w = values.new_ones(y.shape[1]) if sample_weights is None else sample_weights.to(values)
-        self._sums += torch.stack([values @ w, values.square() @ w])
+            self._shift = torch.zeros(2, len(y), dtype=torch.float64, device=y.device)
+            self._sums = self._shift.repeat(2, 1, 1)
+            for shift, values in zip(self._shift, present, strict=False):
+                torch.mean(values, 1, dtype=torch.float64, out=shift)
+        w = self._shift.new_ones(y.shape[1]) if sample_weights is None else sample_weights.double()
+        for k, branch in enumerate(present):
+            for rows in _row_blocks(branch, 1):
+                values = branch[rows] - self._shift[k, rows, None]
+                self._sums[0, k, rows] += values @ w
+                self._sums[1, k, rows] += values.square_() @ w
         self._count += float(w.sum())
 
     def standardise(self, fallback: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
