@@ -8,14 +8,20 @@ when all MLPs are replaced and position 0 stays true: rise of the cross entropy 
 error over windows, KL, share of equal most likely tokens; then how the true and the replaced
 model go on from the same prompts. Windows are drawn from all over a text; a text on both lists
 gives different windows to each. `docs/fidelity.md` says what was measured so.
+
+    python benchmarks/fidelity.py MODEL ... --clip 0 1 0.01 0.03 0.1 --degrees 2 3 --plot tails.png
+
+also draws the KL against the share of preactivations that may leave the polynomial.
 """
 
 import argparse
 import itertools
+import json
 import time
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 import polylens
 from polylens.loading import all_windows, load_model
@@ -54,10 +60,46 @@ def cost(model, truth, tokens):
     )
     counts = torch.full((len(tokens),), LENGTH - 1)
     positions = tokens.numel()
+    return {
+        "delta_ce": found.delta_ce(counts),
+        "standard_error": found.delta_ce_se(counts),
+        "kl": found.kl(positions),
+        "agreement": found.agreement(positions),
+    }
+
+
+def described(row):
     return (
-        f"{found.delta_ce(counts):+.4f} ± {found.delta_ce_se(counts):.4f}, "
-        f"KL {found.kl(positions):.4f}, agree {found.agreement(positions):.3f}"
+        f"{row['delta_ce']:+.4f} ± {row['standard_error']:.4f}, KL {row['kl']:.4f}, "
+        f"agree {row['agreement']:.3f}"
     )
+
+
+def mean(rows):
+    return {name: sum(row[name] for row in rows) / len(rows) for name in ("delta_ce", "kl")}
+
+
+def draw(rows, path):
+    """KL by degree and clip: mean of the texts, and from the least to the most costly one."""
+    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+    axes = figure.subplots()
+    names = {0.0: "nowhere", 1.0: "beyond\nthe seen"}
+    clips = [*names, *sorted({row["clip"] for row in rows} - set(names))]
+    for degree in sorted({row["degree"] for row in rows}):
+        kl = {c: [r["kl"] for r in rows if (r["degree"], r["clip"]) == (degree, c)] for c in clips}
+        x, found = zip(*((i, kl[c]) for i, c in enumerate(clips) if kl[c]), strict=True)
+        (line,) = axes.plot(
+            x, [sum(kls) / len(kls) for kls in found], "o-", label=f"degree {degree}"
+        )
+        low, high = ([end(kls) for kls in found] for end in (min, max))
+        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+    axes.set_xticks(range(len(clips)), [names.get(c, f"and in\n{100 * c:.3g} %") for c in clips])
+    axes.set(
+        yscale="log", ylabel="KL, nats per token", xlabel="where neurons follow asymptotes instead"
+    )
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=160)
 
 
 def main():
@@ -72,7 +114,11 @@ def main():
     parser.add_argument("--windows", nargs="+", type=int, default=[252], help="calibration, in all")
     parser.add_argument("--sampled", type=int, default=0, help="windows written by the model")
     parser.add_argument("--heldout-windows", type=int, default=10, help="from each text")
+    parser.add_argument("--json", help="file for the figures that are printed")
+    parser.add_argument("--plot", help="file for the picture of them by degree and clip")
     options = parser.parse_args()
+    if options.plot and None in options.clip:
+        parser.error("--plot draws by --clip: give that, too")
     model, tokenizer = load_model(options.model)
     texts = {path: windows(tokenizer, path) for path in {*options.calibration, *options.heldout}}
     held_out = {path: texts[path][-options.heldout_windows :] for path in options.heldout}
@@ -82,6 +128,7 @@ def main():
     if options.sampled:
         sampled.append(polylens.sample_tokens(model, options.sampled, LENGTH))
     print("true model:", [tokenizer.decode(row) for row in continued(model, prompts)], flush=True)
+    rows = []
     grid = itertools.product(
         options.windows, options.inputs, options.weighting, options.clip, options.degrees
     )
@@ -105,9 +152,18 @@ def main():
                 flush=True,
             )
             with lens.replaced():
-                for path, tokens in held_out.items():
-                    print(f"{Path(path).name}: {cost(model, truth[path], tokens)}", flush=True)
+                found = {path: cost(model, truth[path], held_out[path]) for path in held_out}
+                for path, row in found.items():
+                    print(f"{Path(path).name}: {described(row)}", flush=True)
+                print("mean: {delta_ce:+.4f}, KL {kl:.4f}".format(**mean(found.values())))
                 print([tokenizer.decode(row) for row in continued(model, prompts)], flush=True)
+        setting = {"degree": degree, "clip": clip, "inputs": inputs, "weighting": weighting}
+        setting |= {"windows": len(tokens)}
+        rows += [setting | {"text": Path(path).stem} | row for path, row in found.items()]
+        if options.json:
+            Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
+    if options.plot:
+        draw(rows, options.plot)
 
 
 if __name__ == "__main__":

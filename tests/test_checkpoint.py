@@ -173,7 +173,7 @@ def nudged(model):
     [
         ({"degree": 3}, "degree was 2, now it is 3"),
         ({"inputs": "joint"}, "inputs was samples per neuron, now it is samples, jointly"),
-        ({"clip": True}, "clip was 0.03, now it is True"),
+        ({"clip": True}, "clip was 0.05, now it is True"),
         ({"exclude_first": False}, "exclude_first was True"),
         ({"batch_size": 4}, "batch_size was 2, now it is 4"),
         ({"layers": [0, 1]}, r"layers was \['0', '1', '2'\], now it is \['0', '1'\]"),

@@ -149,7 +149,7 @@ def test_samples_are_the_default_and_the_report_says_so(model):
     with attach(model, layers=[0, 1]) as lens:
         assert lens.inputs_summary == (
             "samples per neuron, 1536 tokens, position 0 excluded, weighted by 1 / |output|, "
-            "asymptotes beyond the preactivations seen and in tails of 0.03, layer by layer"
+            "asymptotes beyond the preactivations seen and in tails of 0.05, layer by layer"
         )
         assert "layer by layer" in str(lens.report(HELD_OUT, loss=False, progress=False))
 

@@ -101,7 +101,7 @@ def attach(
         clip: where a neuron's polynomial ends; beyond, its preactivation follows the asymptote
             of the activation, which is 0 or y for SiLU and GELU (see `Polynomial.clipped`).
             True (default for "gaussian" and "mixture" in "sequential"): at the ends of the range
-            that calibration saw: far outside, a polynomial grows without bound. A share, 0.03
+            that calibration saw: far outside, a polynomial grows without bound. A share, 0.05
             (default for "samples" and "joint"): also, for no more than that share of the layer's
             preactivations, further inside, at the neurons and on the sides where it pays most;
             the fit knows, and what it spent on following them goes into the rest. False (default

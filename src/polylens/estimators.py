@@ -21,7 +21,7 @@ from polylens.sample_fit import FIRST, SampleFit
 from polylens.selection import label
 
 # docs/fidelity.md, "Tails".
-TAILS = 0.03
+TAILS = 0.05
 COMPONENTS = 8
 
 

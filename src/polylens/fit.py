@@ -89,7 +89,7 @@ def fit(
         tolerance: relative residual at which conjugate gradients stop.
         clip: of Samples: False for polynomials everywhere; True for ends at the lowest and
             highest preactivation of every neuron, beyond which it follows the asymptote of the
-            activation (`Polynomial.clipped`); a share, such as 0.03, to let so much of the
+            activation (`Polynomial.clipped`); a share, such as 0.05, to let so much of the
             layer's preactivations lie beyond, at the neurons and on the sides where it lowers
             the error most. Rare huge preactivations then do not bend the rest.
 

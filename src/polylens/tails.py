@@ -18,7 +18,7 @@ from polylens.weights import GLUWeights, MLPWeights
 # Shares of a neuron's preactivations that may lie beyond one end; the large ones, of neurons that
 # are on one side for nearly all inputs, are tried where the error is largest. Not zero, for one
 # huge preactivation is fitted well by any polynomial that gives itself up for it.
-SMALL, LARGE = (0.002, 0.01, 0.03, 0.1), (0.3, 0.6, 0.8, 0.9, 0.97)
+SMALL, LARGE = (0.002, 0.01, 0.03, 0.07, 0.15), (0.4, 0.6, 0.8, 0.9, 0.97)
 LARGEST, FEW = 8, 64
 # Inputs that must remain for each feature of a neuron.
 REMAINING = 10
