@@ -84,7 +84,7 @@ def draw(rows, path):
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
     names = {0.0: "nowhere", 1.0: "beyond\nthe seen"}
-    clips = [*names, *sorted({row["clip"] for row in rows} - set(names))]
+    clips = sorted({row["clip"] for row in rows}, key=lambda clip: (clip not in names, clip))
     for degree in sorted({row["degree"] for row in rows}):
         kl = {c: [r["kl"] for r in rows if (r["degree"], r["clip"]) == (degree, c)] for c in clips}
         x, found = zip(*((i, kl[c]) for i, c in enumerate(clips) if kl[c]), strict=True)
