@@ -55,7 +55,8 @@ class PreactivationRange:
         """Add preactivations [d_mlp, n]."""
         if not y.shape[1]:
             return
-        low, high = (y.amin(1).double(), y.amax(1).double())
+        # aminmax along rows takes ten times as long on CPUs
+        low, high = y.amin(1).double(), y.amax(1).double()
         if self._seen is not None:
             low, high = low.minimum(self._seen[0]), high.maximum(self._seen[1])
         self._seen = torch.stack([low, high])
