@@ -73,7 +73,6 @@ def extreme_eigenpairs(
         projected = (grown + grown.T) / 2
         # What leaves the span comes from the last block alone, and the next block spans it.
         left = image - basis @ column
-        left -= basis @ (basis.T @ left)
         full = count + width > limit
         if step % CHECK_EVERY == 0 or full or scale is None:
             values, rotation = torch.linalg.eigh(projected)
@@ -96,11 +95,16 @@ def extreme_eigenpairs(
 def _next_block(
     left: Tensor, basis: Tensor, noise: Callable[[int], Tensor], scale: Tensor
 ) -> Tensor:
-    """An orthonormal block that spans `left`; spent directions give way to random ones."""
+    """An orthonormal block that spans `left`; spent directions give way to random ones.
+
+    `left` was projected once; a second time, after its columns have length one, is enough.
+    """
     block, R = torch.linalg.qr(left)
     spent = R.diagonal().abs() <= 1e-14 * scale
     if spent.any():
-        block[:, spent] = noise(int(spent.sum()))
-    for _ in range(2):
-        block = torch.linalg.qr(block - basis @ (basis.T @ block)).Q
-    return block
+        block[:, spent] = torch.linalg.qr(_outside(noise(int(spent.sum())), basis)).Q
+    return torch.linalg.qr(_outside(block, basis)).Q
+
+
+def _outside(block: Tensor, basis: Tensor) -> Tensor:
+    return block - basis @ (basis.T @ block)
