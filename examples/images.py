@@ -20,6 +20,8 @@ from polylens.figures import class_features_figure
 from polylens.training import Trace, TraceData, Tracer
 
 CLASSES = 10
+# As many training images as a fit to the images themselves needs.
+SAMPLES = 10_000
 
 
 @dataclass
@@ -56,8 +58,9 @@ class Result:
     activation: str
     network: nn.Module
     trace: Trace
-    accuracy: dict[str, float]  # network, degree 0 ... n under the Gaussian
-    r2: dict[str, list[float]]  # held out, by input model
+    accuracy: float
+    accuracies: dict[str, list[float]]  # of degree 0 ... n, by input model
+    r2: dict[str, list[float]]  # held out, degree 0 ... n, by input model
     features: list[analysis.EigenFeatures]
     restricted: dict[int, float]
     attacks: analysis.Attacks
@@ -110,6 +113,8 @@ def parser(description: str, out: str, **defaults: float) -> argparse.ArgumentPa
     options.add_argument("--activations", nargs="+", default=Setting.activations)
     options.add_argument("--epochs", type=int)
     options.add_argument("--hidden", type=int)
+    options.add_argument("--batch", type=int)
+    options.add_argument("--seed", type=int, default=Setting.seed)
     options.add_argument("--degree", type=int, default=Setting.degree)
     options.add_argument("--gate-bias", type=float, default=0.0, help="SwiGLU at initialisation")
     options.set_defaults(**defaults)
@@ -120,6 +125,8 @@ def chosen(options: argparse.Namespace, **fixed: Any) -> Setting:
     return Setting(
         hidden=options.hidden,
         epochs=options.epochs,
+        batch=options.batch,
+        seed=options.seed,
         degree=options.degree,
         activations=tuple(options.activations),
         gate_bias=options.gate_bias,
@@ -173,10 +180,15 @@ def study(activation: str, images: Images, setting: Setting, inputs: dict) -> Re
     network = build(activation, images.d_in, setting, setting.seed)
     train(network, images, setting, setting.seed, tracer)
     network.eval()
-    polynomial = polylens.fit(network.normal_form(), inputs["gaussian"], setting.degree)
-    scores = {"network": accuracy(network, images)}
-    for k in range(1, setting.degree + 1):
-        scores[f"degree {k}"] = accuracy(polynomial.truncate(k), images)
+    fits = {
+        name: polylens.fit(network.normal_form(), model, setting.degree)
+        for name, model in inputs.items()
+    }
+    accuracies = {
+        name: [accuracy(fitted.truncate(k), images) for k in range(setting.degree + 1)]
+        for name, fitted in fits.items()
+    }
+    polynomial = fits["gaussian"]
     features = [
         analysis.eigenfeatures(polynomial, u, 16, metric="covariance")
         for u in torch.eye(CLASSES, dtype=torch.float64)
@@ -204,7 +216,8 @@ def study(activation: str, images: Images, setting: Setting, inputs: dict) -> Re
         activation,
         network,
         tracer.trace,
-        scores,
+        accuracy(network, images),
+        accuracies,
         r2,
         features,
         restricted,
@@ -218,6 +231,7 @@ def input_models(images: Images) -> dict:
     return {
         "gaussian": polylens.Gaussian.from_samples(images.train),
         "class mixture": polylens.GaussianMixture.from_labels(images.train, images.train_labels),
+        "sampled": polylens.Samples(images.train[:SAMPLES]),
     }
 
 
@@ -242,18 +256,20 @@ def run(
 
 
 def quality_table(results: list[Result]) -> Table:
-    degrees = [key for key in results[0].accuracy if key != "network"]
+    degrees = range(1, len(results[0].r2["gaussian"]))
     table = Table(title="Trained networks on test images")
-    for column in ("", "inputs", "measure", "network", *degrees):
-        table.add_column(column, justify="left" if column in ("", "inputs") else "right")
+    for column in ("", "inputs", "measure"):
+        table.add_column(column)
+    for column in ("network", *(f"deg {k}" for k in degrees)):
+        table.add_column(column, justify="right")
     for result in results:
         for name, r2 in result.r2.items():
             table.add_row(result.activation, name, "R²", "", *(f"{v:.4f}" for v in r2[1:]))
-        scores = (f"{result.accuracy[key]:.2%}" for key in ("network", *degrees))
-        table.add_row(result.activation, "gaussian", "accuracy", *scores)
+        for name, scores in result.accuracies.items():
+            cells = (f"{v:.2%}" for v in (result.accuracy, *scores[1:]))
+            table.add_row(result.activation, name, "accuracy", *cells)
         for k, value in result.restricted.items():
-            row = (result.activation, "gaussian", f"R², top {k} features", "", "")
-            table.add_row(*row, f"{value:.4f}")
+            table.add_row(result.activation, "gaussian", f"R², top {k}", "", "", f"{value:.4f}")
         table.add_section()
     return table
 

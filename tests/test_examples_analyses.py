@@ -28,16 +28,16 @@ def test_digits_reproduce_the_claims(examples, tmp_path):
     with (tmp_path / "tables.txt").open("w") as file:
         results = run(digits.load(), setting, tmp_path, Console(file=file, width=150))
     for result in results:
-        accuracy, r2 = result.accuracy, result.r2["gaussian"]
-        assert accuracy["network"] > 0.8
-        assert abs(accuracy["degree 2"] - accuracy["network"]) < 0.02
-        assert r2[2] > 0.98
-        assert r2[3] > 0.99
+        assert result.accuracy > 0.8
+        for name in ("gaussian", "class mixture", "sampled"):
+            assert abs(result.accuracies[name][2] - result.accuracy) < 0.02
+            assert result.r2[name][2] > 0.98
+            assert result.r2[name][3] > 0.99
         attacks = result.attacks
         assert attacks.success("linear")[1.0] > 5 * attacks.success("random")[1.0]
         assert float(result.transfer.min()) > attacks.success("random")[0.5]
         assert len(list(tmp_path.glob(f"{result.activation}-*.png"))) == 4
-    assert "degree 4" in (tmp_path / "tables.txt").read_text()
+    assert "deg 4" in (tmp_path / "tables.txt").read_text()
 
 
 def write_idx(path, array):
@@ -66,8 +66,8 @@ def test_mnist_script_on_idx_files(examples, tmp_path, monkeypatch):
     relu, gated = mnist.main([*given, *tiny, "--activations", "relu", "swiglu", "--gate-bias", "1"])
     for result in (relu, gated):
         linear = result.trace.series(0)[:, 1]
-        assert result.accuracy["network"] > 0.75
-        assert abs(result.accuracy["degree 2"] - result.accuracy["network"]) < 0.03
+        assert result.accuracy > 0.75
+        assert abs(result.accuracies["gaussian"][2] - result.accuracy) < 0.03
         assert float(linear.max()) > float(linear[0])
         assert result.r2["gaussian"][3] > result.r2["gaussian"][1]
         assert len(list((tmp_path / "out").glob(f"{result.activation}-*.png"))) == 4
