@@ -221,6 +221,32 @@ def test_eigensolver_finds_multiplicities_and_low_rank():
     torch.testing.assert_close((Q * values) @ Q.T @ vectors, vectors * found, **EXACT)
 
 
+SPECTRA = {
+    "sixteen decades": 10.0 ** -torch.linspace(0, 16, 400, dtype=torch.float64),
+    "one value 37 times, then none": (torch.arange(400) < 37).double(),
+    "one over i": 1 / torch.arange(1, 401, dtype=torch.float64),
+    "one far above the rest": (torch.arange(400) < 1) + 1e-9 * torch.linspace(-1, 1, 400).double(),
+    "hardly more than the block": torch.linspace(-1, 1, 20, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_eigensolver_keeps_its_basis_orthogonal(name):
+    values, k = SPECTRA[name], 16
+    size = len(values)
+    Q = torch.linalg.qr(torch.randn(size, size, dtype=torch.float64)).Q
+    matrix = Q * values @ Q.T
+    found, vectors = extreme_eigenpairs(
+        lambda z: matrix @ z, size, k, torch.device("cpu"), tolerance=1e-12
+    )
+    expected = values.abs().sort(descending=True).values[:k]
+    torch.testing.assert_close(found.abs(), expected, atol=1e-13, rtol=0)
+    eye = torch.eye(k, dtype=torch.float64)
+    torch.testing.assert_close(vectors.T @ vectors, eye, atol=1e-13, rtol=0)
+    residuals = torch.linalg.vector_norm(matrix @ vectors - vectors * found, dim=0)
+    assert float(residuals.max()) < 1e-11
+
+
 @pytest.mark.parametrize("metric", [None, "covariance"])
 def test_singular_features_restore_beta(polynomial, metric):
     features = analysis.singular_features(polynomial, metric=metric)
