@@ -81,8 +81,9 @@ def best_quadratic(
         direction = Z.add_(direction.combined(step @ image.gram(Z)), alpha=-1.0)
     raise ConvergenceError(
         f"conjugate gradients reached a relative residual of {relative:.3g} in {max_iterations} "
-        f"iterations, {tolerance:.3g} was asked for; components that overlap little converge "
-        "slowly: use fewer, a larger tolerance=, or scope='neuron'"
+        f"iterations, {tolerance:.3g} was asked for; components that overlap little, or do "
+        "not vary where others do, converge slowly: add a variance to their covariances, use "
+        "fewer, a larger tolerance=, or scope='neuron'"
     )
 
 
