@@ -19,6 +19,7 @@ import itertools
 import json
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from matplotlib.figure import Figure
@@ -75,10 +76,6 @@ def described(row):
     )
 
 
-def mean(rows):
-    return {name: sum(row[name] for row in rows) / len(rows) for name in ("delta_ce", "kl")}
-
-
 def draw(rows, path):
     """KL by degree and clip: mean of the texts, and from the least to the most costly one."""
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
@@ -86,12 +83,12 @@ def draw(rows, path):
     names = {0.0: "nowhere", 1.0: "beyond\nthe seen"}
     clips = sorted({row["clip"] for row in rows}, key=lambda clip: (clip not in names, clip))
     for degree in sorted({row["degree"] for row in rows}):
-        kl = {c: [r["kl"] for r in rows if (r["degree"], r["clip"]) == (degree, c)] for c in clips}
-        x, found = zip(*((i, kl[c]) for i, c in enumerate(clips) if kl[c]), strict=True)
-        (line,) = axes.plot(
-            x, [sum(kls) / len(kls) for kls in found], "o-", label=f"degree {degree}"
-        )
-        low, high = ([end(kls) for kls in found] for end in (min, max))
+        found = [
+            [row["kl"] for row in rows if (row["degree"], row["clip"]) == (degree, clip)]
+            for clip in clips
+        ]
+        x, low, high = range(len(clips)), list(map(min, found)), list(map(max, found))
+        (line,) = axes.plot(x, list(map(fmean, found)), "o-", label=f"degree {degree}")
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
     axes.set_xticks(range(len(clips)), [names.get(c, f"and in\n{100 * c:.3g} %") for c in clips])
     axes.set(
@@ -155,7 +152,8 @@ def main():
                 found = {path: cost(model, truth[path], held_out[path]) for path in held_out}
                 for path, row in found.items():
                     print(f"{Path(path).name}: {described(row)}", flush=True)
-                print("mean: {delta_ce:+.4f}, KL {kl:.4f}".format(**mean(found.values())))
+                ce, kl = (fmean(row[name] for row in found.values()) for name in ("delta_ce", "kl"))
+                print(f"mean: {ce:+.4f}, KL {kl:.4f}")
                 print([tokenizer.decode(row) for row in continued(model, prompts)], flush=True)
         setting = {"degree": degree, "clip": clip, "inputs": inputs, "weighting": weighting}
         setting |= {"windows": len(tokens)}

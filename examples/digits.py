@@ -20,9 +20,8 @@ def load(seed: int = 0) -> Images:
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
-    options = parser(__doc__, "digits-figures", epochs=100, hidden=128, batch=64)
-    values = options.parse_args(arguments)
-    return run(load(), chosen(values, learning_rate=3e-3), values.out)
+    options = parser(__doc__, "digits-figures").parse_args(arguments)
+    return run(load(), chosen(options, learning_rate=3e-3), options.out)
 
 
 if __name__ == "__main__":

@@ -111,12 +111,14 @@ def parser(description: str, out: str, **defaults: float) -> argparse.ArgumentPa
     )
     options.add_argument("--out", type=Path, default=Path(out), help="folder for the figures")
     options.add_argument("--activations", nargs="+", default=Setting.activations)
-    options.add_argument("--epochs", type=int)
-    options.add_argument("--hidden", type=int)
-    options.add_argument("--batch", type=int)
+    options.add_argument("--epochs", type=int, default=Setting.epochs)
+    options.add_argument("--hidden", type=int, default=Setting.hidden)
+    options.add_argument("--batch", type=int, default=Setting.batch)
     options.add_argument("--seed", type=int, default=Setting.seed)
     options.add_argument("--degree", type=int, default=Setting.degree)
-    options.add_argument("--gate-bias", type=float, default=0.0, help="SwiGLU at initialisation")
+    options.add_argument(
+        "--gate-bias", type=float, default=Setting.gate_bias, help="SwiGLU at initialisation"
+    )
     options.set_defaults(**defaults)
     return options
 
