@@ -94,7 +94,12 @@ def test_what_was_pushed_comes_back(directory, model):
         url = lens.push_to_hub(REPO, report, token="secret", private=True, commit_message="mine")
         expected, summary = logits(lens), lens.inputs_summary
     assert url == f"https://hub/{REPO}/commit/1"
-    assert directory.calls == [("token", "secret"), ("create_repo", True), ("commit", "mine")]
+    assert directory.calls == [
+        ("token", "secret"),
+        ("create_repo", True),
+        ("download", "secret"),
+        ("commit", "mine"),
+    ]
     assert {p.name for p in directory.folder(REPO, None).iterdir()} == {hub.FILE, "README.md"}
     with polylens.from_hub(REPO, model, token="mine") as lens:
         assert torch.equal(logits(lens), expected)
@@ -140,6 +145,21 @@ def test_without_a_report_or_an_origin(directory, model, tmp_path):
         lens.push_to_hub(REPO, base_model="someone/llama")
         assert huggingface_hub.ModelCard.load(path).data.base_model == "someone/llama"
     assert "No report" in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "text", ["# Mine", "---\nlibrary_name: transformers\n---\n# Mine", "---\n[\n---\n", ""]
+)
+def test_a_card_by_somebody_else_stays(directory, model, text):
+    folder = directory.folder(REPO, None)
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(text)
+    with attach(model) as lens:
+        lens.push_to_hub(REPO)
+        expected = logits(lens)
+    assert (folder / "README.md").read_text() == text
+    with polylens.from_hub(REPO, model) as lens:
+        assert torch.equal(logits(lens), expected)
 
 
 def test_a_loaded_lens_keeps_its_report_when_pushed(directory, model):

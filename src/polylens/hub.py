@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from polylens.lens import Lens
 
 FILE = "polylens.safetensors"
+CARD = "README.md"
+LIBRARY = "polylens"
 TAGS = ["polylens", "interpretability", "polynomial"]
 
 
@@ -78,21 +80,32 @@ def push(
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         lens.save(Path(folder) / FILE, report)
-        card(lens, repo_id, report, base_model or _base_model(lens)).save(
-            Path(folder) / "README.md"
-        )
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        if not _has_a_card_of_its_own(repo_id, revision, token):
+            card(lens, repo_id, report, base_model or _base_model(lens)).save(Path(folder) / CARD)
         done = api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
         )
     return str(done.commit_url)
 
 
+def _has_a_card_of_its_own(repo_id: str, revision: str | None, token: str | bool | None) -> bool:
+    """Whether the repository has a model card that polylens did not write."""
+    try:
+        path = hf_hub_download(repo_id, CARD, revision=revision, token=token)
+    except LocalEntryNotFoundError:
+        raise
+    except EntryNotFoundError:
+        return False
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    return f"library_name: {LIBRARY}" not in lines
+
+
 def card(lens: "Lens", repo_id: str, report: Report | None, base_model: str | None) -> ModelCard:
     """What the polynomials are of and fitted to, how good they are, and how to load them."""
-    data = ModelCardData(base_model=base_model, library_name="polylens", tags=TAGS)
+    data = ModelCardData(base_model=base_model, library_name=LIBRARY, tags=TAGS)
     first = "stays true under `replaced`" if lens.exclude_first else "is replaced like the others"
     lines = [
         f"# Polynomials of the MLPs of {base_model or lens.model_name}",

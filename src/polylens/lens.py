@@ -350,7 +350,7 @@ class Lens:
     ) -> str:
         """Upload what `save` writes, and a model card, for `polylens.from_hub(repo_id, model)`.
 
-        The repository is made if there is none; its card is replaced. Both files are one commit.
+        The repository is made if there is none; a card by somebody else stays. One commit.
 
         Args:
             repo_id: "user/name".
