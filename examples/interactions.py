@@ -1,11 +1,15 @@
-"""Does a layer's quadratic form predict how its writers interact? Asked of the true MLP.
+"""Does a layer's quadratic form predict how its writers interact? Asked of the true model.
 
-At positions of held-out text, u is the unembedding of the model's first guess minus that of its
-second. The polynomial says for each pair of writers (embeddings, heads, earlier MLPs) by how much
-the two together move the layer's output along u beyond what each moves alone: pairs[a, b] twice.
-The true MLP is asked by taking writers out of its input, norm scale frozen:
+At positions of held-out text, u is the direction of the layer's output that raises the logit of the
+model's first guess over that of its second. The polynomial says for each pair of writers
+(embeddings, heads, earlier MLPs) by how much the two together move the layer's output along u
+beyond what each moves alone: pairs[a, b] twice. Two checks, both in logits:
 
-    f(x) - f(x - a) - f(x - b) + f(x - a - b)
+1. the true MLP, with writers taken out of its input, norm scale frozen:
+   f(x) - f(x - a) - f(x - b) + f(x - a - b), along u, for every pair;
+2. the whole model, with that difference taken out of the true MLP's output: how far the first
+   guess's lead falls, later layers and the final norm included. For the strongest pairs of each
+   position, and as many at random.
 
 Runs offline on the embedded model, or on another one:
 
@@ -14,6 +18,9 @@ Runs offline on the embedded model, or on another one:
 """
 
 import argparse
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -31,66 +38,156 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
     return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
 
-def true_interactions(layer, writers: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """Second differences of the true MLP along u, for every pair of writers."""
-    a, b = torch.triu_indices(len(writers), len(writers), 1)
+def same_sign(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a * b > 0).double().mean())
+
+
+def second_differences(layer, writers: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
+    """[pairs, d_out]: how writers a and b interact in the true MLP."""
     x = writers.sum(0)
 
     def f(inputs: torch.Tensor) -> torch.Tensor:
-        return layer(inputs.to(layer.dtype)).double() @ u.double()
+        return layer(inputs.to(layer.dtype)).double()
 
     alone = f(x - writers)
     return f(x[None]) - alone[a] - alone[b] + f(x - writers[a] - writers[b])
 
 
+def lead(model, tokens: torch.Tensor, layer: int, taken: torch.Tensor, guesses: list[int]):
+    """[n]: first guess's logit over the second's, each row of `taken` out of the MLP's output."""
+
+    def edit(output: torch.Tensor, hook) -> torch.Tensor:
+        output = output.clone()
+        output[:, -1] -= taken.to(output)
+        return output
+
+    hooks = [(f"blocks.{layer}.mlp.hook_out", edit)]
+    logits = model.run_with_hooks(tokens.expand(len(taken), -1), fwd_hooks=hooks)[:, -1]
+    return (logits[:, guesses[0]] - logits[:, guesses[1]]).double()
+
+
+def scale(cache, layer: int, batch: int, position: int) -> float:
+    """What the final norm, and the one behind the MLP if there is one, divide by."""
+    points = ("ln_final.hook_scale", f"blocks.{layer}.ln2_post.hook_scale")
+    return float(torch.stack([cache[p][batch, position] for p in points if p in cache]).prod())
+
+
+def compare(lens, cache, logits, tokens, layer: int, positions, whole: int):
+    """(predicted, true MLP) of all pairs, the strongest pair of each position, and for the
+    strongest and for random pairs (predicted, whole model).
+    """
+    generator = torch.Generator().manual_seed(0)
+    every, cases, strongest, random = [], [], [], []
+    for batch, position in itertools.product(range(len(tokens)), positions):
+        guesses = logits[batch, position].topk(2).indices.tolist()
+        u = analysis.logit_direction(lens, layer, *guesses)
+        u = u / scale(cache, layer, batch, position)
+        writers, names = analysis.residual_writers(lens, cache, layer, position, batch)
+        found = analysis.interactions(lens[layer], writers, u, names)
+        a, b = torch.triu_indices(len(writers), len(writers), 1)
+        predicted = 2 * found.pairs[a, b]
+        differences = second_differences(lens[layer].weights, writers, a, b)
+        true = differences @ u
+        every.append(torch.stack([predicted, true]))
+
+        top = predicted.abs().topk(whole).indices
+        chosen = torch.cat([top, torch.randperm(len(a), generator=generator)[:whole]])
+        taken = torch.cat([torch.zeros_like(differences[:1]), differences[chosen]])
+        read = tokens[batch, : position + 1]
+        leads = lead(lens.host.model, read, layer, taken, guesses)
+        effect = torch.stack([predicted[chosen], leads[0] - leads[1:]])
+        strongest.append(effect[:, :whole])
+        random.append(effect[:, whole:])
+        pair = names[a[top[0]]], names[b[top[0]]]
+        numbers = float(predicted[top[0]]), float(true[top[0]]), float(effect[1, 0])
+        cases.append(Case(layer, read[-8:].tolist(), guesses, pair, *numbers, found))
+    return *(torch.cat(parts, dim=1) for parts in (every, strongest, random)), cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """The strongest pair of writers at one position, effects in logits."""
+
+    layer: int
+    read: list[int]
+    guesses: list[int]
+    pair: tuple[str, str]
+    predicted: float
+    mlp: float
+    whole: float
+    found: analysis.Interactions
+
+
+def cells(row: dict, columns: Sequence[str]) -> list[str]:
+    return [f"{row[c]:.3f}".removesuffix(".000") for c in columns]
+
+
 @torch.no_grad()
-def main(arguments: list[str] | None = None) -> list[dict[str, float]]:
+def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, help="heat map of one position")
     parser.add_argument("--model", help="hub name, directory or GGUF file")
     parser.add_argument("--layers", type=int, nargs="+", help="all by default")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--positions", type=int, nargs="+", default=POSITIONS)
+    parser.add_argument("--whole", type=int, default=8, help="pairs per position in check 2")
     options = parser.parse_args(arguments)
     training, held_out = demo.texts()
     if options.model is None:
         model = demo.load_bridge()
         tokens = demo.batches(training, 64, 128)
         test = demo.batches(held_out, options.sequences, 128)
+
+        def text(ids: list[int]) -> str:
+            return repr(bytes(ids).decode(errors="replace"))
     else:
         model, tokenizer = load_model(options.model)
         tokens, test = token_windows(tokenizer, held_out, 32, options.sequences, 128)
+
+        def text(ids: list[int]) -> str:
+            return repr(tokenizer.decode(ids))
+
     columns = ("R² degree 2", "pairs", "r", "r, top 1%", "same sign, top 1%")
-    table = Table("layer", *columns, title="Predicted against true interactions")
-    rows = []
+    mlp = Table("layer", *columns, title="Predicted interactions against the true MLP's")
+    effects = ("size", "r", "same sign")
+    whole = Table("layer", "pairs", *effects, title="Against the whole model's, taken out of it")
+    rows, cases = [], []
     with polylens.attach(model, tokens, degree=2, layers=options.layers) as lens:
         report = lens.report(test, loss=False, progress=False)
         logits, cache = model.run_with_cache(test)
         for layer in lens:
-            predicted, true = [], []
-            for batch in range(len(test)):
-                for position in options.positions:
-                    first, second = logits[batch, position].topk(2).indices.tolist()
-                    u = model.W_U[:, first] - model.W_U[:, second]
-                    writers, names = analysis.residual_writers(lens, cache, layer, position, batch)
-                    found = analysis.interactions(lens[layer], writers, u, names)
-                    a, b = torch.triu_indices(len(writers), len(writers), 1)
-                    predicted.append(2 * found.pairs[a, b])
-                    true.append(true_interactions(lens[layer].weights, writers, u))
-            p, t = torch.cat(predicted), torch.cat(true)
+            (p, t), *chosen, strongest = compare(
+                lens, cache, logits, test, layer, options.positions, options.whole
+            )
+            cases += strongest
             strong = p.abs() > p.abs().quantile(0.99)
             row = {
                 "R² degree 2": report[layer].r2[2],
                 "pairs": len(p),
                 "r": correlation(p, t),
                 "r, top 1%": correlation(p[strong], t[strong]),
-                "same sign, top 1%": float((p * t > 0)[strong].double().mean()),
+                "same sign, top 1%": same_sign(p[strong], t[strong]),
             }
+            mlp.add_row(str(layer), *cells(row, columns))
+            for which, (predicted, effect) in zip(("strongest", "random"), chosen, strict=True):
+                found_whole = {
+                    "size": float(effect.abs().mean()),
+                    "r": correlation(predicted, effect),
+                    "same sign": same_sign(predicted, effect),
+                }
+                row[which] = found_whole
+                whole.add_row(str(layer), which, *cells(found_whole, effects))
             rows.append(row)
-            table.add_row(str(layer), *(f"{row[c]:.3f}".removesuffix(".000") for c in columns))
+    cases.sort(key=lambda case: -abs(case.predicted))
     if options.out is not None:
-        found.plot(20).savefig(options.out)
-    Console().print(table)
+        cases[0].found.plot(20).savefig(options.out)
+    numbers = ("predicted", "MLP", "model")
+    named = Table("layer", "read", "guesses", "writers", *numbers, title="The strongest of all")
+    for case in cases[:8]:
+        guesses = " over ".join(text([guess]) for guess in case.guesses)
+        effects = (f"{value:+.2f}" for value in (case.predicted, case.mlp, case.whole))
+        named.add_row(str(case.layer), text(case.read), guesses, " × ".join(case.pair), *effects)
+    Console(width=120).print(mlp, whole, named)
     return rows
 
 

@@ -323,6 +323,10 @@ def test_residual_writers_of_a_hooked_transformer(normalization, heads):
             analysis.residual_writers(lens, cache, 1, 20)
         with pytest.raises(InvalidInputError, match="lacks"):
             analysis.residual_writers(lens, {}, 1, 0)
+        with pytest.raises(InvalidInputError, match="no layer 7"):
+            analysis.residual_writers(lens, cache, 7, 0)
+        with pytest.raises(InvalidInputError, match="no layer 7"):
+            analysis.logit_direction(lens, 7, 0)
     assert len(names) == len(set(names)) == len(writers)
     assert ("L1H3" in names) == heads
     u = torch.randn(24, dtype=torch.float64)

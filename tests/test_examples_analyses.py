@@ -92,17 +92,21 @@ def test_mnist_script_on_idx_files(examples, tmp_path, monkeypatch):
 
 
 def test_interactions_script(examples, tmp_path):
-    """The quadratic form says something about the true MLP."""
+    """The quadratic form says something about the true MLP, and about the whole model."""
     import interactions
 
     out = tmp_path / "figure.png"
-    arguments = ["--layers", "0", "2", "--sequences", "3", "--positions", "30", "90"]
+    arguments = ["--layers", "0", "3", "--sequences", "3", "--positions", "30", "90"]
     rows = interactions.main([*arguments, "--out", str(out)])
     assert out.read_bytes().startswith(b"\x89PNG")
     for row in rows:
         assert row["R² degree 2"] > 0.75
         assert row["r"] > 0.5
         assert row["same sign, top 1%"] > 0.75
+    # behind the last layer there is only the final norm
+    assert rows[1]["strongest"]["r"] > 0.7
+    assert rows[1]["strongest"]["same sign"] > 0.85
+    assert rows[1]["strongest"]["size"] > 5 * rows[1]["random"]["size"]
 
 
 def test_idx_files(examples, tmp_path):

@@ -379,7 +379,7 @@ def test_json_keeps_them(full):
 
 
 def test_reports_of_the_first_version_are_read():
-    data = json.loads((Path(__file__).parents[1] / "docs/smollm2.json").read_text("utf-8"))
+    data = json.loads((Path(__file__).parent / "data/report_1.json").read_text("utf-8"))
     assert data["schema"] == "polylens.report/1"
     report = Report.from_dict(data)
     assert report.worst == ()

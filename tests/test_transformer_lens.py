@@ -259,6 +259,7 @@ def test_features_go_through_the_norm_behind_the_layer():
         inner = model.original_model.model
         u = (model.W_U[:, 4] - model.W_U[:, 7]).double() * (1 + inner.norm.weight.double())
         u = u * (1 + _norm_behind(model).weight.double())
+        torch.testing.assert_close(analysis.logit_direction(lens, 1, 4, 7), u.detach())
         expected = analysis.eigenfeatures(lens[1], u.detach(), 3, metric="covariance")
     torch.testing.assert_close(found.values, expected.values)
 

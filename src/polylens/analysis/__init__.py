@@ -22,6 +22,7 @@ from polylens.analysis.interactions import through_norm as through_norm
 from polylens.analysis.layer_features import FeatureRow as FeatureRow
 from polylens.analysis.layer_features import LayerFeatures as LayerFeatures
 from polylens.analysis.layer_features import layer_features as layer_features
+from polylens.analysis.layer_features import logit_direction as logit_direction
 from polylens.analysis.linear import SingularFeatures as SingularFeatures
 from polylens.analysis.linear import singular_features as singular_features
 from polylens.analysis.readout import before_norm as before_norm

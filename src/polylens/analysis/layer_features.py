@@ -97,10 +97,9 @@ def layer_features(
 ) -> LayerFeatures:
     """The k eigenfeatures of a layer along a token's logit, each with the tokens it reads.
 
-    The direction is `token_direction` through the final norm and, where there is one (Gemma), the
-    norm behind the layer, their scales frozen; the metric is that of `input_moments`, so that
-    features are ordered by the variance they explain. A token's score is its embedding
-    through the layer's own norm, less the mean input, along the feature.
+    The direction is `logit_direction`; the metric is that of `input_moments`, so that features are
+    ordered by the variance they explain. A token's score is its embedding through the layer's own
+    norm, less the mean input, along the feature.
 
     Args:
         lens: of a TransformerLens model, of degree 2 or more.
@@ -114,16 +113,37 @@ def layer_features(
         UnsupportedModel: another host; a layer that does not read a norm's output, such as one
             whose norm is folded away, or a model without a final norm.
     """
-    last, own = _norms_behind(lens, layer)
-    W_U = lens.host.model.W_U
-    u = token_direction(W_U, token, against, centred=last.centred, weight=last.weight)
-    u = u if own is None else before_norm(u, centred=own.centred, weight=own.weight)
+    u = logit_direction(lens, layer, token, against)
     moments = input_moments(lens, layer)
     features = eigenfeatures(lens[layer], u, k, metric=moments)
     rows = feature_rows(lens, layer, features, moments.mean, n_tokens, names)
     return LayerFeatures(
         layer, names(token), None if against is None else names(against), rows, features
     )
+
+
+@torch.no_grad()
+def logit_direction(lens: Any, layer: Layer, token: int, against: int | None = None) -> Tensor:
+    """[d_out] float64: u such that a layer's output f raises a token's logit by f . u / scales.
+
+    `token_direction` through the final norm and, where there is one (Gemma, OLMo 2), the norm
+    behind the layer, their scales frozen: `scales` is the product of what the two divide by. What
+    later layers make of f is not in it.
+
+    Args:
+        lens: of a TransformerLens model.
+        layer: an attached layer.
+        token: id; `against` another, or None for the mean of all.
+
+    Raises:
+        InvalidInputError: no such layer or token, or a token against itself.
+        UnsupportedModel: another host, or a model without a final norm.
+    """
+    last, own = _norms_behind(lens, layer)
+    u = token_direction(
+        lens.host.model.W_U, token, against, centred=last.centred, weight=last.weight
+    )
+    return u if own is None else before_norm(u, centred=own.centred, weight=own.weight)
 
 
 @torch.no_grad()
@@ -195,6 +215,7 @@ def written_tokens(
 def _norms_behind(lens: Any, layer: Layer) -> tuple[Norm, Norm | None]:
     """The final norm, and what the layer's output passes before the residual stream, if any."""
     host = _language_host(lens)
+    lens[layer]  # refuses one that is not attached
     return host.final_norm(), host.norms_behind([layer], "mlp").get(layer)
 
 

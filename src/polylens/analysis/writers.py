@@ -33,9 +33,10 @@ def residual_writers(
 
     Raises:
         InvalidInputError: position out of range, a cache without what is needed (which), a layer
-            that reads neither the residual stream nor a norm of it, such as one with a parallel
-            attention.
+            that is not attached, or one that reads neither the residual stream nor a norm of it,
+            such as one with a parallel attention.
     """
+    lens[layer]  # refuses one that is not attached
     try:
         norm = lens.host.norm(lens.sites[layer])
     except UnsupportedModel:  # it may read the stream itself; the sum is checked below
