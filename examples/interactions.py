@@ -1,15 +1,16 @@
 """Does a layer's quadratic form predict how its writers interact? Asked of the true model.
 
 At positions of held-out text, u is the direction of the layer's output that raises the logit of the
-model's first guess over that of its second. The polynomial says for each pair of writers
-(embeddings, heads, earlier MLPs) by how much the two together move the layer's output along u
-beyond what each moves alone: pairs[a, b] twice. Two checks, both in logits:
+model's first guess over that of its second: the gradient of the one less the other, through all
+that follows, or with `--direction unembedding` what the layer writes to the logits itself, scales
+of norms frozen. The polynomial says for each pair of writers (embeddings, heads, earlier MLPs) by
+how much the two together move the layer's output along u beyond what each moves alone:
+pairs[a, b] twice. Two checks, both in logits:
 
 1. the true MLP, with writers taken out of its input, norm scale frozen:
    f(x) - f(x - a) - f(x - b) + f(x - a - b), along u, for every pair;
 2. the whole model, with that difference taken out of the true MLP's output: how far the first
-   guess's lead falls, later layers and the final norm included. For the strongest pairs of each
-   position, and as many at random.
+   guess's lead falls. For the strongest pairs of each position, and as many at random.
 
 Runs offline on the embedded model, or on another one:
 
@@ -53,35 +54,54 @@ def second_differences(layer, writers: torch.Tensor, a: torch.Tensor, b: torch.T
     return f(x[None]) - alone[a] - alone[b] + f(x - writers[a] - writers[b])
 
 
-def lead(model, tokens: torch.Tensor, layer: int, taken: torch.Tensor, guesses: list[int]):
-    """[n]: first guess's logit over the second's, each row of `taken` out of the MLP's output."""
-
-    def edit(output: torch.Tensor, hook) -> torch.Tensor:
-        output = output.clone()
-        output[:, -1] -= taken.to(output)
-        return output
-
-    hooks = [(f"blocks.{layer}.mlp.hook_out", edit)]
-    logits = model.run_with_hooks(tokens.expand(len(taken), -1), fwd_hooks=hooks)[:, -1]
+def lead(model, read: torch.Tensor, layer: int, guesses: list[int], edit) -> torch.Tensor:
+    """[n]: first guess's logit over the second's, where `edit` is what the MLP's output becomes."""
+    hooks = [(f"blocks.{layer}.mlp.hook_out", lambda output, hook: edit(output))]
+    logits = model.run_with_hooks(read, fwd_hooks=hooks)[:, -1]
     return (logits[:, guesses[0]] - logits[:, guesses[1]]).double()
 
 
-def scale(cache, layer: int, batch: int, position: int) -> float:
-    """What the final norm, and the one behind the MLP if there is one, divide by."""
+def without(output: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
+    """`taken` [n, d_out] out of outputs [n, pos, d_out] at the last position."""
+    output = output.clone()
+    output[:, -1] -= taken.to(output)
+    return output
+
+
+def through_what_follows(model, read: torch.Tensor, layer: int, guesses: list[int]):
+    """[d_out]: gradient of the lead by the MLP's output at the last position."""
+    outputs = []
+
+    def begin(output: torch.Tensor) -> torch.Tensor:
+        outputs.append(output.detach().requires_grad_())
+        return outputs[0]
+
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(lead(model, read, layer, guesses, begin), outputs)
+    return gradient[0, -1].double()
+
+
+def to_the_logits(lens, cache, layer: int, batch: int, position: int, guesses: list[int]):
+    """[d_out]: along the unembedding, over what the norms behind the MLP divide by."""
     points = ("ln_final.hook_scale", f"blocks.{layer}.ln2_post.hook_scale")
-    return float(torch.stack([cache[p][batch, position] for p in points if p in cache]).prod())
+    scales = torch.stack([cache[p][batch, position] for p in points if p in cache])
+    return analysis.logit_direction(lens, layer, *guesses) / scales.prod().double()
 
 
-def compare(lens, cache, logits, tokens, layer: int, positions, whole: int):
+def compare(lens, cache, logits, tokens, layer: int, options: argparse.Namespace):
     """(predicted, true MLP) of all pairs, the strongest pair of each position, and for the
     strongest and for random pairs (predicted, whole model).
     """
     generator = torch.Generator().manual_seed(0)
     every, cases, strongest, random = [], [], [], []
-    for batch, position in itertools.product(range(len(tokens)), positions):
+    model, whole = lens.host.model, options.whole
+    for batch, position in itertools.product(range(len(tokens)), options.positions):
+        read = tokens[batch : batch + 1, : position + 1]
         guesses = logits[batch, position].topk(2).indices.tolist()
-        u = analysis.logit_direction(lens, layer, *guesses)
-        u = u / scale(cache, layer, batch, position)
+        if options.direction == "gradient":
+            u = through_what_follows(model, read, layer, guesses)
+        else:
+            u = to_the_logits(lens, cache, layer, batch, position, guesses)
         writers, names = analysis.residual_writers(lens, cache, layer, position, batch)
         found = analysis.interactions(lens[layer], writers, u, names)
         a, b = torch.triu_indices(len(writers), len(writers), 1)
@@ -93,14 +113,19 @@ def compare(lens, cache, logits, tokens, layer: int, positions, whole: int):
         top = predicted.abs().topk(whole).indices
         chosen = torch.cat([top, torch.randperm(len(a), generator=generator)[:whole]])
         taken = torch.cat([torch.zeros_like(differences[:1]), differences[chosen]])
-        read = tokens[batch, : position + 1]
-        leads = lead(lens.host.model, read, layer, taken, guesses)
+        leads = lead(
+            model,
+            read.expand(len(taken), -1),
+            layer,
+            guesses,
+            lambda output, taken=taken: without(output, taken),
+        )
         effect = torch.stack([predicted[chosen], leads[0] - leads[1:]])
         strongest.append(effect[:, :whole])
         random.append(effect[:, whole:])
         pair = names[a[top[0]]], names[b[top[0]]]
         numbers = float(predicted[top[0]]), float(true[top[0]]), float(effect[1, 0])
-        cases.append(Case(layer, read[-8:].tolist(), guesses, pair, *numbers, found))
+        cases.append(Case(layer, read[0, -8:].tolist(), guesses, pair, *numbers, found))
     return *(torch.cat(parts, dim=1) for parts in (every, strongest, random)), cases
 
 
@@ -130,6 +155,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     parser.add_argument("--layers", type=int, nargs="+", help="all by default")
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--positions", type=int, nargs="+", default=POSITIONS)
+    directions = ("gradient", "unembedding")
+    parser.add_argument("--direction", choices=directions, default=directions[0])
     parser.add_argument("--whole", type=int, default=8, help="pairs per position in check 2")
     options = parser.parse_args(arguments)
     training, held_out = demo.texts()
@@ -156,9 +183,7 @@ def main(arguments: list[str] | None = None) -> list[dict]:
         report = lens.report(test, loss=False, progress=False)
         logits, cache = model.run_with_cache(test)
         for layer in lens:
-            (p, t), *chosen, strongest = compare(
-                lens, cache, logits, test, layer, options.positions, options.whole
-            )
+            (p, t), *chosen, strongest = compare(lens, cache, logits, test, layer, options)
             cases += strongest
             strong = p.abs() > p.abs().quantile(0.99)
             row = {
