@@ -65,7 +65,7 @@ def download() -> Images:
 
 
 def main(arguments: list[str] | None = None) -> list[Result]:
-    options = parser(__doc__, "mnist-figures", epochs=6, hidden=512, batch=128)
+    options = parser(__doc__, "mnist-figures", epochs=6, hidden=512, batch=200)
     for name in FILES:
         options.add_argument(f"--{name}", type=Path)
     values = options.parse_args(arguments)
