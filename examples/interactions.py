@@ -22,6 +22,7 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,6 +34,20 @@ from polylens import analysis, demo
 from polylens.loading import load_model, token_windows
 
 POSITIONS = (30, 60, 90, 120)
+
+
+@dataclass(frozen=True)
+class Case:
+    """The strongest pair of writers at one position, effects in logits."""
+
+    layer: int
+    read: list[int]
+    guesses: list[int]
+    pair: tuple[str, str]
+    predicted: float
+    mlp: float
+    whole: float
+    found: analysis.Interactions
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -113,13 +128,8 @@ def compare(lens, cache, logits, tokens, layer: int, options: argparse.Namespace
         top = predicted.abs().topk(whole).indices
         chosen = torch.cat([top, torch.randperm(len(a), generator=generator)[:whole]])
         taken = torch.cat([torch.zeros_like(differences[:1]), differences[chosen]])
-        leads = lead(
-            model,
-            read.expand(len(taken), -1),
-            layer,
-            guesses,
-            lambda output, taken=taken: without(output, taken),
-        )
+        edit = partial(without, taken=taken)
+        leads = lead(model, read.expand(len(taken), -1), layer, guesses, edit)
         effect = torch.stack([predicted[chosen], leads[0] - leads[1:]])
         strongest.append(effect[:, :whole])
         random.append(effect[:, whole:])
@@ -127,20 +137,6 @@ def compare(lens, cache, logits, tokens, layer: int, options: argparse.Namespace
         numbers = float(predicted[top[0]]), float(true[top[0]]), float(effect[1, 0])
         cases.append(Case(layer, read[0, -8:].tolist(), guesses, pair, *numbers, found))
     return *(torch.cat(parts, dim=1) for parts in (every, strongest, random)), cases
-
-
-@dataclass(frozen=True)
-class Case:
-    """The strongest pair of writers at one position, effects in logits."""
-
-    layer: int
-    read: list[int]
-    guesses: list[int]
-    pair: tuple[str, str]
-    predicted: float
-    mlp: float
-    whole: float
-    found: analysis.Interactions
 
 
 def cells(row: dict, columns: Sequence[str]) -> list[str]:
@@ -210,8 +206,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     named = Table("layer", "read", "guesses", "writers", *numbers, title="The strongest of all")
     for case in cases[:8]:
         guesses = " over ".join(text([guess]) for guess in case.guesses)
-        effects = (f"{value:+.2f}" for value in (case.predicted, case.mlp, case.whole))
-        named.add_row(str(case.layer), text(case.read), guesses, " × ".join(case.pair), *effects)
+        shown = (f"{value:+.2f}" for value in (case.predicted, case.mlp, case.whole))
+        named.add_row(str(case.layer), text(case.read), guesses, " × ".join(case.pair), *shown)
     Console(width=120).print(mlp, whole, named)
     return rows
 

@@ -48,16 +48,13 @@ def from_hub(
         ArtifactError: a repository without polynomials; otherwise as `polylens.load`.
         OSError: no such repository or revision, no access to it, or no connection.
     """
-    try:
-        path = hf_hub_download(repo_id, FILE, revision=revision, token=token)
-    except LocalEntryNotFoundError:  # also an EntryNotFoundError: the Hub could not be asked
-        raise
-    except EntryNotFoundError as error:
+    path = _download(repo_id, FILE, revision, token)
+    if path is None:
         raise ArtifactError(
             f"{repo_id} has no {FILE}"
             f"{'' if revision is None else f' at revision {revision}'}; upload one with "
             "lens.push_to_hub, or load an exported model with polylens.load_exported"
-        ) from error
+        )
     try:
         return load(path, model, example_inputs)
     except ArtifactError as error:
@@ -80,24 +77,34 @@ def push(
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         lens.save(Path(folder) / FILE, report)
+        made = card(lens, repo_id, report, base_model or _base_model(lens))
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if not _has_a_card_of_its_own(repo_id, revision, token):
-            card(lens, repo_id, report, base_model or _base_model(lens)).save(Path(folder) / CARD)
+            made.save(Path(folder) / CARD)
         done = api.upload_folder(
             repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
         )
     return str(done.commit_url)
 
 
-def _has_a_card_of_its_own(repo_id: str, revision: str | None, token: str | bool | None) -> bool:
-    """Whether the repository has a model card that polylens did not write."""
+def _download(
+    repo_id: str, name: str, revision: str | None, token: str | bool | None
+) -> str | None:
+    """Where a file of the repository is now, None if it has none of that name."""
     try:
-        path = hf_hub_download(repo_id, CARD, revision=revision, token=token)
-    except LocalEntryNotFoundError:
+        return hf_hub_download(repo_id, name, revision=revision, token=token)
+    except LocalEntryNotFoundError:  # also an EntryNotFoundError: the Hub could not be asked
         raise
     except EntryNotFoundError:
+        return None
+
+
+def _has_a_card_of_its_own(repo_id: str, revision: str | None, token: str | bool | None) -> bool:
+    """Whether the repository has a model card that polylens did not write."""
+    path = _download(repo_id, CARD, revision, token)
+    if path is None:
         return False
     lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     return f"library_name: {LIBRARY}" not in lines
