@@ -25,8 +25,8 @@ import torch
 from matplotlib.figure import Figure
 
 import polylens
-from polylens.loading import all_windows, load_model
-from polylens.scoring import Cost, score
+from polylens.cli.loading import all_windows, load_model
+from polylens.report.scores import Cost, score
 
 LENGTH = 128
 PROMPT, CONTINUATION = 24, 24

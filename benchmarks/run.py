@@ -26,7 +26,7 @@ from rich.table import Table
 
 import polylens
 from polylens import Gaussian, GLUWeights, MLPWeights, analysis, demo, fit
-from polylens.loading import load_model
+from polylens.cli.loading import load_model
 
 ACTIVATIONS = {
     "relu": F.relu,

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 import polylens
 from polylens import analysis
-from polylens.figures import class_features_figure
-from polylens.training import Trace, TraceData, Tracer
+from polylens.analysis.figures import class_features_figure
+from polylens.training.tracer import Trace, TraceData, Tracer
 
 CLASSES = 10
 # As many training images as a fit to the images themselves needs.

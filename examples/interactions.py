@@ -31,7 +31,7 @@ from rich.table import Table
 
 import polylens
 from polylens import analysis, demo
-from polylens.loading import load_model, token_windows
+from polylens.cli.loading import load_model, token_windows
 
 POSITIONS = (30, 60, 90, 120)
 

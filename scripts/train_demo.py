@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from polylens import demo
-from polylens.training import TraceData, Tracer
+from polylens.training.tracer import TraceData, Tracer
 
 CONFIG = {
     "vocab_size": 256,

@@ -6,12 +6,12 @@ import math
 import torch
 from torch import Tensor
 
-from polylens.activations import Activation
-from polylens.dense import DensePolynomial
-from polylens.inputs import Gaussian
-from polylens.mixture import GaussianMixture
-from polylens.samples import Samples
-from polylens.weights import GLUWeights, MLPWeights
+from polylens.activations.activation import Activation
+from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.mixture import GaussianMixture
+from polylens.inputs.samples import Samples
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.dense import DensePolynomial
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "hardswish")
 # y - y^2 / 2, and 1 + y - y^3 / 5: activations that are polynomials

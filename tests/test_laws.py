@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polylens.activations import leaky_relu
-from polylens.fit import fit
-from polylens.inputs import Gaussian
-from polylens.mixture import GaussianMixture
-from polylens.samples import Samples
+from polylens.activations.activation import leaky_relu
+from polylens.fitting.fit import fit
+from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.mixture import GaussianMixture
+from polylens.inputs.samples import Samples
 from tests.oracles import (
     ACTIVATIONS,
     CUBIC,

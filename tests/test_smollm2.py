@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import polylens
-from polylens.loading import load_model, token_windows
+from polylens.cli.loading import load_model, token_windows
 
 pytestmark = pytest.mark.smollm2
 

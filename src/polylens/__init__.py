@@ -13,11 +13,10 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
-from polylens.activations import Activation as Activation
-from polylens.activations import activation as activation
-from polylens.activations import known_activations as known_activations
-from polylens.custom import register_activation as register_activation
-from polylens.dense import DensePolynomial as DensePolynomial
+from polylens.activations.activation import Activation as Activation
+from polylens.activations.activation import activation as activation
+from polylens.activations.activation import known_activations as known_activations
+from polylens.activations.registered import register_activation as register_activation
 from polylens.errors import ArtifactError as ArtifactError
 from polylens.errors import AttachmentError as AttachmentError
 from polylens.errors import ConvergenceError as ConvergenceError
@@ -27,35 +26,36 @@ from polylens.errors import PolylensError as PolylensError
 from polylens.errors import StalePolynomialError as StalePolynomialError
 from polylens.errors import UnsupportedActivation as UnsupportedActivation
 from polylens.errors import UnsupportedModel as UnsupportedModel
-from polylens.fit import fit as fit
-from polylens.inputs import Gaussian as Gaussian
-from polylens.joint import JointPolynomial as JointPolynomial
-from polylens.mixture import GaussianMixture as GaussianMixture
-from polylens.neuron_gram import NeuronGram as NeuronGram
-from polylens.polynomial import Polynomial as Polynomial
-from polylens.quadratic import QuadraticForm as QuadraticForm
-from polylens.quality import ExplainedVariance as ExplainedVariance
-from polylens.quality import explained_variance as explained_variance
-from polylens.samples import Samples as Samples
-from polylens.weights import GLUWeights as GLUWeights
-from polylens.weights import MLPWeights as MLPWeights
+from polylens.fitting.fit import fit as fit
+from polylens.fitting.neuron_gram import NeuronGram as NeuronGram
+from polylens.inputs.gaussian import Gaussian as Gaussian
+from polylens.inputs.mixture import GaussianMixture as GaussianMixture
+from polylens.inputs.samples import Samples as Samples
+from polylens.normal_forms.weights import GLUWeights as GLUWeights
+from polylens.normal_forms.weights import MLPWeights as MLPWeights
+from polylens.polynomials.dense import DensePolynomial as DensePolynomial
+from polylens.polynomials.explained_variance import ExplainedVariance as ExplainedVariance
+from polylens.polynomials.explained_variance import explained_variance as explained_variance
+from polylens.polynomials.factored import Polynomial as Polynomial
+from polylens.polynomials.joint import JointPolynomial as JointPolynomial
+from polylens.polynomials.quadratic_form import QuadraticForm as QuadraticForm
 
 __version__ = version("polylens")
 
 _LAZY = {
     "Lens": "polylens.lens",
     "MLPSite": "polylens.hosts.base",
-    "Report": "polylens.report",
+    "Report": "polylens.report.report",
     "attach": "polylens.attachment",
     "attached": "polylens.lens",
     "find_mlps": "polylens.attachment",
-    "from_hub": "polylens.hub",
+    "from_hub": "polylens.saving.hub",
     "load": "polylens.attachment",
-    "load_exported": "polylens.export",
-    "sample_tokens": "polylens.sampling",
-    "trace_training": "polylens.training",
-    "TraceData": "polylens.training",
-    "Tracer": "polylens.training",
+    "load_exported": "polylens.saving.export",
+    "sample_tokens": "polylens.calibration.sampling",
+    "trace_training": "polylens.training.tracer",
+    "TraceData": "polylens.training.tracer",
+    "Tracer": "polylens.training.tracer",
 }
 
 

@@ -1,3 +1,3 @@
-from polylens.cli import main
+from polylens.cli.commands import main
 
 main()

@@ -9,24 +9,24 @@ from typing import Any
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from polylens import artifact
-from polylens import calibration as streams
-from polylens.calibration import Calibration
-from polylens.checkpoint import Checkpoint, identity
-from polylens.clipping import Clip
-from polylens.emitter import Fitted
+from polylens.calibration import streams
+from polylens.calibration.offload import store_for
+from polylens.calibration.sampling import sampled
+from polylens.calibration.streams import Calibration
+from polylens.checks import check_layers, labelled
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
-from polylens.estimators import check_clip, estimator
-from polylens.fit import fit, require_degree
+from polylens.fitting.estimators import check_clip, estimator
+from polylens.fitting.fit import fit, require_degree
 from polylens.hosts import host_for
 from polylens.hosts.base import Host, Layer, MLPSite
 from polylens.hosts.passage import require_free
-from polylens.inputs import Gaussian
+from polylens.inputs.gaussian import Gaussian
+from polylens.installed.emitter import Fitted
 from polylens.lens import LENSES, Lens, attached
-from polylens.offload import store_for
-from polylens.report import Report
-from polylens.sampling import sampled
-from polylens.selection import check_layers, labelled
+from polylens.polynomials.ends import Clip
+from polylens.report.report import Report
+from polylens.saving import lens_file as artifact
+from polylens.saving.checkpoint import Checkpoint, identity
 
 # Each with how many sequences are sampled from a model where no tokens are given.
 STREAMS = {"true": 32, "sequential": 256}

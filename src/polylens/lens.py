@@ -10,14 +10,15 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 from torch.nn import Module
 
-from polylens import artifact, export
-from polylens.emitter import Fitted, SiteEmitter
+from polylens.checks import check_degree, check_layers, label
 from polylens.errors import AttachmentError, InvalidInputError
 from polylens.hosts.base import Host, Layer, MLPSite
-from polylens.measuring import measure
-from polylens.polynomial import Polynomial
-from polylens.report import Report
-from polylens.selection import check_degree, check_layers, label
+from polylens.installed.emitter import Fitted, SiteEmitter
+from polylens.polynomials.factored import Polynomial
+from polylens.report.measure import measure
+from polylens.report.report import Report
+from polylens.saving import export
+from polylens.saving import lens_file as artifact
 
 # By id of the model; the installed emitters keep a lens alive as long as its model.
 LENSES: "WeakValueDictionary[int, Lens]" = WeakValueDictionary()
@@ -367,7 +368,7 @@ class Lens:
             StalePolynomialError: weights changed since the fit; nothing is uploaded.
             OSError: what the Hub refuses, as its own errors.
         """
-        from polylens.hub import push
+        from polylens.saving.hub import push
 
         return push(
             self,

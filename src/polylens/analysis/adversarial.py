@@ -66,7 +66,7 @@ class Attacks:
 
     def plot(self) -> "Figure":
         """Success against norm, a line per attack."""
-        from polylens.figures import attacks_figure
+        from polylens.analysis.figures import attacks_figure
 
         return attacks_figure(self)
 

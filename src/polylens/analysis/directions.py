@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polylens.activations.hermite import times_linear
 from polylens.analysis.metric import check_count
 from polylens.errors import InvalidInputError
-from polylens.hermite import times_linear
-from polylens.inputs import Gaussian
-from polylens.preactivation import branches, preactivation_moments
+from polylens.inputs.gaussian import Gaussian
+from polylens.normal_forms.preactivation import branches, preactivation_moments
 
 BLOCK = 1024
 

@@ -19,7 +19,7 @@ from polylens.analysis.metric import (
     metric_of,
 )
 from polylens.errors import ConvergenceError, InvalidInputError
-from polylens.quadratic import QuadraticForm
+from polylens.polynomials.quadratic_form import QuadraticForm
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -165,7 +165,7 @@ class EigenFeatures:
 
     def plot(self, shape: tuple[int, int], n: int = 4) -> "Figure":
         """Spectrum, and the first n patterns of either sign as images of this shape."""
-        from polylens.figures import spectrum_figure
+        from polylens.analysis.figures import spectrum_figure
 
         return spectrum_figure(self, shape, n)
 

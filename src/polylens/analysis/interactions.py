@@ -55,7 +55,7 @@ class Interactions:
 
     def plot(self, k: int = 16) -> "Figure":
         """Heat map of the k writers that take part most."""
-        from polylens.figures import interactions_figure
+        from polylens.analysis.figures import interactions_figure
 
         return interactions_figure(self, k)
 

@@ -20,11 +20,11 @@ from polylens.analysis.readout import (
     top_tokens,
     unembedding_scores,
 )
-from polylens.calibration import norm_inputs
+from polylens.calibration.streams import norm_inputs
+from polylens.checks import label
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Layer, Norm
-from polylens.inputs import Gaussian
-from polylens.selection import label
+from polylens.inputs.gaussian import Gaussian
 
 TokenScores = list[tuple[str, float]]
 

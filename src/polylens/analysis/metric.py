@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
-from polylens.inputs import Gaussian
-from polylens.mixture import GaussianMixture
+from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.mixture import GaussianMixture
 
 # Eigenvalues of a covariance below this share of the largest are rounding.
 RANK_TOLERANCE = 1e-12

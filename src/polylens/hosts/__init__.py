@@ -20,15 +20,15 @@ def host_for(model: Any, example_inputs: Any = None) -> Host:
     """
     kinds = {cls.__name__ for cls in type(model).__mro__}
     if kinds & {"HookedTransformer", "TransformerBridge"}:
-        from polylens.hosts.transformer_lens import TransformerLensHost
+        from polylens.hosts.transformer_lens.host import TransformerLensHost
 
         return TransformerLensHost(model)
     if "Envoy" in kinds:
-        from polylens.hosts.nnsight import NNsightHost
+        from polylens.hosts.nnsight.host import NNsightHost
 
         return NNsightHost(model, example_inputs)
     if isinstance(model, nn.Module):
-        from polylens.hosts.torch import TorchHost
+        from polylens.hosts.torch.host import TorchHost
 
         return TorchHost(model, example_inputs)
     raise UnsupportedModel(

@@ -8,9 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from polylens.activations import Activation
+from polylens.activations.activation import Activation
 from polylens.errors import UnsupportedModel
-from polylens.weights import GLUWeights, MLPWeights
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
 
 Weights = MLPWeights | GLUWeights
 # What tells sites apart: the number of a block, or (number of a block, number of an expert).

@@ -1,0 +1,1 @@
+"""Activations: one row for each, and the Hermite coefficients of them all."""

@@ -1,0 +1,193 @@
+"""Activations that a user registers: a function, where it has kinks, how it ends."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from polylens.activations.activation import _REGISTRY, Activation, known_activations
+from polylens.errors import InvalidInputError, NumericalWarning, UnsupportedActivation
+
+# Panels around a kink end at these distances, 1/4 ... 4^9: smooth functions with features of
+# order one are resolved near it, and algebraic tails, which are smooth in log y, far from it.
+DISTANCES = tuple(4.0**j for j in range(-1, 10))
+FAR = 2.0**20
+# Gaussians narrower than a quarter of this are integrated without asymptotes, which near zero
+# would cost the digits of a small fn.
+WIDTH = 0.25
+# Two node sets that differ by more than this say that a kink was not declared.
+SUSPICIOUS = 1e-7
+# Absolute floor of the error, in units of |m| + s (see the accuracy that fits promise).
+FLOOR = 1e-15
+
+
+@torch.no_grad()
+def register_activation(
+    name: str,
+    fn: Callable[[Tensor], Tensor],
+    kinks: Sequence[float] = (),
+    slopes: tuple[float, float] | None = None,
+) -> Activation:
+    """Make an elementwise function usable as `act=name`, with accurate Hermite coefficients.
+
+    fn minus its asymptotes is integrated on panels that grow geometrically away from every
+    kink, so functions with algebraic tails (softsign, square-root units) are as accurate as
+    those with exponential ones. fn must be smooth, with features of order one, between kinks,
+    and grow at most linearly.
+
+    Args:
+        name: a new name.
+        fn: torch operations on float64 tensors of any shape; each value depends on its own
+            input only.
+        kinks: points where fn or a derivative of it jumps.
+        slopes: fn'(-inf), fn'(inf); found numerically when not given.
+
+    Returns:
+        The Activation. Its `accuracy` is the largest relative change of the coefficient vector
+        (degree 0 ... 8, s from 1e-3 to 1e3, |m| / s up to 20) when every panel is halved.
+
+    Raises:
+        InvalidInputError: a name that exists, kinks that are not finite.
+        UnsupportedActivation: fn is not elementwise, returns NaN or infinity, grows faster than
+            linearly, or does not have the given slopes.
+
+    Warns:
+        NumericalWarning: accuracy worse than 1e-7, usually an undeclared kink.
+    """
+    if not isinstance(name, str) or not name:
+        raise InvalidInputError(f"an activation's name must be a non-empty string, got {name!r}")
+    if name in known_activations():
+        raise InvalidInputError(f"activation {name!r} exists already; choose another name")
+    points = sorted({float(kink) for kink in kinks})
+    if not all(math.isfinite(kink) for kink in points):
+        raise InvalidInputError(f"kinks must be finite numbers, got {list(kinks)}")
+    _require_elementwise(name, fn)
+    left, right = (_asymptote(name, fn, side, slopes) for side in (-1, 1))
+    split = points[len(points) // 2] if points else 0.0
+    act = Activation(
+        name,
+        fn,
+        left,
+        right,
+        split=split,
+        edges=_panels(points or [0.0], split),
+        kinks=tuple(points),
+        width=WIDTH,
+    )
+    act = replace(act, accuracy=_accuracy(act))
+    if not act.accuracy <= SUSPICIOUS:
+        warnings.warn(
+            f"the coefficients of {name!r} are accurate to {act.accuracy:.1g} only; declare all "
+            "points where it or a derivative jumps with kinks=; what oscillates for ever is "
+            "accurate under narrow inputs only",
+            NumericalWarning,
+            stacklevel=3,
+        )
+    _REGISTRY[name] = act
+    return act
+
+
+def _require_elementwise(name: str, fn: Callable[[Tensor], Tensor]) -> None:
+    probe = torch.cat([torch.linspace(-9, 9, 91), torch.tensor([-1e4, -60.0, 60.0, 1e4])]).double()
+    order = torch.arange(len(probe)).roll(17).flip(0)
+
+    def evaluate(y: Tensor) -> Tensor:
+        try:
+            value = fn(y.clone())
+        except Exception as error:
+            raise UnsupportedActivation(
+                f"{name!r} failed on a float64 tensor {tuple(y.shape)}: {error}"
+            ) from error
+        if not isinstance(value, Tensor) or value.shape != y.shape or value.dtype != y.dtype:
+            got = (
+                f"{value.dtype} {tuple(value.shape)}"
+                if isinstance(value, Tensor)
+                else type(value).__name__
+            )
+            raise UnsupportedActivation(
+                f"{name!r} is not elementwise: float64 {tuple(y.shape)} in, {got} out"
+            )
+        return value
+
+    values = evaluate(probe)
+    if not torch.isfinite(values).all():
+        bad = probe[~torch.isfinite(values)]
+        raise UnsupportedActivation(
+            f"{name!r} returns NaN or infinity at {len(bad)} of {len(probe)} points, first at "
+            f"y = {float(bad[0]):g}"
+        )
+    tolerance = 1e-12 * (1 + values.abs())
+    alone = torch.stack([evaluate(y.reshape(1, 1)).squeeze() for y in probe[::12]])
+    # not a plain permutation only: a softmax is equivariant under those
+    for other, expected, slack in (
+        (evaluate(probe[order]), values[order], tolerance[order]),
+        (evaluate(probe.reshape(5, 19)).flatten(), values, tolerance),
+        (alone, values[::12], tolerance[::12]),
+    ):
+        if not bool(((other - expected).abs() <= slack).all()):
+            raise UnsupportedActivation(
+                f"{name!r} is not elementwise: a value changes with the other values in the tensor"
+            )
+
+
+def _asymptote(
+    name: str, fn: Callable[[Tensor], Tensor], side: int, slopes: tuple[float, float] | None
+) -> tuple[float, ...]:
+    """(intercept, slope) of the line that fn approaches on one side.
+
+    The panels reach everywhere, so a slowly reached intercept costs no accuracy.
+    """
+    y = side * FAR * torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    f = fn(y)
+    steps = ((f[1:] - f[:-1]) / (y[1:] - y[:-1])).tolist()
+    if not all(map(math.isfinite, steps)) or abs(steps[1] - steps[0]) > 1e-3 * (1 + abs(steps[0])):
+        raise UnsupportedActivation(
+            f"{name!r} is not asymptotically linear: its slope goes from {steps[0]:.4g} to "
+            f"{steps[1]:.4g} near y = {float(y[1]):.3g}; only functions that grow at most linearly "
+            "can be registered"
+        )
+    slope = round(steps[1], 6)
+    if slopes is not None:
+        given = float(slopes[(side + 1) // 2])
+        if not abs(given - steps[1]) <= 1e-2 * (1 + abs(given)):
+            raise UnsupportedActivation(
+                f"{name!r} has slope {steps[1]:.6g} towards {side * math.inf}, not {given:g}"
+            )
+        slope = given
+    intercept = float(f[2] - slope * y[2])
+    # Rounding of slope * y, not an intercept.
+    if abs(intercept) <= 1e-15 * float(y[2].abs()) * abs(slope):
+        intercept = 0.0
+    return (intercept, slope)
+
+
+def _panels(points: list[float], split: float) -> tuple[float, ...]:
+    """Edges from -inf to inf: every kink, and geometric distances from it up to its neighbours."""
+    edges = {split, *points, -math.inf, math.inf}
+    bounds = [-math.inf, *points, math.inf]
+    for before, kink, after in zip(bounds, points, bounds[2:], strict=False):
+        for distance in DISTANCES:
+            # half way to the neighbour its own panels take over
+            if distance <= (kink - before) / 2:
+                edges.add(kink - distance)
+            if distance <= (after - kink) / 2:
+                edges.add(kink + distance)
+    return tuple(sorted(edges))
+
+
+def _accuracy(act: Activation) -> float:
+    s = torch.logspace(-3, 3, 13, dtype=torch.float64)[:, None]
+    # irregular ratios, so that no panel edge falls on a symmetric place
+    ratio = torch.tensor([-20.0, -7.3, -3.1, -1.7, -0.6, 0.0, 0.35, 1.1, 2.2, 5.9, 20.0]).double()
+    m, s = (s * ratio).flatten(), s.expand(-1, len(ratio)).flatten()
+    edges = [e for e in act.edges if math.isfinite(e)]
+    middles = [(a + b) / 2 for a, b in pairwise(edges)]
+    finer = replace(act, edges=(-math.inf, *sorted(edges + middles), math.inf))
+    coarse, fine = (a.hermite_coefficients(m, s, 8) for a in (act, finer))
+    error = torch.linalg.vector_norm(coarse - fine, dim=0) - FLOOR * (m.abs() + s)
+    size = torch.linalg.vector_norm(fine, dim=0)
+    return float((error.clamp(min=0) / size.clamp(min=torch.finfo(size.dtype).tiny)).max())

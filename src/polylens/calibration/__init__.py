@@ -1,0 +1,1 @@
+"""What a model is run on, and how its layers are seen."""

@@ -1,0 +1,161 @@
+"""Batches of inputs: one check of what users pass in, one rule for which positions count."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polylens.checks import check_at_least
+from polylens.errors import InvalidInputError
+
+
+def validate_inputs(
+    inputs: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    reads_tokens: bool,
+    d_vocab: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What a model is run on: `validate_tokens`, or for a model that reads no token ids the
+    float tensor [batch, ...] (images, features) as it is.
+
+    Raises:
+        InvalidInputError: as `validate_tokens`; no float tensor, an empty one, or one with a mask.
+    """
+    if reads_tokens:
+        return validate_tokens(inputs, attention_mask, d_vocab=d_vocab)
+    inputs = _as_tensor("inputs", inputs)
+    if not inputs.is_floating_point() or inputs.dim() < 2 or inputs.numel() == 0:
+        raise InvalidInputError(
+            "this model reads no token ids but floats [batch, ...] (images, features), got "
+            f"{inputs.dtype} of shape {tuple(inputs.shape)}"
+        )
+    if attention_mask is not None:
+        raise InvalidInputError("attention_mask goes with token ids; this model reads none")
+    return inputs, None
+
+
+def validate_tokens(
+    tokens: Tensor, attention_mask: Tensor | None = None, *, d_vocab: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The tokens and mask as int64 [batch, pos].
+
+    Args:
+        tokens: [batch, pos] token ids of any integer dtype, at least two positions.
+        attention_mask: [batch, pos] of 0 and 1 (any dtype), 0 at padding; None counts all.
+        d_vocab: size of the vocabulary, when known.
+
+    Raises:
+        InvalidInputError: another dtype or shape, no tokens, ids outside the vocabulary, or a
+            mask of another shape, with other values, or of padding only.
+    """
+    tokens = _as_tensor("tokens", tokens)
+    shape = tuple(tokens.shape)
+    if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise InvalidInputError(
+            f"tokens must be integer token ids, got {tokens.dtype}; pass what the tokenizer "
+            "returns as input_ids"
+        )
+    if tokens.dim() != 2:
+        hint = "; add the batch axis: tokens[None]" if tokens.dim() == 1 else ""
+        raise InvalidInputError(f"tokens must be [batch, pos], got shape {shape}{hint}")
+    if tokens.numel() == 0:
+        raise InvalidInputError(f"tokens are empty (shape {shape}); give at least one sequence")
+    if shape[1] < 2:
+        raise InvalidInputError(
+            f"tokens have {shape[1]} position per sequence; at least 2 are needed, one to "
+            "predict the other"
+        )
+    tokens = tokens.long()
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or (d_vocab is not None and high >= d_vocab):
+        size = "" if d_vocab is None else f" to {d_vocab - 1}"
+        raise InvalidInputError(
+            f"token ids must go from 0{size}, got {low} to {high}; mark padding with "
+            "attention_mask, and use the tokenizer of this model"
+        )
+    return tokens, _validate_mask(attention_mask, shape)
+
+
+def batches(
+    tokens: Tensor, attention_mask: Tensor | None, size: int
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """(tokens, mask) of `size` sequences at a time, as views; the last may be smaller."""
+    check_at_least("batch_size", size, 1)
+    for start in range(0, len(tokens), size):
+        mask = None if attention_mask is None else attention_mask[start : start + size]
+        yield tokens[start : start + size], mask
+
+
+def counted(tokens: Tensor, attention_mask: Tensor | None, *, exclude_first: bool) -> Tensor:
+    """[batch, pos] of bool: True where an activation counts.
+
+    Never at padding; with exclude_first not at the first real position of a sequence either,
+    which is position 0 unless the sequence is padded on the left.
+    """
+    shape = tokens.shape[:2]
+    if attention_mask is None:
+        real = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+    else:
+        real = attention_mask.to(tokens.device) != 0
+    return real & (real.long().cumsum(-1) > 1) if exclude_first else real
+
+
+def kept_rows(inputs: Tensor, mask: Tensor | None, *, exclude_first: bool) -> Tensor | None:
+    """Which of the [batch * pos, d] activations of a batch count: indices, or None for all.
+
+    Of a batch of token ids as in `counted`; of a batch of floats all.
+    """
+    if inputs.is_floating_point():
+        return None
+    flags = counted(inputs, mask, exclude_first=exclude_first).reshape(-1)
+    return None if bool(flags.all()) else flags.nonzero().squeeze(1)
+
+
+def rows(x: Tensor, kept: Tensor | None) -> Tensor:
+    """[n, d]: the rows of activations [..., d] that `kept_rows` has chosen.
+
+    Of an expert's activations (hosts.base.Places) those that are among them.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if kept is None:
+        return flat
+    kept, places = kept.to(x.device), getattr(x, "places", None)
+    return flat[kept if places is None else torch.isin(places.rows, kept)]
+
+
+def _validate_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = _as_tensor("attention_mask", mask)
+    if tuple(mask.shape) != shape:
+        raise InvalidInputError(
+            f"attention_mask must have the shape of the tokens, {shape}, got {tuple(mask.shape)}"
+        )
+    if not bool(((mask == 0) | (mask == 1)).all()):
+        raise InvalidInputError(
+            "attention_mask must hold 1 at tokens and 0 at padding, got other values; an "
+            "additive mask (0 and -inf) becomes one by mask == 0"
+        )
+    if not bool((mask == 1).any()):
+        raise InvalidInputError("attention_mask is 0 everywhere: every position is padding")
+    return mask.long()
+
+
+def token_names(tokenizer: Any) -> Callable[[int], str]:
+    """Token id -> its text in quotes; the id itself where there is no tokenizer (None)."""
+    if tokenizer is None:
+        return str
+    # Bytes that are no text of their own come escaped, and repr would do it again.
+    return lambda token: repr(tokenizer.decode([token])).replace(2 * "\\", "\\")
+
+
+def _as_tensor(name: str, value: Any) -> Tensor:
+    try:
+        return torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidInputError(
+            f"{name} must be a tensor [batch, pos], got {type(value).__name__}; pass the "
+            'input_ids and attention_mask of tokenizer(texts, return_tensors="pt")'
+        ) from None

@@ -1,0 +1,272 @@
+"""Everything about a lens on one HTML page that needs no other file."""
+
+import base64
+import html
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import polylens.analysis.figures as figures
+from polylens.analysis import (
+    EigenFeatures,
+    degree_energy,
+    eigenfeatures,
+    singular_features,
+)
+from polylens.analysis.layer_features import (
+    FeatureRow,
+    TokenScores,
+    feature_rows,
+    input_moments,
+    written_tokens,
+)
+from polylens.analysis.metric import gaussian_of
+from polylens.calibration.tokens import token_names
+from polylens.checks import check_layers, label
+from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
+from polylens.fitting.fit import fit
+from polylens.hosts.base import Layer
+from polylens.inputs.gaussian import Gaussian
+from polylens.lens import Lens
+from polylens.report import rendering
+from polylens.report.report import Report
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COMPONENTS = 64
+
+_CSS = """
+body{font:15px/1.45 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ccc}
+h3{font-size:1rem;margin:1.2rem 0 .2rem}
+table{border-collapse:collapse;font-size:85%}td,th{padding:1px 8px;text-align:right}
+td.text,th.text{text-align:left}thead th{border-bottom:1px solid #999}
+div.wide{overflow-x:auto}img{max-width:100%;height:auto}p.note{color:#444;font-size:90%}
+code{font-size:95%;background:#f2f2f2;padding:0 2px;white-space:pre}
+"""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What linear algebra says about one layer.
+
+    Attributes:
+        layer: index.
+        shares: cumulative, by kind: "output directions", "linear", "eigenfeatures".
+        features: along the output direction of most quadratic variance; None below degree 2.
+        writes: tokens which that direction raises and lowers; rows: the features and the tokens
+            they read; none where the host or the layer has no tokens by name.
+        missing: why something is left out.
+    """
+
+    layer: Layer
+    shares: dict[str, list[float]]
+    features: EigenFeatures | None = None
+    writes: tuple[TokenScores, TokenScores] | None = None
+    rows: tuple[FeatureRow, ...] = ()
+    missing: str = ""
+
+
+def html_page(
+    lens: Lens,
+    report: Report,
+    path: str | Path | None = None,
+    *,
+    layers: Iterable[Layer] | int | None = None,
+    names: Callable[[int], str] | None = None,
+    k: int = 4,
+    n_tokens: int = 5,
+) -> str:
+    """A report, its figure, the input model, spectra and the strongest features of each layer.
+
+    Each layer is opened along the output direction that carries most of its quadratic variance.
+    On TransformerLens hosts features are read out in tokens.
+
+    Args:
+        lens: what the report is about; a detached one serves as well.
+        report: of `lens.report`.
+        path: also written there.
+        layers: which to open; all of the report by default.
+        names: token id -> text; the model's tokenizer by default, ids where it has none.
+        k: features per layer; n_tokens: named at either end of each.
+
+    Returns:
+        The page, which loads nothing from anywhere.
+
+    Raises:
+        InvalidInputError: a report of other layers than the lens has, or without rows.
+
+    Cost: per opened layer one d_out x d_out eigenproblem, O(d_mlp^2 d_in), and its eigenfeatures.
+    """
+    reported = [row.layer for row in report.rows if row.layer is not None]
+    strangers = [layer for layer in reported if layer not in lens.layers]
+    if strangers or not reported:
+        raise InvalidInputError(
+            f"the report has layers {reported} and the lens {list(lens.layers)}; give the report "
+            "of this lens"
+        )
+    wanted = reported if layers is None else layers
+    chosen = check_layers(wanted, lens.layers, lens.refused, " in this lens")
+    names = names or token_names(getattr(lens.host.model, "tokenizer", None))
+    openings = [_open(lens, layer, k, n_tokens, names) for layer in chosen]
+    parts = [
+        f"<h1>{html.escape(report.model)}</h1>",
+        rendering.to_html(report),
+        _image(report.plot(), "R² by layer and degree, and change of loss"),
+        "<h2>Layers and input model</h2>",
+        _note(f"{report.inputs}. R² under the model is in closed form, beside what was held out."),
+        _layers_table(lens, report),
+    ]
+    if shown := _shares(openings):
+        parts += [
+            "<h2>How many components carry a layer</h2>",
+            _note(
+                "Left to right: output directions by the variance of the second-order part, "
+                "singular features of the linear part, and eigenfeatures along the first of those "
+                "output directions, all in the covariance of the layer's inputs. Where the fit has "
+                "kept none, it is that which the norm in front implies, and the output directions "
+                "are those of its closed form."
+            ),
+            _image(figures.shares_figure(shown), "cumulative shares"),
+        ]
+    parts += ["<h2>Strongest quadratic features</h2>", _note(_FEATURES)]
+    parts += [_opening(opening) for opening in openings]
+    title = html.escape(f"polylens: {report.model}")
+    page = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_CSS}</style></head>\n'
+        f"<body>\n{chr(10).join(parts)}\n</body></html>\n"
+    )
+    if path is not None:
+        Path(path).write_text(page, encoding="utf-8")
+    return page
+
+
+_FEATURES = (
+    "Along the output direction u of most quadratic variance, a feature adds value × activation² "
+    "to the output. Tokens are those whose embedding alone activates it most, either way, in "
+    "standard deviations from the mean; both ends count alike. u raises and lowers the logits "
+    "named, through the final norm; it has no sign of its own."
+)
+
+
+@torch.no_grad()
+def _open(lens: Lens, layer: Layer, k: int, n_tokens: int, names: Callable[[int], str]) -> Opening:
+    polynomial, shares = lens[layer], {}
+    try:
+        moments = input_moments(lens, layer)
+        shares["linear part"] = singular_features(polynomial, metric=moments).share.tolist()
+        if polynomial.degree < 2:
+            return Opening(layer, shares, missing="fitted to degree 1: no quadratic part")
+        closed = polynomial
+        if not isinstance(polynomial.inputs, Gaussian):
+            closed = fit(polynomial.weights, moments, 2)
+        values, vectors = torch.linalg.eigh(degree_energy(closed, 2))
+        values = values.flip(0).clamp(min=0)
+        shares["output directions"] = (values.cumsum(0) / values.sum()).tolist()
+        u = vectors[:, -1]
+        most = min(16, polynomial.d_in, polynomial.weights.d_mlp)
+        features = eigenfeatures(polynomial, u, most, metric=moments)
+        shares["eigenfeatures of u"] = features.share.tolist()
+    except PolylensError as error:
+        return Opening(layer, shares, missing=str(error))
+    try:
+        rows = feature_rows(lens, layer, features, moments.mean, n_tokens, names)[:k]
+        return Opening(
+            layer, shares, features, written_tokens(lens, layer, u, n_tokens, names), rows
+        )
+    except UnsupportedModel as error:
+        return Opening(layer, shares, features, missing=f"no tokens: {error}")
+
+
+def _shares(openings: Sequence[Opening]) -> dict[str, dict[Layer, list[float]]]:
+    kinds = ("output directions", "linear part", "eigenfeatures of u")
+    found = {
+        kind: {o.layer: o.shares[kind][:COMPONENTS] for o in openings if kind in o.shares}
+        for kind in kinds
+    }
+    return {kind: by_layer for kind, by_layer in found.items() if by_layer}
+
+
+def _opening(opening: Opening) -> str:
+    head = f"<h3>Layer {label(opening.layer)}</h3>"
+    if opening.missing:
+        head += _note(opening.missing)
+    if opening.features is None:
+        return head
+    values, share = opening.features.values.tolist(), opening.features.share.tolist()
+    if opening.writes is None:
+        listed = ", ".join(f"{value:+.3g}" for value in values)
+        return head + _note(f"eigenvalues {listed}; {share[-1]:.1%} of the quadratic energy")
+    up, down = (_tokens(end) for end in opening.writes)
+    writes = f"<p>u raises {up}, lowers {down}.</p>"
+    cells = [
+        [f"{row.value:+.3g}", f"{row.share:.1%}", _tokens(row.high), _tokens(row.low)]
+        for row in opening.rows
+    ]
+    return head + writes + _table(["value", "share", "one end", "other end"], cells, 2)
+
+
+def _layers_table(lens: Lens, report: Report) -> str:
+    top = lens.degree
+    titles = ["layer", "kind", "activation", "d_in", "d_mlp", "|mean|", "std", "eff. rank"]
+    titles += [f"R² deg {top}: held out", "under the model", "read back to", "path"]
+    cells = []
+    for row in report.rows:
+        assert row.layer is not None
+        site, polynomial = lens.sites[row.layer], lens[row.layer]
+        held_out = "–" if row.r2 is None else f"{row.r2[top]:.4f}"
+        moments, model_r2 = ["–"] * 3, "–"
+        gaussian = gaussian_of(polynomial.inputs)
+        if gaussian is not None:
+            cov = gaussian.cov
+            trace = cov.diagonal().sum() if cov.dim() == 2 else cov.sum()
+            # Participation ratio: equal variances count fully, small ones hardly.
+            rank = trace.square() / cov.square().sum()
+            mean = torch.linalg.vector_norm(gaussian.mean)
+            moments = [f"{mean:.3g}", f"{(trace / gaussian.d_in).sqrt():.3g}", f"{rank:.0f}"]
+            model_r2 = f"{float(polynomial.r2[top]):.4f}"
+        cells.append(
+            [
+                *(row.label, site.kind, html.escape(site.activation.name)),
+                *(str(site.d_in), str(site.d_mlp), *moments, held_out, model_r2),
+                *(f"{site.error:.0e}", html.escape(site.path)),
+            ]
+        )
+    return _table(titles, cells, len(titles) - 1)
+
+
+def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], text_from: int) -> str:
+    """Cells are HTML; from column `text_from` on they are text, set flush left."""
+
+    def line(tag: str, cells: Sequence[str]) -> str:
+        kinds = ("" if i < text_from else ' class="text"' for i in range(len(cells)))
+        return "".join(f"<{tag}{c}>{t}</{tag}>" for c, t in zip(kinds, cells, strict=True))
+
+    body = "".join(f"<tr>{line('td', row)}</tr>" for row in rows)
+    head = line("th", [html.escape(title) for title in titles])
+    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f'<div class="wide">{table}</div>'
+
+
+def _tokens(scores: TokenScores) -> str:
+    return " ".join(f"<code>{html.escape(name)}</code> {score:+.1f}" for name, score in scores)
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{html.escape(text)}</p>'
+
+
+def _image(figure: "Figure", alt: str) -> str:
+    import matplotlib
+
+    out = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "polylens"}):
+        figure.savefig(out, format="svg", metadata={"Date": None})
+    data = base64.b64encode(out.getvalue()).decode()
+    return f'<p><img alt="{html.escape(alt)}" src="data:image/svg+xml;base64,{data}"></p>'

@@ -1,0 +1,1 @@
+"""The one checked file format of whatever polylens saves."""

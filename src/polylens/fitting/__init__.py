@@ -1,0 +1,1 @@
+"""From a layer and a model of its inputs to a polynomial: one file an estimator."""

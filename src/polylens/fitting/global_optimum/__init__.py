@@ -1,0 +1,1 @@
+"""The optimum over all polynomials in x under a mixture."""

@@ -1,0 +1,117 @@
+"""The best quadratic under a Gaussian mixture, by block conjugate gradients."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from polylens.errors import ConvergenceError
+from polylens.fitting.global_optimum.quadratic_moments import (
+    BlockJacobi,
+    Component,
+    MixtureMoments,
+    Quadratic,
+)
+
+# The residual is computed anew in float64 when it has fallen by GAIN, and after LONGEST
+# iterations. If it has fallen by less than SLOW then, the rounding of float32 may be met, and the
+# rest is done in float64; so is all of a problem in fewer than SMALL dimensions.
+GAIN, LONGEST, SLOW, SMALL = 1e-3, 100, 0.1, 128
+# Directions below this share of a block's largest (as squares) add nothing but rounding.
+DEPENDENT = 1e-13
+
+
+def best_quadratic(
+    moments: Quadratic, components: Sequence[Component], tolerance: float, max_iterations: int
+) -> tuple[Quadratic, int, float]:
+    """The quadratic with these moments for every output, by preconditioned conjugate gradients.
+
+    All outputs share one Krylov space (block conjugate gradients in the form of Dubrulle 2001),
+    so every output profits from what the others learn about the operator. The residuals are
+    those of Q coefficients, with Q orthonormal in the preconditioner's norm. The products are
+    done in float32 and corrected by residuals that are computed in float64, without giving up
+    the search directions: the accuracy is that of float64.
+
+    Args:
+        components: of a mixture with mean 0 and covariance I on its support, best in their
+            `common_basis`.
+        tolerance: of the residual |moments - M q| / |moments| of every output, both in the norm
+            that the preconditioner induces, computed in float64.
+
+    Returns:
+        solution, iterations, largest relative residual over the outputs.
+
+    Raises:
+        ConvergenceError: not reached within max_iterations (with the residual).
+
+    Cost: MixtureMoments once an iteration in float32, and once in float64 for every factor of
+    1e3 gained; memory of some eight quadratics for every output beside the covariances.
+    """
+    exact, exact_inverse = MixtureMoments(components), BlockJacobi(components)
+    size = moments.dot(exact_inverse(moments)).clamp(min=0).sqrt()
+    scale = torch.where(size > 0, 1 / size, 0.0)
+    solution = Quadratic(*(torch.zeros_like(part) for part in moments))
+    if not bool(size.any()):
+        return solution, 0, 0.0
+    dtype = torch.float64 if moments.linear.shape[1] < SMALL else torch.float32
+    operator, inverse = exact.to(dtype), exact_inverse.to(dtype)
+    Q, Z, coefficients = _orthonormal(moments.combined(scale.diag()).to(dtype), inverse)
+    direction, relative, update, begun = Z, 1.0, None, 0
+    for iteration in range(1, max_iterations + 1):
+        image = operator(direction)
+        step = torch.linalg.pinv(direction.gram(image), hermitian=True, rtol=DEPENDENT)
+        change = direction.combined(step @ coefficients)
+        update = change if update is None else update.add_(change)
+        Q, Z, mix = _orthonormal(Q.add_(image.combined(step), alpha=-1.0), inverse)
+        coefficients = mix @ coefficients
+        estimate = float(torch.linalg.vector_norm(coefficients, dim=0).max())
+        goal = max(tolerance / 2, GAIN * relative)
+        if estimate > goal and iteration < min(begun + LONGEST, max_iterations):
+            direction = Z.add_(direction.combined(mix.T))
+            continue
+        gained = update.to(torch.float64).combined(size.diag())
+        residual, now = _residual(moments, solution.add_(gained), exact, exact_inverse, scale)
+        if now <= tolerance:
+            return solution, iteration, now
+        if now > relative:  # rounding: what was gained is lost
+            solution.add_(gained, alpha=-1.0)
+            residual, now = _residual(moments, solution, exact, exact_inverse, scale)
+        slow = now > SLOW * relative
+        relative, update, begun = now, None, iteration
+        if slow:
+            dtype, operator, inverse = torch.float64, exact, exact_inverse
+        Q, Z, coefficients = _orthonormal(residual.combined(scale.diag()).to(dtype), inverse)
+        # conjugate to the last directions, so that nothing learnt is lost
+        image, direction = image.to(dtype), direction.to(dtype)
+        direction = Z.add_(direction.combined(step @ image.gram(Z)), alpha=-1.0)
+    raise ConvergenceError(
+        f"conjugate gradients reached a relative residual of {relative:.3g} in {max_iterations} "
+        f"iterations, {tolerance:.3g} was asked for; components that overlap little, or do "
+        "not vary where others do, converge slowly: add a variance to their covariances, use "
+        "fewer, a larger tolerance=, or scope='neuron'"
+    )
+
+
+def _residual(
+    moments: Quadratic,
+    solution: Quadratic,
+    operator: MixtureMoments,
+    inverse: BlockJacobi,
+    scale: Tensor,
+) -> tuple[Quadratic, float]:
+    """moments - M solution, and the largest of its norms over the outputs, times scale."""
+    pairs = zip(moments, operator(solution), strict=True)
+    residual = Quadratic(*(b - Ax for b, Ax in pairs))
+    norms = residual.dot(inverse(residual)).clamp(min=0).sqrt() * scale
+    return residual, float(norms.max())
+
+
+def _orthonormal(block: Quadratic, inverse: BlockJacobi) -> tuple[Quadratic, Quadratic, Tensor]:
+    """Q, its image under the preconditioner, and mix, with block = Q mix and <Q, inverse Q> = I."""
+    image = inverse(block)
+    gram = block.gram(image)
+    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    kept = values > max(DEPENDENT * float(values[-1]), 0.0)
+    root, vectors = values[kept].sqrt(), vectors[:, kept]
+    forward = vectors / root
+    return block.combined(forward), image.combined(forward), root[:, None] * vectors.T

@@ -1,0 +1,218 @@
+"""Streamed least squares over the features of all neurons: the joint fit to samples."""
+
+from collections.abc import Callable
+from math import inf, nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polylens.errors import InvalidInputError
+from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
+from polylens.inputs.samples import checked, joined
+from polylens.normal_forms.preactivation import branches
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.ends import PreactivationRange
+from polylens.polynomials.factored import Polynomial
+from polylens.polynomials.joint import JointPolynomial, feature_count, features, readout
+
+# Ridge strengths, in units of a feature's mean square, and the one tried first.
+STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
+FIRST = STRENGTHS.index(0.3)
+# Of every batch, the last fifth of the rows is held out to choose the strength.
+HELD_OUT = 0.2
+MAX_GRAM_BYTES = 1 << 33
+# Rows and columns of one block of a Gram matrix.
+ROWS, COLUMNS = 2048, 1024
+
+
+class JointGram:
+    """Streamed normal equations of the least squares over all neurons' features.
+
+    For every degree the fit minimises the mean of |f - base_n - Phi_n D|^2 + strength |D|^2
+    (features at unit mean square); the strength is the one of least error on the last fifth of
+    each batch, and D is then solved from all samples. One pass: features are standardised by the
+    first block of samples. Memory is 2 features^2 float64, with features = 1 + d_in +
+    (degree - 1) d_mlp (2 d_mlp for a GLU), whatever the number of samples.
+
+    Args:
+        weights: the layer.
+        degree: of the fit.
+        seen: gets the range of the preactivations, of samples with a positive weight. Where it
+            has tails, the features that are not linear stop at their ends, and what the
+            activation gains beyond is not fitted.
+
+    Attributes:
+        dtype: of the products; sums are in float64.
+
+    Raises:
+        InvalidInputError: too many features (the size).
+    """
+
+    def __init__(
+        self, weights: MLPWeights | GLUWeights, degree: int, seen: PreactivationRange | None = None
+    ) -> None:
+        size = feature_count(weights, degree)
+        if 16 * size * size > MAX_GRAM_BYTES:
+            raise InvalidInputError(
+                f"{size:,} features need Gram matrices of {16 * size * size:,} bytes; fit neuron "
+                "by neuron or a lower degree"
+            )
+        self.dtype = torch.promote_types(weights.dtype, torch.float32)
+        self._weights, self._degree = weights.to(self.dtype), degree
+        self._neurons = NeuronGram(weights, degree, seen=seen, linear=True)
+        self._tails = None if seen is None else seen.tails
+        self._frame: tuple[Polynomial, Tensor, Tensor] | None = None
+        self._train, self._test = (_Sums(size, weights.d_out, weights.device) for _ in range(2))
+
+    @torch.no_grad()
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        """Add inputs x [..., d_in] of the layer, optionally weighted [...].
+
+        Cost: O(features^2) per sample.
+        """
+        x, w = checked(x, sample_weights, self._weights.d_in)
+        cut = len(x) - int(HELD_OUT * len(x))
+        for sums, rows in ((self._train, slice(0, cut)), (self._test, slice(cut, None))):
+            sums.waiting.append((x[rows], None if w is None else w[rows]))
+            if sum(len(block) for block, _ in sums.waiting) >= ROWS:
+                self._flush(sums)
+
+    def _flush(self, sums: "_Sums") -> None:
+        """Add what is waiting."""
+        waiting, sums.waiting = sums.waiting, []
+        if not waiting:
+            return
+        x, w = joined(waiting)
+        if self._frame is None:
+            self._frame = self._standardised(x[:ROWS].to(self._weights.device, self.dtype))
+        base, center, z_mean = self._frame
+        self._neurons.update(x, w)
+        for i in range(0, len(x), ROWS):
+            block = x[i : i + ROWS].to(self._weights.device, self.dtype)
+            phi, beyond = features(base, center, z_mean, block, self._degree)
+            roots = None if w is None else w[i : i + ROWS].to(phi).sqrt()
+            out = self._weights(block)
+            sums.add(phi, out if beyond is None else out - beyond @ self._weights.W_out, roots)
+
+    def _standardised(self, x: Tensor) -> tuple[Polynomial, Tensor, Tensor]:
+        """What `features` reads: m and s in a polynomial without coefficients, E[x], E[z]."""
+        moments = NeuronMoments(self._weights)
+        moments.update(x)
+        m, s, _, _ = self._neurons.standardise = moments.standardise(fallback=1.0)
+        P = m.new_zeros(self._degree + 1, self._degree + 1, len(m))
+        center, z_mean, Q = x.double().mean(0), torch.zeros_like(m), None
+        _, _, V, b_V = branches(self._weights)
+        if V is not None:
+            z_mean, Q = center @ V.double(), P[:, : self._degree]
+            z_mean = z_mean if b_V is None else z_mean + b_V.double()
+        return Polynomial(self._weights, m, s, P, Q, self._tails), center, z_mean
+
+    @torch.no_grad()
+    def solve(self, inputs: Any = None) -> JointPolynomial:
+        """The fit to all samples so far, for every degree up to that of the sums.
+
+        Raises:
+            InvalidInputError: no samples with a positive weight, or sums that are not finite.
+        """
+        for sums in (self._train, self._test):
+            self._flush(sums)
+            sums.complete()
+        base = self._neurons.solve(inputs=inputs)
+        assert self._frame is not None
+        _, center, z_mean = self._frame
+        readouts = (readout(base, center, z_mean, n) for n in range(self._degree + 1))
+        found = [_choose(self._train, self._test, own) for own in readouts]
+        corrections, ridge, held_out = zip(*found, strict=True)
+        return JointPolynomial(base, center, z_mean, list(corrections), ridge, held_out)
+
+
+class _Sums:
+    """Phi^T Phi, Phi^T y and |y|^2 of features Phi and true outputs y, in float64.
+
+    Attributes:
+        waiting: batches (x, sample weights or None) that are too small to be added alone.
+    """
+
+    def __init__(self, size: int, d_out: int, device: torch.device) -> None:
+        zeros: dict[str, Any] = {"dtype": torch.float64, "device": device}
+        self.gram = torch.zeros(size, size, **zeros)  # right of the diagonal blocks, see `complete`
+        self.cross = torch.zeros(size, d_out, **zeros)
+        self.square = self.count = 0.0
+        self.waiting: list[tuple[Tensor, Tensor | None]] = []
+
+    def add(self, phi: Tensor, y: Tensor, roots: Tensor | None) -> None:
+        """Add samples weighted by the squares of `roots`; overwrites phi."""
+        if roots is not None:
+            phi, y = phi.mul_(roots[:, None]), y * roots[:, None]
+        for i in range(0, phi.shape[1], COLUMNS):
+            self.gram[i : i + COLUMNS, i:] += phi[:, i : i + COLUMNS].T @ phi[:, i:]
+        self.cross += phi.T @ y
+        self.square += float(y.double().square().sum())
+        self.count += len(phi) if roots is None else float(roots.double().square().sum())
+
+    def complete(self) -> None:
+        """Fill in what is left of the diagonal blocks."""
+        for i in range(0, len(self.gram), COLUMNS):
+            block = slice(i, i + COLUMNS)
+            self.gram[i + COLUMNS :, block] = self.gram[block, i + COLUMNS :].T
+
+    def error(self, readout: Tensor) -> float:
+        """Sum of |y - Phi readout|^2 over the first features."""
+        size = len(readout)
+        product = self.gram[:size, :size] @ readout - 2 * self.cross[:size]
+        return self.square + float(torch.sum(readout * product))
+
+
+def _choose(train: _Sums, test: _Sums, base: Tensor) -> tuple[Tensor, float, float]:
+    """Correction to the readouts `base` of one degree, its strength and held-out error.
+
+    An infinite strength keeps the base, where no correction has a smaller held-out error.
+    """
+    size, count = len(base), train.count + test.count
+    train_gram, test_gram = (sums.gram[:size, :size] for sums in (train, test))
+    diagonal = (train_gram.diagonal() + test_gram.diagonal()) / count
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[:, None]
+    left = train.cross[:size] - train_gram @ base
+    error, strength = test.error(base), inf
+    if test.count > 0 and train.count > 0:
+        system = train_gram * (scale * scale.T / train.count)
+        right = left * scale / train.count
+
+        def held_out(strength: float) -> float:
+            D = _ridge(system, right, strength)
+            return inf if D is None else test.error(base + D * scale)
+
+        error, strength = min((error, inf), _walk(held_out))
+        del system
+    correction = torch.zeros_like(base)
+    if strength < inf:
+        left += test.cross[:size] - test_gram @ base
+        system = (train_gram + test_gram) * (scale * scale.T / count)
+        solved = _ridge(system, left * scale / count, strength)
+        correction = correction if solved is None else solved * scale
+    return correction, strength, error / test.count if test.count else nan
+
+
+def _walk(error: Callable[[float], float]) -> tuple[float, float]:
+    """(least error, its strength), from the first strength on to where the error rises again."""
+    first = best = error(STRENGTHS[FIRST]), STRENGTHS[FIRST]
+    for others in (STRENGTHS[FIRST + 1 :], STRENGTHS[:FIRST][::-1]):
+        for strength in others:
+            found = error(strength), strength
+            if found[0] >= best[0]:
+                break
+            best = found
+        if best != first:
+            break
+    return best
+
+
+def _ridge(system: Tensor, right: Tensor, strength: float) -> Tensor | None:
+    """(system + strength I)^-1 right, None where that is not positive definite in float64."""
+    diagonal = system.diagonal()
+    before = diagonal.clone()
+    diagonal += strength
+    L, info = torch.linalg.cholesky_ex(system)
+    diagonal.copy_(before)
+    return None if int(info) else torch.cholesky_solve(right, L)

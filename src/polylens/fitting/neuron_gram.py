@@ -1,0 +1,264 @@
+"""Streamed least squares, neuron by neuron: the per-neuron fit to samples."""
+
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polylens.errors import InvalidInputError, NumericalWarning
+from polylens.fitting.nested import glu_tables, nested_solutions
+from polylens.inputs.samples import checked
+from polylens.normal_forms.preactivation import blocks
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.ends import PreactivationRange, ends_of
+from polylens.polynomials.evaluation import gained
+from polylens.polynomials.factored import Polynomial
+
+# Float64 numbers in one block of features: a core's cache on a CPU, plenty of work on a GPU.
+BLOCK = {"cpu": 1 << 18, "other": 1 << 25}
+# Ridge relative to each feature's mean square, and the pivot below which it is added.
+RIDGE, PIVOT = 1e-10, 1e-12
+
+
+class NeuronGram:
+    """Streamed normal equations of every neuron's own least-squares polynomial.
+
+    The basis of a neuron is 1, He_1(t), zeta, He_2(t), zeta He_1(t), ... (no zeta for an MLP)
+    with t = (y - m) / s and zeta = (z - E[z]) / sd(z), its target act(y) z. Feed it the inputs
+    of the layer, whole batches or as hooks deliver them; memory is (2 degree + 2)^2 float64 per
+    neuron however many samples there are.
+
+    Args:
+        weights: the layer.
+        degree: highest degree that `solve` will be asked for.
+        standardise: (m, s, z mean, z deviation), each [d_mlp]; None takes those of the first
+            batch. They only affect conditioning, so a first batch of a few hundred samples is
+            enough.
+        seen: gets the range of the preactivations, of samples with a positive weight. Where it
+            has tails, t stops at their ends in the basis, and the target is without what the
+            activation gains beyond them.
+        linear: t itself, k = 1, does not stop there.
+
+    Attributes:
+        standardise: as above; None before the first batch.
+        size: number of features and the target.
+    """
+
+    def __init__(
+        self,
+        weights: MLPWeights | GLUWeights,
+        degree: int,
+        standardise: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+        seen: PreactivationRange | None = None,
+        linear: bool = False,
+    ) -> None:
+        self.weights, self.degree = weights, degree
+        self.standardise = standardise
+        self._rows = 0
+        self._seen, self._linear = seen, linear
+        self._glu = isinstance(weights, GLUWeights)
+        self.size = (2 * degree if self._glu else degree) + 2
+        self._gram = torch.zeros(
+            weights.d_mlp, self.size, self.size, dtype=torch.float64, device=weights.device
+        )
+
+    @property
+    def count(self) -> float:
+        """Samples seen so far, or the sum of their weights."""
+        return float(self._gram[0, 0, 0])
+
+    @torch.no_grad()
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        """Add inputs x [..., d_in] of the layer, optionally weighted [...].
+
+        Preactivations are computed in the wider dtype of x and the weights, as the layer does,
+        the sums in float64. Cost: O(d_mlp (d_in + degree^2)) per sample.
+        """
+        x, sample_weights = checked(x, sample_weights, self.weights.d_in)
+        if not len(x):
+            return
+        self._rows += len(x) if sample_weights is None else int((sample_weights > 0).sum())
+        for y, z, w in blocks(self.weights, x, sample_weights):
+            self._add(y, z, w)
+
+    def _add(self, y: Tensor, z: Tensor | None, w: Tensor | None) -> None:
+        if self.standardise is None:
+            moments = NeuronMoments(self.weights)
+            moments.add(y, z, None)
+            self.standardise = moments.standardise(fallback=1.0)
+        if self._seen is not None:
+            self._seen.add(y if w is None or bool((w > 0).all()) else y[:, w > 0])
+        target = self.weights.act(y)
+        if self._seen is not None and self._seen.tails is not None:
+            tails = self._seen.tails[:, :, None].to(y)
+            more = gained(y, ends_of(self.weights.act, tails))
+            target = target if more is None else target - more
+        root = None if w is None else w.double().sqrt()
+        for rows in _row_blocks(y, self.size):
+            features = self.features(rows, y[rows], None if z is None else z[rows], target[rows])
+            if root is not None:
+                features *= root
+            self._gram[rows].baddbmm_(features, features.mT)
+
+    def features(
+        self, rows: slice | Tensor, y: Tensor, z: Tensor | None, act: Tensor, more: int = 0
+    ) -> Tensor:
+        """Basis and target [neurons, size + more, n] in float64 of these neurons.
+
+        Args:
+            y, z: [neurons, n]; act: of y, without what is gained beyond tails.
+            more: rows that are left unset.
+        """
+        assert self.standardise is not None
+        m, s, z_mean, z_scale = (each[rows, None] for each in self.standardise)
+        stride, last = 1 if z is None else 2, self.size - 1
+        out = y.new_empty(len(y), self.size + more, y.shape[1], dtype=torch.float64)
+        out[:, 0] = 1.0
+        he = [out[:, 0], *(out[:, stride * (k - 1) + 1] for k in range(1, self.degree + 1))]
+        if self.degree:
+            # where: a constant neuron has t = 0
+            inverse = torch.where(s > 0, 1 / s, 0.0)
+            tails = None if self._seen is None else self._seen.tails
+            near = y if tails is None else y.clamp(*(end[rows, None].to(y) for end in tails))
+            torch.sub(y if self._linear else near, m, out=he[1]).mul_(inverse)
+            if self._linear and tails is not None:
+                he[1] = (near.double() - m) * inverse
+        for k in range(1, self.degree):
+            torch.mul(he[1], he[k], out=he[k + 1]).sub_(he[k - 1], alpha=k)
+        if z is None:
+            out[:, last] = act
+            return out
+        torch.mul(act, z, out=out[:, last])
+        if self.degree:
+            zeta = out[:, 2]
+            torch.sub(z, z_mean, out=zeta).div_(z_scale)
+            for k in range(1, self.degree):
+                torch.mul(zeta, he[k], out=out[:, 2 * k + 2])
+        return out
+
+    @torch.no_grad()
+    def solve(self, degree: int | None = None, inputs: Any = None) -> Polynomial:
+        """The least-squares Polynomial of the samples so far, for every degree up to `degree`.
+
+        Where features are collinear (fewer samples than features, a linear branch that is a
+        function of the gate), a ridge of 1e-10 of their mean square makes the solution unique;
+        it is recorded as `ridge` on the result, with a NumericalWarning.
+
+        Raises:
+            InvalidInputError: no samples, a degree above the one that sums were kept for.
+        """
+        n = self.degree if degree is None else degree
+        if not 0 <= n <= self.degree:
+            raise InvalidInputError(f"degree {n} was asked of sums kept for 0 ... {self.degree}")
+        if self.standardise is None or not self.count > 0:
+            raise InvalidInputError("no samples with a positive weight, nothing to fit to")
+        size = 2 * n + 1 if self._glu else n + 1
+        gram = self._gram[:, :size, :size] / self.count
+        right = self._gram[:, :size, -1:] / self.count
+        if not torch.isfinite(right).all() or not torch.isfinite(gram).all():
+            bad = int((~torch.isfinite(self._gram)).any(2).any(1).sum())
+            raise InvalidInputError(
+                f"the sums of {bad} of {len(gram)} neurons are not finite: their preactivations "
+                "overflow float64 in powers; fit a lower degree or inspect the inputs"
+            )
+        solutions, collinear = _solve(gram, right, n, self._glu, few=self._rows < size)
+        if collinear:
+            warnings.warn(
+                f"the features of {collinear} of {len(solutions[0])} neurons are collinear in "
+                f"these samples; a ridge of {RIDGE:g} of their mean square was added to make the "
+                "fit unique. More samples or a lower degree avoid it",
+                NumericalWarning,
+                stacklevel=3,
+            )
+        m, s, z_mean, z_scale = self.standardise
+        if self._glu:
+            solutions[:, :, 2::2] /= z_scale[:, None]
+            P, Q = glu_tables(solutions, n, z_mean)
+        else:
+            P, Q = solutions.transpose(1, 2).contiguous(), None
+        ridge = RIDGE if collinear else 0.0
+        return Polynomial(self.weights, m, s, P, Q, inputs=inputs, ridge=ridge)
+
+
+def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[Tensor, int]:
+    """Coefficients [n + 1, d_mlp, features], and of how many neurons they needed a ridge.
+
+    few: fewer samples than features.
+    """
+    size = gram.shape[1]
+    if n:
+        # A neuron whose t does not vary has no features beyond its constant (and zeta).
+        variance = gram[:, 1, 1] - gram[:, 0, 1].square()
+        dead = variance <= 1e-24 * (1 + gram[:, 1, 1])
+        unused = torch.zeros_like(gram[:, 0], dtype=torch.bool)
+        unused[:, 1] = True
+        unused[:, 3 if glu else 2 :] = True
+        unused &= dead[:, None]
+        gram = gram.masked_fill(unused[:, :, None] | unused[:, None, :], 0.0)
+        right = right.masked_fill(unused[:, :, None], 0.0)
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    gram = gram * scale[:, :, None] * scale[:, None, :]
+    gram.diagonal(dim1=1, dim2=2).masked_fill_(diagonal <= 0, 1.0)
+    L, info = torch.linalg.cholesky_ex(gram)
+    pivots = L.diagonal(dim1=1, dim2=2).square().amin(1)
+    collinear = (info != 0) | ~(pivots > PIVOT) | few
+    if collinear.any():
+        amount = torch.where(collinear, RIDGE, 0.0)
+        gram.diagonal(dim1=1, dim2=2)[:, 1:] += amount[:, None]
+        L = torch.linalg.cholesky(gram)
+    Qb = torch.linalg.solve_triangular(L, right * scale[:, :, None], upper=False)
+    sizes = range(1, size + 1, 2 if glu else 1)
+    return nested_solutions(L.mT, Qb, sizes).squeeze(3) * scale, int(collinear.sum())
+
+
+def _row_blocks(y: Tensor, width: int) -> Iterator[slice]:
+    """Some rows of y [d_mlp, n] at a time, for `width` numbers of each of its entries."""
+    step = BLOCK["cpu" if y.device.type == "cpu" else "other"]
+    step = max(1, step // (width * y.shape[1]))
+    return (slice(i, i + step) for i in range(0, len(y), step))
+
+
+class NeuronMoments:
+    """Streamed mean and deviation of every neuron's y and z, about those of the first batch."""
+
+    def __init__(self, weights: MLPWeights | GLUWeights) -> None:
+        self.weights = weights
+        self._shift: Tensor | None = None
+        self._sums = torch.empty(0)
+        self._count = 0.0
+
+    @torch.no_grad()
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        """Add inputs x [n, d_in] of the layer, optionally weighted [n]."""
+        for y, z, w in blocks(self.weights, x, sample_weights):
+            self.add(y, z, w)
+
+    def add(self, y: Tensor, z: Tensor | None, sample_weights: Tensor | None) -> None:
+        """Add preactivations [d_mlp, n]."""
+        present = [y] if z is None else [y, z]
+        if self._shift is None:
+            self._shift = torch.zeros(2, len(y), dtype=torch.float64, device=y.device)
+            self._sums = self._shift.repeat(2, 1, 1)
+            for shift, values in zip(self._shift, present, strict=False):
+                torch.mean(values, 1, dtype=torch.float64, out=shift)
+        w = self._shift.new_ones(y.shape[1]) if sample_weights is None else sample_weights.double()
+        for k, branch in enumerate(present):
+            for rows in _row_blocks(branch, 1):
+                values = branch[rows] - self._shift[k, rows, None]
+                self._sums[0, k, rows] += values @ w
+                self._sums[1, k, rows] += values.square_() @ w
+        self._count += float(w.sum())
+
+    def standardise(self, fallback: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(m, s, z mean, z deviation); a constant y has s = fallback, a constant z 1."""
+        if self._shift is None or not self._count > 0:
+            raise InvalidInputError("no samples with a positive weight, nothing to fit to")
+        delta, square = self._sums / self._count
+        mean = self._shift + delta
+        deviation = (square - delta.square()).clamp(min=0).sqrt()
+        constant = deviation <= 1e-14 * mean.abs()
+        s = torch.where(constant[0], fallback, deviation[0])
+        return mean[0], s, mean[1], torch.where(constant[1], 1.0, deviation[1])

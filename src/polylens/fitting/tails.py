@@ -1,0 +1,211 @@
+"""Where each neuron's polynomial ends, when a share of the preactivations may lie beyond."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from polylens.activations.hermite import evaluate_powers
+from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
+from polylens.inputs.samples import checked
+from polylens.normal_forms.preactivation import blocks
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+
+# Shares of a neuron's preactivations that may lie beyond one end; the large ones, of neurons that
+# are on one side for nearly all inputs, are tried where the error is largest. Not zero, for one
+# huge preactivation is fitted well by any polynomial that gives itself up for it.
+SMALL, LARGE = (0.002, 0.01, 0.03, 0.07, 0.15), (0.4, 0.6, 0.8, 0.9, 0.97)
+LARGEST, FEW = 8, 64
+# Inputs that must remain for each feature of a neuron.
+REMAINING = 10
+# Relative to each feature's mean square.
+RIDGE = 1e-12
+# Float64 numbers in one block of features.
+BLOCK = 1 << 20
+
+
+@torch.no_grad()
+def best_tails(
+    weights: MLPWeights | GLUWeights,
+    x: Tensor,
+    sample_weights: Tensor | None,
+    degree: int,
+    share: float,
+) -> Tensor:
+    """[2, d_mlp] float64: ends beyond which y follows an asymptote.
+
+    Far from zero SiLU and GELU are 0 or y, and a polynomial that follows them there bends
+    everywhere else. Of all preactivations of the layer on inputs x [n, d_in] no more than `share`
+    lie beyond an end, at the neurons and on the sides where that lowers the error most: the
+    minimum over pairs of shares p_i below and q_i above, at least 0.002 (or share / 4) each, of
+
+        sum_i err_i(p_i, q_i) + lambda (p_i + q_i)
+
+    with err_i the squared error of neuron i's best polynomial between the ends that continues as
+    in `Polynomial.clipped`, times |W_out,i|^2, and lambda such that mean p_i + q_i <= share. A
+    neuron that is on one side for all but a few inputs may so be beyond for most of them. Infinite
+    where the inputs are too few to tell, and at degree 0.
+
+    Cost: about one fit to x: the normal equations of every pair are sums over the same segments
+    of sorted preactivations.
+    """
+    size = (2 if isinstance(weights, GLUWeights) else 1) * degree + 1
+    most = min(0.99, 1 - REMAINING * size / max(1, len(x)))
+    infinite = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64, device=weights.device)
+    ends = infinite[:, None].repeat(1, weights.d_mlp)
+    small = (min(SMALL[0], share / 4), *SMALL[1:])
+    few = [pair for pair in itertools.product(small, small) if sum(pair) <= most]
+    sides = (LARGE, small), (small, LARGE)
+    many = [pair for two in sides for pair in itertools.product(*two) if sum(pair) <= most]
+    if len(few) < 2 or not degree:
+        return ends
+    sums = _Sums(weights, *checked(x, sample_weights, weights.d_in), degree)
+    found = sums.choices(torch.arange(weights.d_mlp, device=weights.device), few)
+    if many:
+        best = found.errors.amin(0)
+        largest = best.topk(min(len(best), max(FEW, len(best) // LARGEST))).indices
+        found = found.extended(largest, sums.choices(largest, many))
+    # The least price at which the whole share is not spent.
+    low, high = 0.0, float(found.errors[0].sum()) / SMALL[1]
+    for _ in range(40):
+        middle = (low * high) ** 0.5 if low else high * 1e-15
+        spent = float(found.spent[found.cheapest(middle)].mean())
+        low, high = (middle, high) if spent > share else (low, middle)
+    choice = found.cheapest(high)
+    return found.ends.gather(0, choice.expand(1, 2, -1))[0]
+
+
+class _Choices(NamedTuple):
+    """What pairs of shares lead to.
+
+    Attributes:
+        errors: [pairs, d_mlp].
+        ends: [pairs, 2, d_mlp].
+        spent: [pairs, 1] share beyond the ends.
+    """
+
+    errors: Tensor
+    ends: Tensor
+    spent: Tensor
+
+    def cheapest(self, price: float) -> Tensor:
+        """[d_mlp] index of the pair of least error + price * share."""
+        return (self.errors + price * self.spent).min(0).indices
+
+    def extended(self, neurons: Tensor, more: "_Choices") -> "_Choices":
+        """With further pairs, of some neurons only."""
+        errors = self.errors.new_full((len(more.errors), self.errors.shape[1]), torch.inf)
+        errors[:, neurons] = more.errors
+        ends = self.ends[:1].repeat(len(errors), 1, 1)
+        ends[:, :, neurons] = more.ends
+        joined = zip(self, (errors, ends, more.spent), strict=True)
+        return _Choices(*(torch.cat(pair) for pair in joined))
+
+
+class _Sums:
+    """Normal equations of neurons on some inputs, by segments of their sorted preactivations."""
+
+    def __init__(
+        self, weights: MLPWeights | GLUWeights, x: Tensor, w: Tensor | None, degree: int
+    ) -> None:
+        self._weights, moments = weights, NeuronMoments(weights)
+        parts = list(blocks(weights, x, w))
+        for y, z, _ in parts:
+            moments.add(y, z, None)
+        self._y, linear = torch.cat([y for y, _, _ in parts], 1), [z for _, z, _ in parts]
+        self._z = None if linear[0] is None else torch.cat(linear, 1)  # type: ignore[arg-type]
+        self._root = None if w is None else w.to(weights.device, torch.float64).sqrt()
+        self._standardise = moments.standardise(fallback=1.0)
+        self._gram = NeuronGram(weights, degree, self._standardise)
+
+    def choices(self, neurons: Tensor, pairs: Sequence[tuple[float, float]]) -> _Choices:
+        """What shares (below, above) lead to, of these neurons."""
+        n, size = self._y.shape[1], self._gram.size
+        counts = [(int(p * n), int(q * n)) for p, q in pairs]
+        cuts = sorted({0, n, *(p for p, _ in counts), *(n - q for _, q in counts)})
+        step = max(1, BLOCK // ((size + 2) * n))
+        parts = [self._segments(rows, cuts) for rows in neurons.split(step)]
+        sums, lowest, highest = (torch.cat(each, 1) for each in zip(*parts, strict=True))
+        begins = {p: cuts.index(p) for p, _ in counts}
+        stops = {q: cuts.index(n - q) for _, q in counts}
+        # one for each share, not for each pair: half of the time otherwise
+        below = {p: self._beyond(neurons, 0, lowest[i], sums[:i].sum(0)) for p, i in begins.items()}
+        above = {
+            q: self._beyond(neurons, 1, highest[i - 1], sums[i:].sum(0)) for q, i in stops.items()
+        }
+        grams, ends = [], []
+        for p, q in counts:
+            between = sums[begins[p] : stops[q], :, :size, :size].sum(0)
+            grams.append(between.add_(below[p]).add_(above[q]))
+            ends.append(torch.stack([lowest[begins[p]], highest[stops[q] - 1]]))
+        errors = _least_squares(torch.stack(grams))
+        errors *= self._weights.W_out[neurons].double().square().sum(1)
+        spent = errors.new_tensor([[(p + q) / n] for p, q in counts])
+        return _Choices(errors, torch.stack(ends), spent)
+
+    def _segments(self, rows: Tensor, cuts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Gram matrices [segments, neurons, ., .] of features, target act z, and (act - A) z for
+        the asymptote A on either side; and lowest and highest y of every segment."""
+        order = _sorted(self._y[rows])
+        y = self._y[rows].gather(1, order)
+        z = None if self._z is None else self._z[rows].gather(1, order)
+        act, size = self._weights.act(y), self._gram.size
+        phi = self._gram.features(rows, y, z, act, more=2)
+        for side, asymptote in enumerate(self._asymptotes(y)):
+            torch.sub(act, asymptote, out=phi[:, size + side])
+            if z is not None:
+                phi[:, size + side] *= z
+        if self._root is not None:
+            phi *= self._root[order][:, None]
+        pieces = [phi[..., a:b] for a, b in itertools.pairwise(cuts)]
+        sums = torch.stack([piece @ piece.mT for piece in pieces])
+        return sums, y[:, cuts[:-1]].double().T, y[:, [c - 1 for c in cuts[1:]]].double().T
+
+    def _beyond(self, rows: Tensor, side: int, end: Tensor, sums: Tensor) -> Tensor:
+        """Gram matrix of features and target of the inputs beyond an end.
+
+        There the features are those at the end, c, and the target is (act - A) z + A(c) z: both
+        are linear in 1, zeta and (act - A) z, whose sums are known.
+        """
+        z_mean, z_scale = (each[rows] for each in self._standardise[2:])
+        known, size = [0] if self._z is None else [0, 2], self._gram.size
+        z = None if self._z is None else torch.stack([z_mean, z_mean + z_scale], 1)
+        y = end[:, None].expand(-1, len(known))
+        at = self._gram.features(rows, y, z, self._asymptotes(y)[side])
+        if self._z is not None:
+            at[..., 1] -= at[..., 0]
+        by = F.pad(at, (0, 1))
+        by[:, -1, -1] = 1
+        known = [*known, size + side]
+        return by @ sums[:, known][:, :, known] @ by.mT
+
+    def _asymptotes(self, y: Tensor) -> list[Tensor]:
+        """What act approaches on either side, constant on the other side of the split."""
+        act = self._weights.act
+        left, right = y.clamp(max=act.split), y.clamp(min=act.split)
+        return [evaluate_powers(act.left, left), evaluate_powers(act.right, right)]
+
+
+def _sorted(y: Tensor) -> Tensor:
+    """Indices that sort the rows."""
+    if y.device.type != "cpu":
+        return y.argsort(1)
+    return torch.from_numpy(np.argsort(y.numpy(), 1))  # a third of torch's time
+
+
+def _least_squares(grams: Tensor) -> Tensor:
+    """Least sums of squares, from Gram matrices [..., n, n] of features and, last, a target."""
+    diagonal = grams.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
+    system = grams * scale[..., :, None] * scale[..., None, :]
+    right = system[..., :-1, -1:]
+    system = system[..., :-1, :-1]
+    own = torch.where(diagonal > 0, RIDGE, 1.0)[..., :-1]
+    L, info = torch.linalg.cholesky_ex(system + torch.diag_embed(own))
+    explained = torch.linalg.solve_triangular(L, right, upper=False).square().sum((-2, -1))
+    errors = (1 - explained).clamp(min=0) * diagonal[..., -1]
+    return torch.where((info == 0) & errors.isfinite(), errors, torch.inf)

@@ -1,0 +1,1 @@
+"""nnsight models."""

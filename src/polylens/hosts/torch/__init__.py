@@ -1,0 +1,1 @@
+"""Any torch module, Hugging Face's models among them."""

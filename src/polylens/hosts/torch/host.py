@@ -1,0 +1,394 @@
+"""Any torch module: Hugging Face models, classifiers, custom transformers."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
+from polylens.hosts.base import Emitter, Layer, MLPSite, Norm, openings, written
+from polylens.hosts.norms import Call, norm_read
+from polylens.hosts.passage import Emitting, Function, PolyPoint, Taps, observing, substituting
+from polylens.hosts.recording import quiet
+from polylens.hosts.torch.copying import Place, clean_copy, place_of, require_apart
+from polylens.hosts.torch.dataflow import Block, find_blocks
+from polylens.hosts.torch.guessing import Inputs, accepted, guessed_inputs
+from polylens.hosts.torch.moe import ExpertPassage, ExpertSite, Member, find_experts
+from polylens.hosts.torch.splice import Splice
+
+_SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_beams": 1}
+
+
+class TorchHost:
+    """Implements `hosts.base.Host` with torch hooks only.
+
+    Hook points are modules `hook_poly_<name>` under the site's path. In a classifier with
+    several hidden layers neighbouring sites share a linear map: the out-projection of one is
+    the in-projection of the next.
+
+    Args:
+        model: any torch module.
+        example_inputs: arguments of one small forward pass: a mapping of keywords, a tuple of
+            positional arguments, or one tensor. Guessed where None.
+    """
+
+    def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
+        self.model = model
+        self.name = "Hugging Face" if _is_hugging_face(model) else "torch"
+        self._examples: Inputs | None = None
+        if isinstance(example_inputs, Mapping):
+            self._examples = dict(example_inputs)
+        elif example_inputs is not None:
+            single = isinstance(example_inputs, Tensor)
+            self._examples = (example_inputs,) if single else tuple(example_inputs)
+        self._blocks: dict[int, Block] = {}
+        self._experts: dict[Layer, ExpertSite] = {}
+        self._passages: dict[nn.Module, ExpertPassage] = {}
+        self._points: dict[Layer, dict[str, PolyPoint]] = {}
+
+    @property
+    def module(self) -> nn.Module:
+        """The torch module that is hooked and called."""
+        return self.model
+
+    @property
+    def device(self) -> torch.device:
+        parameter = next(self.module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @property
+    def reads_tokens(self) -> bool:
+        if _is_hugging_face(self.module):
+            return self.module.main_input_name == "input_ids"
+        known = self._examples
+        values = known.values() if isinstance(known, dict) else known or ()
+        first = next((v for v in values if isinstance(v, Tensor)), None)
+        return first is not None and not first.is_floating_point()
+
+    def sites(self) -> tuple[list[MLPSite], dict[Layer, str]]:
+        blocks, refused = self._found()
+        self._blocks = {block.layer: block for block in blocks}
+        assert self._examples is not None
+        experts, problems = find_experts(self.module, partial(self._example_run, self._examples))
+        self._experts = {site.layer: site for site in experts}
+        sites = sorted([*map(_site, blocks), *experts], key=_place)
+        return sites, _still_refused(refused, experts, problems)
+
+    def _found(self) -> tuple[list[Block], dict[int, str]]:
+        guesses = guessed_inputs(self.module) if self._examples is None else [self._examples]
+        problem: Exception | None = None
+        for inputs in guesses:
+            try:
+                found = find_blocks(self.module, partial(self._example_run, inputs))
+            except _ForwardFailed as failure:
+                problem = failure.__cause__  # type: ignore[assignment]
+            else:
+                self._examples = inputs
+                return found
+        raise UnsupportedModel(
+            f"{type(self.module).__name__} needs inputs that polylens cannot guess"
+            f"{'' if problem is None else f' ({type(problem).__name__}: {problem})'}; give "
+            "example_inputs=, the arguments of one small forward pass: a mapping, a tuple or a "
+            "tensor"
+        ) from problem
+
+    def _example_run(self, inputs: Inputs) -> None:
+        try:
+            self._call(self.module, inputs)
+        except Exception as error:
+            raise _ForwardFailed from error
+
+    def _call(self, module: nn.Module, inputs: Inputs) -> Any:
+        floating = (p.dtype for p in module.parameters() if p.is_floating_point())
+        dtype = next(floating, torch.float32)
+
+        def moved(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return value.to(self.device, dtype if value.is_floating_point() else None)
+
+        if isinstance(inputs, dict):
+            return module(**{name: moved(value) for name, value in inputs.items()})
+        return module(*(moved(value) for value in inputs))
+
+    def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """[batch, pos] token ids (or a float tensor, for models of images or features).
+
+        Raises:
+            UnsupportedModel: a model without a head, which returns hidden states.
+        """
+        out = self._forward(self.module, tokens, attention_mask)
+        if isinstance(out, Tensor):
+            return out
+        named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+        if named is None and isinstance(out, Mapping):
+            raise UnsupportedModel(
+                f"{type(self.module).__name__} has no logits, it returns {', '.join(out)}; use "
+                "report(..., loss=False), or a model with a head"
+            )
+        return out[0] if named is None else named
+
+    def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+        self._forward(self._trunk(), tokens, attention_mask)
+
+    def _forward(self, module: nn.Module, tokens: Tensor, mask: Tensor | None) -> Any:
+        inputs = self._inputs(module, tokens, mask)
+        try:
+            return self._call(module, inputs)
+        except (AttributeError, TypeError, ValueError) as error:
+            missing = [n for n in self._examples or () if isinstance(n, str) and n not in inputs]
+            if isinstance(error, PolylensError) or not missing:
+                raise
+            raise UnsupportedModel(
+                f"{type(module).__name__} does not run on {', '.join(inputs)} alone ({error}); "
+                f"attach to the part of it that does not read {', '.join(missing)}"
+            ) from error
+
+    def _trunk(self) -> nn.Module:
+        """The model without its head, where every block is in it."""
+        trunk = getattr(self.module, "base_model", None) if self.name != "torch" else None
+        if not isinstance(trunk, nn.Module) or "input_ids" not in accepted(trunk):
+            return self.module
+        inside = set(trunk.modules())
+        return trunk if all(b.owner in inside for b in self._blocks.values()) else self.module
+
+    def _inputs(self, module: nn.Module, tokens: Tensor, mask: Tensor | None) -> Inputs:
+        if not _is_hugging_face(module):
+            return (tokens,)
+        main = getattr(module, "main_input_name", "input_ids")
+        names = accepted(module)
+        inputs: dict[str, Any] = {"input_ids" if not tokens.is_floating_point() else main: tokens}
+        if mask is not None:
+            inputs["attention_mask"] = mask
+        if "use_cache" in names:
+            inputs["use_cache"] = False
+        encoder_decoder = getattr(module.config, "is_encoder_decoder", False)
+        if encoder_decoder and "decoder_input_ids" in names:
+            inputs["decoder_input_ids"] = self._decoder_tokens(tokens)
+        return inputs
+
+    def _decoder_tokens(self, tokens: Tensor) -> Tensor:
+        """What the decoder reads beside these: the same, or the example for other inputs."""
+        known = self._examples if isinstance(self._examples, dict) else {}
+        given = known.get("decoder_input_ids")
+        if not tokens.is_floating_point():
+            return tokens
+        if given is None:
+            raise UnsupportedModel(
+                f"{type(self.module).__name__} also needs decoder_input_ids; give them in "
+                "example_inputs="
+            )
+        return given[:1].expand(len(tokens), -1)
+
+    def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
+        model: Any = self.module
+        if not (hasattr(model, "can_generate") and model.can_generate()):
+            raise UnsupportedModel(
+                f"{type(model).__name__} cannot generate text to calibrate on; give tokens="
+            )
+        text = model.config.get_text_config()
+        bos, pad = (getattr(text, f"{name}_token_id", None) for name in ("bos", "pad"))
+        seq_len = min(seq_len, getattr(text, "max_position_embeddings", None) or seq_len)
+
+        def go_on(start: Tensor, n_new: int) -> Tensor:
+            # a decoder of its own begins with a token of its own
+            n = seq_len - 1 if model.config.is_encoder_decoder else n_new
+            size = {"max_new_tokens": n, "min_new_tokens": n, "pad_token_id": pad or 0}
+            return model.generate(start, attention_mask=torch.ones_like(start), **size, **_SAMPLING)
+
+        with quiet(model):
+            torch.manual_seed(seed)
+            starts = openings(n_seq, bos, text.vocab_size, self.device)
+            return written(starts, seq_len, go_on, type(model).__name__)
+
+    def observe(self, observers: Mapping[Layer, Function]) -> AbstractContextManager[None]:
+        return observing(self._join, observers)
+
+    def substitute(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
+        return substituting(self._join, functions)
+
+    def _join(self, layer: Layer, function: Function, first: bool) -> Splice | Member:
+        if isinstance(layer, tuple):
+            return self._passage(layer).add(layer[1], function, first)
+        block = self._block(layer)
+        return Splice(self.module, block, self._end(block), function, first)
+
+    def _block(self, layer: int) -> Block:
+        if layer not in self._blocks:
+            self.sites()
+        return self._blocks[layer]
+
+    def _passage(self, layer: tuple[int, int]) -> ExpertPassage:
+        if layer not in self._experts:
+            self.sites()
+        stack = self._experts[layer].stack
+        if stack.module not in self._passages:
+            parent = self.module.get_submodule(stack.path.rpartition(".")[0])
+            self._passages[stack.module] = ExpertPassage(stack, parent)
+        return self._passages[stack.module]
+
+    def _end(self, block: Block) -> nn.Module:
+        """The module whose output a polynomial replaces."""
+        return block.out.module
+
+    def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
+        points = {name: PolyPoint(f"hook_poly_{name}") for name in emitter.point_names}
+        with ExitStack() as undo:
+            owner = self._owner(site, undo)
+            for point in points.values():
+                owner.add_module(point.name, point)
+                undo.callback(owner._modules.pop, point.name, None)
+            undo.callback(self._join(site.layer, Emitting(emitter, Taps(points)), False).remove)
+            self._points[site.layer] = points
+            undo.callback(self._points.pop, site.layer, None)
+            return undo.pop_all().close
+
+    def _owner(self, site: MLPSite, undo: ExitStack) -> nn.Module:
+        """The module that gets the hook points: of an expert a new one, `expert_<number>`."""
+        if not isinstance(site, ExpertSite):
+            return self._block(site.layer).owner  # type: ignore[arg-type]
+        owner, name = nn.Module(), f"expert_{site.expert}"
+        site.stack.module.add_module(name, owner)
+        undo.callback(site.stack.module._modules.pop, name, None)
+        return owner
+
+    @contextmanager
+    def cache(
+        self, layers: Iterable[Layer] | None = None, names: Iterable[str] | None = None
+    ) -> Iterator[dict[tuple[str, Layer], Tensor]]:
+        """Within the context, values at the hook points are collected as the model runs.
+
+        Args:
+            layers: attached layers; all by default.
+            names: "in", "out", "error", "degree_k"; all by default.
+
+        Yields:
+            {(name, layer): [batch, pos, d]}, of the latest pass through each point.
+
+        Raises:
+            InvalidInputError: a layer that is not attached, or an unknown name.
+        """
+        values: dict[tuple[str, Layer], Tensor] = {}
+
+        def keep(key: tuple[str, Layer], module: nn.Module, args: tuple, out: Tensor) -> None:
+            values[key] = out
+
+        wanted = None if names is None else list(names)
+        with ExitStack() as stack:
+            for layer in self._points if layers is None else layers:
+                if layer not in self._points:
+                    raise InvalidInputError(
+                        f"no layer {layer!r} is attached; there are {list(self._points)}"
+                    )
+                points = self._points[layer]
+                for name in points if wanted is None else wanted:
+                    if name not in points:
+                        raise InvalidInputError(
+                            f"no hook point {name!r}; there are {', '.join(points)}"
+                        )
+                    handle = points[name].register_forward_hook(partial(keep, (name, layer)))
+                    stack.callback(handle.remove)
+            yield values
+
+    def copied(
+        self, layers: Iterable[Layer], keep_first: bool
+    ) -> tuple[nn.Module, dict[Layer, Place]]:
+        """A copy of the module without a lens, and where in it these layers' activations are.
+
+        Raises:
+            AttachmentError: experts, or what `place_of` and `require_apart` refuse.
+        """
+        if self._passages:
+            raise AttachmentError(
+                "a model with a lens on its experts cannot be exported; attach with layers= of "
+                "the others only, or use lens.replaced()"
+            )
+        require_apart(self.module, self._blocks.values())
+        blocks = {layer: self._block(layer) for layer in layers}  # type: ignore[arg-type]
+        places = {n: place_of(self.module, block, keep_first) for n, block in blocks.items()}
+        return clean_copy(self.module), places
+
+    def example_outputs(self, module: nn.Module) -> list[Tensor]:
+        """What a module like the host's returns for the example inputs, floats only."""
+        assert self._examples is not None
+        with quiet(module):
+            return list(_floats(self._call(module, self._examples)))
+
+    def norm(self, site: MLPSite) -> Norm:
+        if isinstance(site, ExpertSite):
+            raise UnsupportedModel(
+                f"{site.path} sees the inputs that its router sends there, about which the norm "
+                "says nothing; give tokens"
+            )
+        block = self._block(site.layer)  # type: ignore[arg-type]
+        passed: list[Call] = []
+        read: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple, out: Any) -> None:
+            if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
+                passed.append((module, args[0].detach().clone(), out.detach().clone()))
+
+        with ExitStack() as stack:
+            for module in self.module.modules():
+                if "norm" in type(module).__name__.lower() or isinstance(module, nn.LayerNorm):
+                    stack.callback(module.register_forward_hook(keep).remove)
+            stack.enter_context(
+                self.observe({block.layer: lambda x, y: read.append(x.detach().clone())})
+            )
+            stack.enter_context(quiet(self.module))
+            assert self._examples is not None
+            self._call(self.module, self._examples)
+        return norm_read(site, passed, read[0])
+
+
+class _ForwardFailed(Exception):
+    """The example inputs do not fit the model."""
+
+
+def _is_hugging_face(module: Any) -> bool:
+    return hasattr(module, "config") and hasattr(module, "main_input_name")
+
+
+def _floats(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor) and out.is_floating_point():
+        yield out
+    elif isinstance(out, Mapping | tuple | list):
+        for value in out.values() if isinstance(out, Mapping) else out:
+            yield from _floats(value)
+
+
+def _place(site: MLPSite) -> tuple[int, int]:
+    """What is in front of what: a layer's experts after its shared ones."""
+    return site.layer if isinstance(site.layer, tuple) else (site.layer, -1)
+
+
+def _still_refused(
+    refused: dict[int, str], experts: list[ExpertSite], problems: dict[str, str]
+) -> dict[Layer, str]:
+    """Without the stacks of experts that can be read, and why others cannot."""
+    read = {site.stack.path for site in experts}
+    still: dict[Layer, str] = {}
+    for layer, reason in refused.items():
+        if not any(f"{path} (" in reason for path in read):
+            better = (p for path, p in problems.items() if f"{path} (" in reason)
+            still[layer] = next((f"layer {layer}: {p}" for p in better), reason)
+    return still
+
+
+def _site(block: Block) -> MLPSite:
+    tensors = block.tensors()
+    return MLPSite(
+        layer=block.layer,
+        path=block.path,
+        kind=block.kind,
+        activation=block.activation,
+        d_in=tensors["W_in"].shape[0],
+        d_mlp=tensors["W_in"].shape[1],
+        d_out=tensors["W_out"].shape[1],
+        error=block.error,
+        tensors=block.tensors,
+        weights=block.weights,
+    )

@@ -1,0 +1,300 @@
+"""Mixtures of experts: each expert of a stack as a GLU, on the tokens that are routed to it."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polylens.activations.activation import Activation, activation
+from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
+from polylens.hosts.base import TOLERANCE, MLPSite, Places, relative_error
+from polylens.hosts.passage import Function, batch_shape
+from polylens.hosts.recording import half, position, quiet, stacked
+from polylens.normal_forms.weights import GLUWeights
+
+_ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
+
+
+@dataclass(frozen=True)
+class ExpertSite(MLPSite):
+    """One expert, verified to be a GLU.
+
+    `layer` is (number of the block, number of the expert), where the block's number is that of
+    the stack in order of execution if several stacks are in one block. `path` is that of the
+    module that holds the stack, with the expert's number in brackets.
+
+    Attributes:
+        stack: the whole stack.
+    """
+
+    stack: "Stack"
+
+    @property
+    def expert(self) -> int:
+        assert isinstance(self.layer, tuple)
+        return self.layer[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """A module with all experts' matrices in two parameters.
+
+    Attributes:
+        path, module: where it is.
+        up, down: names of the parameters [E, 2 d_mlp, d] and [E, d, d_mlp], or, if not
+            `out_first`, [E, d, 2 d_mlp] and [E, d_mlp, d]; the first half is activated.
+        act: the activation.
+        out_first: whether the second axis is that of the outputs.
+    """
+
+    path: str
+    module: nn.Module
+    up: str
+    down: str
+    act: Activation
+    out_first: bool
+
+    @property
+    def n_experts(self) -> int:
+        return len(getattr(self.module, self.up))
+
+    def tensors(self, expert: int) -> dict[str, Tensor]:
+        """An expert's matrices by role, views in x @ W orientation."""
+        up = getattr(self.module, self.up).detach()[expert]
+        down = getattr(self.module, self.down).detach()[expert]
+        up, down = (up.T, down.T) if self.out_first else (up, down)
+        return {"W_gate": half(up, 1), "W_in": half(up, 2), "W_out": down}
+
+    def weights(self, expert: int) -> GLUWeights:
+        """The validated normal form over `tensors`."""
+        return GLUWeights(act=self.act, **self.tensors(expert))
+
+    def outputs(self, expert: int, x: Tensor) -> Tensor:
+        """The expert's true output, before it is weighted; differentiable in x only."""
+        t = self.tensors(expert)
+        return (self.act(x @ t["W_gate"]) * (x @ t["W_in"])) @ t["W_out"]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One call of a stack: x [n, d], and the experts [n, k] with their weights [n, k]."""
+
+    x: Tensor
+    chosen: Tensor
+    weights: Tensor
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(rows of x that the expert gets, the weight of its output for each)."""
+        rows, slots = (self.chosen == expert).nonzero(as_tuple=True)
+        return rows, self.weights[rows, slots]
+
+
+def find_experts(
+    model: nn.Module, run: Callable[[], object]
+) -> tuple[list[ExpertSite], dict[str, str]]:
+    """Every expert of every stack that one run passes through, verified on what was routed.
+
+    A stack is a module with two three-dimensional parameters that is called with hidden states,
+    the experts of each token and their weights (Mixtral, Qwen-MoE, OLMoE, DeepSeek). The router
+    and shared experts are not part of it.
+
+    Args:
+        model: any module with loaded weights.
+        run: one small forward pass.
+
+    Returns:
+        Sites in order of execution, and for each refused stack (by path) the reason.
+    """
+    stacks = [(path, m) for path, m in model.named_modules() if len(stacked(m)) >= 2]
+    if not stacks:
+        return [], {}
+    calls: dict[str, tuple[nn.Module, Routing | None, Any]] = {}
+
+    def keep(path: str, module: nn.Module, args: tuple, kwargs: dict, out: Any) -> None:
+        if path not in calls:
+            calls[path] = (module, _routing(args, kwargs), out)
+
+    with ExitStack() as hooks, quiet(model):
+        for path, module in stacks:
+            handle = module.register_forward_hook(partial(keep, path), with_kwargs=True)
+            hooks.callback(handle.remove)
+        run()
+    sites: list[ExpertSite] = []
+    refused: dict[str, str] = {}
+    layers = [position(path) for path in calls]
+    one_each = None not in layers and len(set(layers)) == len(layers)
+    for order, (path, (module, routing, out)) in enumerate(calls.items()):
+        try:
+            stack, error = _verified(path, module, routing, out)
+        except PolylensError as problem:
+            refused[path] = f"{path} ({type(module).__name__}): {problem}"
+            continue
+        place = layers[order]
+        layer = place[1] if one_each and place is not None else order
+        sites += [_site(stack, layer, expert, error) for expert in range(stack.n_experts)]
+    return sites, refused
+
+
+class ExpertPassage:
+    """Runs functions at experts of one stack in every forward pass of the model.
+
+    A function gets (x [n, d_in], y [n, d_out]) of the inputs that are routed to its expert, y
+    before it is weighted; both carry `places` (hosts.base.Places). What it returns goes on in
+    place of y, to the next function and into the stack's output; None leaves y as it is. What
+    the other experts add, and the router, stay as they are.
+    """
+
+    def __init__(self, stack: Stack, parent: nn.Module) -> None:
+        self.stack, self.parent = stack, parent
+        self.functions: dict[int, list[Function]] = {}
+        self._handles: list[Any] = []
+        self._shape: tuple[int, ...] = ()
+
+    def __getstate__(self) -> dict:
+        # the hooks of a copy came with its modules
+        return {**self.__dict__, "_handles": []}
+
+    def add(self, expert: int, function: Function, first: bool) -> "Member":
+        """Put a function at the end of an expert's functions, or in front of them."""
+        if not self._handles:
+            note, run = self._note_shape, self._at_stack
+            add = self._handles.append
+            add(self.parent.register_forward_pre_hook(note, with_kwargs=True))
+            add(self.stack.module.register_forward_hook(run, with_kwargs=True))
+        functions = self.functions.setdefault(expert, [])
+        functions.insert(0 if first else len(functions), function)
+        return Member(self, expert, function)
+
+    def drop(self, expert: int, function: Function) -> None:
+        kept = [f for f in self.functions[expert] if f is not function]
+        self.functions[expert] = kept
+        if not any(self.functions.values()):
+            for handle in self._handles:
+                handle.remove()
+            self._handles = []
+
+    def _note_shape(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._shape = batch_shape(args, kwargs)
+
+    def _at_stack(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
+        routing = _routing(args, kwargs)
+        if routing is None:
+            raise AttachmentError(
+                f"{self.stack.path} is called in another way than when it was found"
+            )
+        changed = None
+        for expert, functions in self.functions.items():
+            rows, weights = routing.of(expert)
+            if not functions or not len(rows):
+                continue
+            x, places = routing.x[rows], self._places(rows, len(routing.x))
+            true = y = self.stack.outputs(expert, x)
+            x.places = places  # type: ignore[attr-defined]
+            for function in functions:
+                y.places = places  # type: ignore[attr-defined]
+                new = function(x, y)
+                y = y if new is None else new
+            if y is not true:
+                change = ((y - true) * weights[:, None].to(y.dtype)).to(out.dtype)
+                flat = out.reshape(len(routing.x), -1) if changed is None else changed
+                changed = flat.index_add(0, rows, change)
+        return None if changed is None else changed.reshape(out.shape)
+
+    def _places(self, rows: Tensor, total: int) -> Places:
+        batch, pos = self._shape if len(self._shape) == 2 else (total, 1)
+        many = pos > 1 and batch * pos == total
+        return Places(rows, rows % pos == 0 if many else torch.zeros_like(rows, dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class Member:
+    """A function in a passage; `remove` takes it out."""
+
+    passage: ExpertPassage
+    expert: int
+    function: Function
+
+    def remove(self) -> None:
+        self.passage.drop(self.expert, self.function)
+
+
+def _routing(args: tuple, kwargs: dict) -> Routing | None:
+    tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+    chosen = [t for t in tensors if not t.is_floating_point() and t.dim() == 2]
+    if len(chosen) != 1 or not tensors[0].is_floating_point():
+        return None
+    weights = [t for t in tensors[1:] if t.is_floating_point() and t.shape == chosen[0].shape]
+    x = tensors[0].reshape(-1, tensors[0].shape[-1])
+    if len(weights) != 1 or len(x) != len(chosen[0]):
+        return None
+    return Routing(x, chosen[0], weights[0])
+
+
+def _verified(
+    path: str, module: nn.Module, routing: Routing | None, out: Any
+) -> tuple[Stack, float]:
+    if hasattr(module, "limit") and hasattr(module, "alpha"):
+        raise UnsupportedModel(
+            "a clamped, shifted and interleaved gate (GPT-OSS) has no normal form"
+        )
+    if routing is None or not isinstance(out, Tensor):
+        raise UnsupportedModel("it is not called with hidden states, experts and their weights")
+    if any(p.dim() < 3 for p in module.parameters(recurse=False)):
+        raise UnsupportedModel("experts with biases are not supported")
+    functions: list[Any] = [getattr(module, name, None) for name in _ACTIVATIONS]
+    source: Any = next((f for f in functions if callable(f)), None)
+    if source is None:
+        raise UnsupportedModel("it has no activation to be read")
+    act, best = activation(source), float("inf")
+    names = list(stacked(module))
+    dtype = getattr(module, names[0]).dtype
+    for up, down in ((a, b) for a in names for b in names if a != b):
+        for out_first in (True, False):
+            stack = Stack(path, module, up, down, act, out_first)
+            if not _fits(stack, routing.x.shape[-1]):
+                continue
+            error = _error(stack, routing, out)
+            if error <= TOLERANCE.get(dtype, 1e-4):
+                return stack, error
+            best = min(best, error)
+    raise UnsupportedModel(
+        f"its experts are no GLUs with {act.name}: recomputed outputs differ by {best:.2g} of "
+        "the largest"
+    )
+
+
+def _fits(stack: Stack, d: int) -> bool:
+    shapes = {name: tuple(t.shape) for name, t in stack.tensors(0).items()}
+    d_mlp = shapes["W_out"][0]
+    return shapes == {"W_gate": (d, d_mlp), "W_in": (d, d_mlp), "W_out": (d_mlp, d)}
+
+
+def _error(stack: Stack, routing: Routing, out: Tensor) -> float:
+    total = torch.zeros(routing.x.shape, dtype=torch.float64, device=routing.x.device)
+    with torch.no_grad():
+        for expert in range(stack.n_experts):
+            rows, weights = routing.of(expert)
+            y = stack.outputs(expert, routing.x[rows]).double() * weights[:, None].double()
+            total.index_add_(0, rows, y)
+    return relative_error(total, out.detach().reshape(total.shape))
+
+
+def _site(stack: Stack, layer: int, expert: int, error: float) -> ExpertSite:
+    tensors = stack.tensors(expert)
+    return ExpertSite(
+        layer=(layer, expert),
+        path=f"{stack.path}[{expert}]",
+        kind="glu",
+        activation=stack.act,
+        d_in=tensors["W_in"].shape[0],
+        d_mlp=tensors["W_in"].shape[1],
+        d_out=tensors["W_out"].shape[1],
+        error=error,
+        tensors=partial(stack.tensors, expert),
+        weights=partial(stack.weights, expert),
+        stack=stack,
+    )

@@ -1,0 +1,1 @@
+"""HookedTransformer and TransformerBridge."""

@@ -1,0 +1,207 @@
+"""Gaussian mixtures as models of a layer's inputs."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polylens.errors import InvalidInputError
+from polylens.inputs.gaussian import Gaussian
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """x ~ sum_j weights[j] N(means[j], covs[j]), in float64.
+
+    Args:
+        weights: [k], non-negative, summing to one.
+        means: [k, d_in].
+        covs: [k, d_in, d_in], one shared [d_in, d_in], or diagonals [k, d_in]. Any rank. Where
+            k = d_in, a symmetric matrix of non-negative entries could be either, and is refused.
+
+    Raises:
+        InvalidInputError: weights that are no distribution, sizes that do not fit, NaN, a
+            covariance that is not symmetric positive semidefinite (which component).
+    """
+
+    weights: Tensor
+    means: Tensor
+    covs: Tensor
+
+    def __post_init__(self) -> None:
+        weights, means, covs = (torch.as_tensor(v) for v in (self.weights, self.means, self.covs))
+        weights, means, covs = (v.detach().double() for v in (weights, means, covs))
+        if weights.dim() != 1 or means.dim() != 2 or len(weights) != len(means) or not len(weights):
+            raise InvalidInputError(
+                "a mixture needs weights [k] and means [k, d_in] with k >= 1; got "
+                f"{tuple(weights.shape)} and {tuple(means.shape)}"
+            )
+        if not torch.isfinite(weights).all() or (weights < 0).any():
+            raise InvalidInputError(
+                f"mixture weights must be finite and >= 0, got {weights.tolist()}; a component "
+                "of weight zero is allowed"
+            )
+        total = float(weights.sum())
+        if abs(total - 1) > 1e-6:
+            raise InvalidInputError(
+                f"mixture weights must sum to one, got a sum of {total:.9g}; divide them by it"
+            )
+        k, d = means.shape
+        shape = tuple(covs.shape)
+        if shape not in ((k, d, d), (d, d), (k, d)):
+            raise InvalidInputError(
+                f"covs must be [{k}, {d}, {d}], a shared [{d}, {d}] or diagonals [{k}, {d}] to "
+                f"fit means [{k}, {d}]; got {shape}"
+            )
+        if k == d and d > 1 and shape == (d, d) and _is_shared(covs):
+            covs = covs.expand(k, d, d)
+        object.__setattr__(self, "weights", weights / total)
+        object.__setattr__(self, "means", means)
+        object.__setattr__(self, "covs", covs)
+        for j, component in enumerate(self.components[:1] if self._shared else self.components):
+            try:
+                Gaussian(component.mean, component.cov)
+            except InvalidInputError as error:
+                raise InvalidInputError(f"mixture component {j}: {error}") from error
+        if not torch.isfinite(means).all():
+            bad = (~torch.isfinite(means)).any(1).nonzero().flatten().tolist()
+            raise InvalidInputError(f"mixture components {bad}: means have NaN or infinite entries")
+
+    @classmethod
+    def trusted(cls, weights: Tensor, means: Tensor, covs: Tensor) -> "GaussianMixture":
+        """Of float64 tensors known to be valid, without looking at them again."""
+        mixture = object.__new__(cls)
+        for name, value in (("weights", weights), ("means", means), ("covs", covs)):
+            object.__setattr__(mixture, name, value)
+        return mixture
+
+    @property
+    def _shared(self) -> bool:
+        """Whether covs is one covariance; k = d of them are expanded on construction."""
+        return self.covs.shape == (self.d_in, self.d_in) and len(self.means) != self.d_in
+
+    @property
+    def components(self) -> tuple[Gaussian, ...]:
+        covs = [self.covs] * len(self.means) if self._shared else self.covs
+        return tuple(Gaussian.trusted(m, c) for m, c in zip(self.means, covs, strict=True))
+
+    @classmethod
+    def from_labels(cls, x: Tensor, labels: Tensor) -> "GaussianMixture":
+        """One component per distinct label: mean and covariance (divided by n) of its samples.
+
+        Features that are constant within most labels, such as pixels at the border, leave a fit
+        with scope="global" free there; adding a small variance to `covs` holds it.
+
+        Args:
+            x: [n, d_in].
+            labels: [n] integers.
+        """
+        x, labels = torch.as_tensor(x), torch.as_tensor(labels)
+        if x.dim() != 2 or labels.dim() != 1 or len(x) != len(labels) or not len(x):
+            raise InvalidInputError(
+                f"from_labels needs x [n, d_in] and labels [n] with n >= 1; got {tuple(x.shape)} "
+                f"and {tuple(labels.shape)}"
+            )
+        if not torch.isfinite(x).all():
+            bad = int((~torch.isfinite(x)).sum())
+            raise InvalidInputError(f"x has {bad} NaN or infinite entries")
+        x = x.detach().double()
+        weights, means, covs = [], [], []
+        for label in labels.unique():
+            group = x[(labels == label).to(x.device)]
+            centred = group - group.mean(0)
+            weights.append(len(group) / len(x))
+            means.append(group.mean(0))
+            covs.append(centred.T @ centred / len(group))
+        return cls(x.new_tensor(weights), torch.stack(means), torch.stack(covs))
+
+    @classmethod
+    def from_samples(
+        cls, x: Tensor, k: int, method: str = "kmeans", seed: int = 0
+    ) -> "GaussianMixture":
+        """k components from samples x [n, d_in]: k-means clusters, or EM started from them.
+
+        The moments are those of the samples themselves; scikit-learn finds the clusters.
+        """
+        x = torch.as_tensor(x)
+        if x.dim() != 2 or not 1 <= k <= len(x):
+            raise InvalidInputError(
+                f"from_samples needs x [n, d_in] and 1 <= k <= n; got {tuple(x.shape)}, k={k}"
+            )
+        if not torch.isfinite(x).all():
+            bad = int((~torch.isfinite(x)).sum())
+            raise InvalidInputError(f"x has {bad} NaN or infinite entries")
+        data = x.detach().double().cpu().numpy()
+        if method == "kmeans":
+            from sklearn.cluster import KMeans
+
+            kmeans = KMeans(k, n_init=4, random_state=seed)  # type: ignore[arg-type]
+            labels = kmeans.fit_predict(data)
+            return cls.from_labels(x, torch.as_tensor(labels))
+        if method == "em":
+            from sklearn.mixture import GaussianMixture as EM
+
+            em = EM(k, covariance_type="full", random_state=seed, reg_covar=1e-6).fit(data)
+            parts = (em.weights_, em.means_, em.covariances_)
+            return cls(*(torch.as_tensor(part, device=x.device) for part in parts))
+        raise InvalidInputError(f"method must be 'kmeans' or 'em', got {method!r}")
+
+    @property
+    def d_in(self) -> int:
+        return self.means.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.means.device
+
+    def to(self, device: torch.device | str) -> "GaussianMixture":
+        if torch.device(device) == self.device:
+            return self
+        return GaussianMixture.trusted(
+            self.weights.to(device), self.means.to(device), self.covs.to(device)
+        )
+
+    def weighted_components(self) -> list[tuple[float, Gaussian]]:
+        """(weight, Gaussian) of every component whose weight is not zero."""
+        pairs = zip(self.weights.tolist(), self.components, strict=True)
+        return [(weight, component) for weight, component in pairs if weight > 0]
+
+    def gaussian(self) -> Gaussian:
+        """The single Gaussian with the mixture's mean and covariance (total covariance)."""
+        mean = self.weights @ self.means
+        spread = self.means - mean
+        cov = (spread.T * self.weights) @ spread
+        for weight, component in self.weighted_components():
+            within = component.cov
+            cov = cov + weight * (torch.diag(within) if within.dim() == 1 else within)
+        return Gaussian(mean, (cov + cov.T) / 2)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        """[n, d_in] draws in float64, components in random order."""
+        chosen = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        out = self.means.new_empty(n, self.d_in)
+        for j, component in enumerate(self.components):
+            rows = (chosen == j).nonzero().squeeze(1)
+            if len(rows):
+                out[rows] = component.sample(len(rows), generator)
+        return out
+
+    def __deepcopy__(self, memo: dict) -> "GaussianMixture":
+        return self  # immutable, and k d_in^2 large
+
+    def __repr__(self) -> str:
+        k = len(self.weights)
+        return f"GaussianMixture({k} components, d_in={self.d_in}, {self.device})"
+
+
+def _is_shared(covs: Tensor) -> bool:
+    """Whether a [d, d] given for d components is one covariance, or d diagonals."""
+    if not torch.allclose(covs, covs.T, rtol=1e-8, atol=0.0):
+        return False
+    if (covs < 0).any() or not (covs - torch.diag(covs.diagonal())).any():
+        return True
+    d = len(covs)
+    raise InvalidInputError(
+        f"covs [{d}, {d}] with {d} components could be one shared covariance or diagonals; pass "
+        f"covs.expand({d}, {d}, {d}) for the first, torch.diag_embed(covs) for the second"
+    )

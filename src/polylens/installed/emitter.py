@@ -1,0 +1,186 @@
+"""What runs at an attached MLP in every forward pass."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from polylens.errors import StalePolynomialError
+from polylens.hosts.base import MLPSite, Tap, Weights
+from polylens.polynomials.factored import Polynomial
+from polylens.polynomials.joint import JointPolynomial
+
+# What stands beside an MLP: both are over the weights that the model has.
+Fitted = Polynomial | JointPolynomial
+# By role of the weight; see `fingerprint`.
+Fingerprint = Mapping[str, Sequence[float]]
+
+
+class SiteEmitter:
+    """Offers the polynomial at the hook points and, while replacing, lets it flow on.
+
+    Points: `in` (the MLP's input), `out` (the polynomial's output), `error` (true minus
+    polynomial) and `degree_k`, whose sum over k = 0 ... degree is `out`. The polynomial is
+    evaluated only if a point has listeners or the layer is replaced. Edits made by hooks at
+    `in`, `out` and `degree_k` reach what flows on.
+
+    Attributes:
+        replacing: degree of the replacement, or None while the true output flows on.
+        keep_first: leave position 0 of every sequence true. Sequences of one position are
+            continuations of a cached prompt and are replaced.
+    """
+
+    def __init__(self, site: MLPSite, polynomial: Fitted, keep_first: bool) -> None:
+        self.site = site
+        self.polynomial = polynomial
+        self.keep_first = keep_first
+        self.replacing: int | None = None
+        self.owner: object = None
+        self.point_names = (
+            "in",
+            "out",
+            "error",
+            *(f"degree_{k}" for k in range(polynomial.degree + 1)),
+        )
+        self._truncated: dict[int, Fitted] = {polynomial.degree: polynomial}
+        self._identity = _identity(site.tensors())
+        self._fingerprint = fingerprint(polynomial.weights)
+
+    def __getstate__(self) -> dict:
+        # A copy of the model gets its own emitters, but the lens stays with the original.
+        return {**self.__dict__, "owner": None}
+
+    def __call__(self, x: Tensor, y: Tensor, tap: Tap) -> Tensor:
+        wanted = {name for name in self.point_names if tap.wants(name)}
+        if self.replacing is None and not wanted:
+            return y
+        self.refresh()
+        degree = self.polynomial.degree if self.replacing is None else self.replacing
+        x = tap("in", x) if "in" in wanted else x
+        if any(name.startswith("degree_") for name in wanted):
+            out = self._sum_of_parts(x, degree, tap)
+        else:
+            out = self.truncated(degree)(x)
+        out = tap("out", out) if "out" in wanted else out
+        if "error" in wanted:
+            tap("error", y - out)
+        if self.replacing is None:
+            return y
+        return keep_first(out, y) if self.keep_first else out
+
+    def neurons(self, y: Tensor, *others: Tensor) -> Tensor | None:
+        """What the out-projection reads while replacing, from what the host has computed."""
+        *z, h = others
+        assert self.replacing is not None
+        self.refresh()
+        polynomial = self.truncated(self.replacing)
+        if not isinstance(polynomial, Polynomial):
+            return None
+        W = polynomial.W_in
+        if not all(t.dtype == W.dtype and t.device == W.device for t in (y, *others)):
+            return None
+        out = polynomial.neurons(y, *z)
+        if self.keep_first and has_first(out):
+            out.narrow(-2, 0, 1).copy_(h.narrow(-2, 0, 1))
+        return out
+
+    def truncated(self, degree: int) -> Fitted:
+        """The optimum of this degree, made once."""
+        if degree not in self._truncated:
+            self._truncated[degree] = self.polynomial.truncate(degree)
+        return self._truncated[degree]
+
+    def refresh(self) -> None:
+        """`verify`, but cheap unless the tensors are other objects or were written to."""
+        if _identity(self.site.tensors()) != self._identity:
+            self.verify()
+
+    def verify(self) -> Fingerprint:
+        """Make sure the polynomial belongs to the weights that the host has now.
+
+        Weights that only moved to another device or dtype are adopted.
+
+        Returns:
+            The fingerprint of the weights.
+
+        Raises:
+            StalePolynomialError: the weights have other values than those fitted.
+        """
+        identity, weights = _identity(self.site.tensors()), self.site.weights()
+        now = fingerprint(weights)
+        if not same_weights(self._fingerprint, now, weights):
+            raise StalePolynomialError(
+                f"layer {self.site.layer} ({self.site.path}): the weights changed after the "
+                "polynomial was fitted to them (weight processing, training or an edit); detach "
+                "and attach again"
+            )
+        if identity != self._identity:
+            self.polynomial = self.polynomial.over(weights)
+            self._truncated = {self.polynomial.degree: self.polynomial}
+            self._identity = identity
+        return now
+
+    def _sum_of_parts(self, x: Tensor, degree: int, tap: Tap) -> Tensor:
+        optima = self.polynomial.all_degrees(x)[: degree + 1]
+        parts = [optima[0], *(optima[1:] - optima[:-1])]
+        return torch.stack([tap(f"degree_{k}", part) for k, part in enumerate(parts)]).sum(0)
+
+
+def keep_first(out: Tensor, y: Tensor) -> Tensor:
+    """out [batch, pos, d] with y at position 0; a single position continues a cached prompt."""
+    places = getattr(y, "places", None)
+    if places is not None:
+        return torch.where(places.first[:, None], y, out)
+    return torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2) if has_first(out) else out
+
+
+def has_first(out: Tensor) -> bool:
+    """Whether out [batch, pos, d] has a position 0 that starts a sequence."""
+    return out.dim() >= 3 and out.shape[-2] > 1
+
+
+def fingerprint(weights: Weights) -> Fingerprint:
+    """Sum, square sum and a position-dependent sum of each weight, in float64."""
+    found = {}
+    for name, tensor in weights.tensors().items():
+        rows = tensor.detach().double().reshape(len(tensor), -1)
+        pattern = [
+            torch.cos(torch.arange(n, dtype=torch.float64, device=rows.device) + 1)
+            for n in rows.shape
+        ]
+        found[name] = (
+            float(rows.sum()),
+            float(rows.square().sum()),
+            float(pattern[0] @ rows @ pattern[1]),
+        )
+    return found
+
+
+def same_weights(
+    fitted: Fingerprint, now: Fingerprint, weights: Weights, eps: float = 1e-12
+) -> bool:
+    """Whether two fingerprints can be those of the same weights.
+
+    Args:
+        now: of `weights`.
+        eps: of the dtype that the fitted ones had, if it was coarser than that of `weights`.
+    """
+    if fitted.keys() != now.keys():
+        return False
+    # Rounding to the current dtype moves each sum by at most eps * norm * sqrt(size).
+    eps = max(torch.finfo(weights.dtype).eps, eps)
+    for name, (total, square, mixed) in now.items():
+        before = fitted[name]
+        scale = eps * (before[1] * getattr(weights, name).numel()) ** 0.5 + 1e-300
+        if abs(total - before[0]) > scale or abs(mixed - before[2]) > scale:
+            return False
+        if abs(square - before[1]) > 4 * eps * before[1]:
+            return False
+    return True
+
+
+def _identity(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+    return {
+        name: (t.data_ptr(), t._version, t.dtype, t.device, t.stride())
+        for name, t in tensors.items()
+    }

@@ -1,0 +1,1 @@
+"""What is ever fitted, MLPs and GLUs, and their preactivations."""

@@ -1,0 +1,101 @@
+"""A layer's preactivations: those of inputs, and their moments under a Gaussian."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from polylens.inputs.gaussian import Gaussian
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+
+CHUNK = 4096
+# Inputs whose preactivations are held at a time.
+ROWS = 1024
+
+
+class Preactivations(NamedTuple):
+    """Joint moments of the activated branch y and the linear branch z, each [d_mlp] float64.
+
+    With t = (y - m) / s, z = z_mean + a t + r where r is independent of t. For an MLP the last
+    three are zero.
+    """
+
+    m: Tensor
+    s: Tensor
+    z_mean: Tensor
+    a: Tensor
+    r_variance: Tensor
+
+
+def branches(
+    weights: MLPWeights | GLUWeights,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(W, b) of the activated branch and (V, b_V) of the linear one (None for an MLP)."""
+    if isinstance(weights, GLUWeights):
+        return weights.W_gate, weights.b_gate, weights.W_in, weights.b_in
+    return weights.W_in, weights.b_in, None, None
+
+
+def blocks(
+    weights: MLPWeights | GLUWeights, x: Tensor, sample_weights: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    """(y, z, sample weights) of ROWS inputs at a time, on the layer's device."""
+    for i in range(0, len(x), ROWS):
+        w = None if sample_weights is None else sample_weights[i : i + ROWS].to(weights.device)
+        yield *_preactivations(weights, x[i : i + ROWS].to(weights.device)), w
+
+
+def _preactivations(weights: MLPWeights | GLUWeights, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """y [d_mlp, n] and z, in the wider dtype of x and the weights, at least float32."""
+    W, b, V, b_V = branches(weights)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, W.dtype), torch.float32)
+    x = x.to(dtype).T
+    y = W.to(dtype).T @ x
+    if b is not None:
+        y += b.to(dtype)[:, None]
+    if V is None:
+        return y, None
+    z = V.to(dtype).T @ x
+    return y, z if b_V is None else z.add_(b_V.to(dtype)[:, None])
+
+
+def preactivation_moments(
+    inputs: Gaussian, weights: MLPWeights | GLUWeights, linear_variance: bool = False
+) -> Preactivations:
+    """m = mean W + b, s^2 = diag(W^T cov W), and for a GLU the moments of z and Cov(y, z) / s.
+
+    Args:
+        linear_variance: also compute Var(r), at the price of a second product with cov.
+
+    Cost: one product cov @ W, O(d_in^2 d_mlp), in chunks of 4096 neurons.
+    """
+    W, b, V, b_V = branches(weights)
+    deviations = inputs.variances().clamp(min=0).sqrt()  # rounding may be below zero
+    columns: list[list[Tensor]] = [[], [], [], [], []]
+    for i in range(0, W.shape[1], CHUNK):
+        Wi = W[:, i : i + CHUNK].double()
+        cov_W = inputs.cov_matmul(Wi)
+        variance = torch.linalg.vecdot(Wi, cov_W, dim=0)
+        # A variance below the rounding of its own sum is that of a constant.
+        rounding = 1e-15 * (deviations @ Wi.abs()).square()
+        s = torch.where(variance > rounding, variance, 0.0).sqrt()
+        columns[0].append(inputs.mean @ Wi)
+        columns[1].append(s)
+        if V is None:
+            continue
+        Vi = V[:, i : i + CHUNK].double()
+        a = torch.where(s > 0, torch.linalg.vecdot(Vi, cov_W, dim=0) / s, 0.0)
+        columns[2].append(inputs.mean @ Vi)
+        columns[3].append(a)
+        if linear_variance:
+            z_variance = torch.linalg.vecdot(Vi, inputs.cov_matmul(Vi), dim=0)
+            r_variance = z_variance - a * a
+            columns[4].append(torch.where(r_variance > 1e-13 * z_variance, r_variance, 0.0))
+    m, s = torch.cat(columns[0]), torch.cat(columns[1])
+    z_mean, a, r_variance = (torch.cat(c) if c else torch.zeros_like(m) for c in columns[2:])
+    if b is not None:
+        m = m + b.double()
+    if b_V is not None:
+        z_mean = z_mean + b_V.double()
+    return Preactivations(m, s, z_mean, a, r_variance)

@@ -1,0 +1,182 @@
+"""The two normal forms that polylens fits, and nothing else."""
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from polylens.activations.activation import Activation, activation
+from polylens.errors import InvalidInputError
+
+ROLES = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
+
+
+class Sized:
+    """The sizes of whatever has W_in [d_in, d_mlp] and W_out [d_mlp, d_out]."""
+
+    W_in: Tensor
+    W_out: Tensor
+
+    @property
+    def d_in(self) -> int:
+        return self.W_in.shape[0]
+
+    @property
+    def d_mlp(self) -> int:
+        return self.W_in.shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.W_out.shape[1]
+
+
+@dataclass(frozen=True)
+class _Weights(Sized):
+    _shapes: ClassVar[dict[str, tuple[str, ...]]]
+    W_in: Tensor
+    W_out: Tensor
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "act", activation(self.act))  # type: ignore[attr-defined]
+        sizes: dict[str, tuple[int, str]] = {}
+        for name, axes in self._shapes.items():
+            tensor = getattr(self, name)
+            if tensor is None:
+                continue
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise InvalidInputError(f"{name} must be a floating-point tensor, got {got}")
+            if tensor.dim() != len(axes):
+                raise InvalidInputError(
+                    f"{name} must have shape [{', '.join(axes)}], got {tuple(tensor.shape)}"
+                )
+            for axis, size in zip(axes, tensor.shape, strict=True):
+                known, where = sizes.setdefault(axis, (size, name))
+                if size != known or size == 0:
+                    raise InvalidInputError(
+                        f"{name} {tuple(tensor.shape)} does not fit: {axis} is {size} here and "
+                        f"{known} in {where}; weights are used as x @ W, "
+                        f"{name} is [{', '.join(axes)}]"
+                    )
+            if tensor.device != self.W_in.device or tensor.dtype != self.W_in.dtype:
+                raise InvalidInputError(
+                    f"{name} is {tensor.dtype} on {tensor.device}, W_in is {self.W_in.dtype} on "
+                    f"{self.W_in.device}; give all weights one dtype and one device"
+                )
+            if tensor.device.type != "meta" and not _finite(tensor):
+                bad = int((~torch.isfinite(tensor)).sum())
+                raise InvalidInputError(f"{name} has {bad} NaN or infinite entries")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.W_in.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.W_in.device
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that there are, by role, in the order of ROLES."""
+        roles = {name: getattr(self, name, None) for name in ROLES}
+        return {name: tensor for name, tensor in roles.items() if tensor is not None}
+
+    def to(self, *args, **kwargs):
+        """The same weights on another device or in another dtype, as `Tensor.to`."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name in self._shapes:
+            if changed[name] is not None:
+                changed[name] = changed[name].to(*args, **kwargs)
+        return type(self)(**changed)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(d_in={self.d_in}, d_mlp={self.d_mlp}, d_out={self.d_out}, "
+            f"act={self.act.name!r}, {self.dtype}, {self.device})"  # type: ignore[attr-defined]
+        )
+
+
+def _finite(t: Tensor) -> bool:
+    # the sum is one pass without a temporary; it may overflow where no entry does
+    return bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all())
+
+
+@dataclass(frozen=True, repr=False)
+class MLPWeights(_Weights):
+    """f(x) = act(x W_in + b_in) W_out + b_out.
+
+    Args:
+        W_in: [d_in, d_mlp].
+        W_out: [d_mlp, d_out].
+        act: name, callable or Activation.
+        b_in: [d_mlp] or None.
+        b_out: [d_out] or None.
+
+    Raises:
+        InvalidInputError: shapes that do not fit, mixed dtypes or devices, NaN or infinity.
+        UnsupportedActivation: an activation with unknown coefficients.
+    """
+
+    act: Activation
+    b_in: Tensor | None = None
+    b_out: Tensor | None = None
+    _shapes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "W_in": ("d_in", "d_mlp"),
+        "W_out": ("d_mlp", "d_out"),
+        "b_in": ("d_mlp",),
+        "b_out": ("d_out",),
+    }
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer itself, [..., d_in] -> [..., d_out]."""
+        return _affine(self.neurons(x)["h"], self.W_out, self.b_out)
+
+    def neurons(self, x: Tensor) -> dict[str, Tensor]:
+        """y = x W_in + b_in and h = act(y), each [..., d_mlp]."""
+        y = _affine(x, self.W_in, self.b_in)
+        return {"y": y, "h": self.act(y)}
+
+
+@dataclass(frozen=True, repr=False)
+class GLUWeights(_Weights):
+    """f(x) = (act(x W_gate + b_gate) * (x W_in + b_in)) W_out + b_out.
+
+    Args:
+        W_in: [d_in, d_mlp], the linear branch.
+        W_out: [d_mlp, d_out].
+        W_gate: [d_in, d_mlp], the activated branch.
+        act: name, callable or Activation.
+        b_gate, b_in: [d_mlp] or None.
+        b_out: [d_out] or None.
+
+    Raises:
+        InvalidInputError: shapes that do not fit, mixed dtypes or devices, NaN or infinity.
+        UnsupportedActivation: an activation with unknown coefficients.
+    """
+
+    W_gate: Tensor
+    act: Activation
+    b_gate: Tensor | None = None
+    b_in: Tensor | None = None
+    b_out: Tensor | None = None
+    _shapes: ClassVar[dict[str, tuple[str, ...]]] = {
+        "W_in": ("d_in", "d_mlp"),
+        "W_out": ("d_mlp", "d_out"),
+        "W_gate": ("d_in", "d_mlp"),
+        "b_gate": ("d_mlp",),
+        "b_in": ("d_mlp",),
+        "b_out": ("d_out",),
+    }
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer itself, [..., d_in] -> [..., d_out]."""
+        return _affine(self.neurons(x)["h"], self.W_out, self.b_out)
+
+    def neurons(self, x: Tensor) -> dict[str, Tensor]:
+        """y = x W_gate + b_gate, z = x W_in + b_in and h = act(y) * z, each [..., d_mlp]."""
+        y, z = _affine(x, self.W_gate, self.b_gate), _affine(x, self.W_in, self.b_in)
+        return {"y": y, "z": z, "h": self.act(y) * z}
+
+
+def _affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    return x @ W if b is None else x @ W + b

@@ -1,0 +1,1 @@
+"""The polynomials themselves: kept, evaluated, ended, explained."""

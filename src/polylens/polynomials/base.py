@@ -1,0 +1,124 @@
+"""What every fitted polynomial offers, whatever form it is kept in."""
+
+import os
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from polylens.errors import InvalidInputError
+from polylens.files import format as storage
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.records import (
+    Record,
+    inputs_of,
+    inputs_record,
+    weights_of,
+    weights_record,
+)
+
+Self = TypeVar("Self", bound="Approximation")
+
+
+class Approximation(nn.Module):
+    """A polynomial that approximates a layer under a model of its inputs.
+
+    Subclasses say what they consist of (`_record`, `_of`) and how well they do (`_measure_r2`).
+    """
+
+    kind: ClassVar[str]
+    degree: int
+    d_out: int
+    inputs: Any
+    _r2: Tensor | None = None
+
+    @property
+    def r2(self) -> Tensor:
+        """[degree + 1] float64, share of the layer's variance explained by each degree's optimum.
+
+        Under the input model of the fit: closed form under a Gaussian (see
+        `explained_variance` for its bounds) or a mixture, over the samples under Samples. Of a
+        constant output it is 1 if the polynomial reproduces it, else 0. Computed once,
+        O(d_mlp^2 (d_in + d_out)), and saved with the polynomial if it was.
+
+        Raises:
+            InvalidInputError: a polynomial without an input model, such as a `part`, or one
+                loaded from a file, where samples are not kept.
+        """
+        if self._r2 is None:
+            self._r2 = self._measure_r2()
+        return self._r2
+
+    def unclipped(self: Self) -> Self:
+        """The polynomial that the coefficients are of, where evaluation clips preactivations."""
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to one file, in the safetensors format, in full precision.
+
+        The layer's weights, the coefficients and a Gaussian or mixture input model are kept, and
+        r2 if it was read before. Samples are not.
+
+        Raises:
+            ArtifactError, OSError: see `polylens.files.format.write`.
+        """
+        metadata, tensors = self._record()
+        if self._r2 is not None:
+            tensors = {**tensors, "r2": self._r2}
+        storage.write(path, self.kind, metadata, tensors)
+
+    @classmethod
+    def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
+        """The same polynomial, bit for bit, on the CPU.
+
+        Raises:
+            ArtifactError: a damaged file, one of another kind, an activation that is not
+                registered here (its name).
+            OSError: no such file.
+        """
+        metadata, tensors = storage.read(path, cls.kind)
+        loaded = cls._of(metadata, tensors)
+        loaded._r2 = tensors.get("r2")
+        return loaded
+
+    def _measure_r2(self) -> Tensor:
+        raise NotImplementedError
+
+    def _record(self) -> Record:
+        raise NotImplementedError
+
+    @classmethod
+    def _of(cls: type[Self], metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+        raise NotImplementedError
+
+    def _require_degree(self, degree: int, what: str) -> None:
+        if self.degree < degree:
+            raise InvalidInputError(
+                f"{what} needs a fitted degree of at least {degree}, this one has {self.degree}"
+            )
+
+    def _direction(self, u: Tensor, device: torch.device) -> Tensor:
+        """u as a finite float64 vector [d_out]."""
+        u = torch.as_tensor(u, device=device).detach().double()
+        if tuple(u.shape) != (self.d_out,) or not torch.isfinite(u).all():
+            raise InvalidInputError(
+                f"u must be a finite vector of shape ({self.d_out},), got {tuple(u.shape)}"
+            )
+        return u
+
+
+def context_record(weights: MLPWeights | GLUWeights | None, inputs: Any) -> Record:
+    """The layer and the input model that an approximation belongs to."""
+    layer, layer_tensors = weights_record(weights) if weights is not None else (None, {})
+    model, model_tensors = inputs_record(inputs)
+    tensors = storage.prefixed(layer_tensors, "layer.") | storage.prefixed(model_tensors, "inputs.")
+    return {"layer": layer, "inputs": model}, tensors
+
+
+def context_of(
+    metadata: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[MLPWeights | GLUWeights | None, Any]:
+    """Inverse of `context_record`."""
+    layer = metadata["layer"]
+    weights = weights_of(layer, storage.within(tensors, "layer.")) if layer is not None else None
+    return weights, inputs_of(metadata["inputs"], storage.within(tensors, "inputs."))

@@ -1,0 +1,400 @@
+"""Explained variance in closed form, under Gaussian and mixture inputs.
+
+Neurons under a Gaussian are sums of Hermite parts: the part of degree k of
+act(y_i) z_i is (e_k / k!) He_k(t_i) + r_i (c_{k-1} / (k-1)!) He_{k-1}(t_i), and by Mehler's formula
+
+    E[part_k(i) part_k(j)] = e_ki e_kj rho^k / k!
+        + (e_ki c_(k-1)j alpha + c_(k-1)i e_kj beta) rho^(k-1) / (k-1)!
+        + c_(k-1)i c_(k-1)j (sigma rho^(k-1) + (k-1) alpha beta rho^(k-2)) / (k-1)!
+
+with rho = corr(t_i, t_j), alpha = Cov(t_i, r_j), beta = Cov(r_i, t_j), sigma = Cov(r_i, r_j); for
+an MLP r = 0 and e = c. Parts of different degree are uncorrelated. Pairs of neurons are visited
+in blocks, so no d_mlp x d_mlp matrix is held.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from polylens.activations.activation import MAX_DEGREE, Activation
+from polylens.activations.hermite import (
+    factorials,
+    hermite_change_of_variable,
+    quadrature_coefficients,
+    times_linear,
+)
+from polylens.errors import InvalidInputError
+from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.mixture import GaussianMixture
+from polylens.inputs.samples import Samples
+from polylens.normal_forms.preactivation import Preactivations, branches, preactivation_moments
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+
+BLOCK = 1024
+# Panels on which GELU, whose coefficients need none, is smooth.
+GELU_PANELS = (-12.0, -3.0, 3.0, 12.0)
+# A variance below this share of the squared mean is the rounding of a constant.
+CONSTANT = 1e-24
+# A constant is reproduced if the squared error is below this share of its square: the rounding
+# of bfloat16.
+REPRODUCED = 1e-5
+
+
+@dataclass(frozen=True)
+class ExplainedVariance:
+    """Variance of a layer's output, summed over output directions, and how it is explained.
+
+    Attributes:
+        per_degree: [degree + 1] float64, the variance that each degree adds; 0 at degree 0.
+        total: the layer's variance; the exact value lies within total_error of it.
+        total_error: rigorous bound from the terms beyond the summed series, 0 where it is exact.
+        r2: [degree + 1] cumulative share explained. Of a constant output it is 1: degree 0
+            reproduces it.
+    """
+
+    per_degree: Tensor
+    total: float
+    total_error: float
+    r2: Tensor
+
+    def bounds(self) -> tuple[Tensor, Tensor]:
+        """Lowest and highest r2 [degree + 1] that total_error allows."""
+        explained = self.per_degree.cumsum(0)
+        if self.total <= 0:
+            return self.r2, self.r2
+        upper = (explained / max(self.total - self.total_error, self.total * 1e-300)).clamp(max=1)
+        return explained / (self.total + self.total_error), upper
+
+
+@torch.no_grad()
+def explained_variance(
+    weights: MLPWeights | GLUWeights, gaussian: Gaussian, degree: int
+) -> ExplainedVariance:
+    """Variance explained by the optimum of every degree up to `degree`, in closed form.
+
+    The total is the exact variance of each neuron plus, for pairs, the series up to degree 12;
+    what the series leaves out of a pair is at most ||M||^13 sqrt(tail_i tail_j) by
+    Cauchy-Schwarz, where M is the cross-correlation of (t, r) of the two neurons and tail_i the
+    exact variance of neuron i beyond degree 12. Summed, that is `total_error`. ReLU without
+    means is exact (arc-cosine kernel), and so is an activation that is a polynomial.
+
+    Cost: O(d_mlp^2 (d_in + d_out + 12)) in float64, in blocks of 1024 x 1024 pairs.
+
+    Raises:
+        InvalidInputError: degree outside 0 ... 12, another number of features, no Gaussian.
+    """
+    if not isinstance(gaussian, Gaussian):
+        raise InvalidInputError(
+            f"explained_variance needs Gaussian inputs, got {type(gaussian).__name__}; under "
+            "other input models read Polynomial.r2"
+        )
+    if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= MAX_DEGREE:
+        raise InvalidInputError(f"degree must be an integer in 0 ... {MAX_DEGREE}, got {degree!r}")
+    if gaussian.d_in != weights.d_in:
+        raise InvalidInputError(
+            f"the layer reads {weights.d_in} features, the input model has {gaussian.d_in}"
+        )
+    gaussian = gaussian.to(weights.device)
+    moments = preactivation_moments(gaussian, weights, linear_variance=True)
+    series = _series(weights, moments)
+    mean = series.e[0] @ weights.W_out.double()
+    if weights.b_out is not None:
+        mean = mean + weights.b_out.double()
+    parts, tail, error = _sum_over_pairs(
+        weights, gaussian, moments, series.e[None], series.c[None], series.tail
+    )
+    parts = parts[0].clamp(min=0)
+    parts[0] = 0.0
+    total = float(parts.sum() + tail)
+    per_degree = parts[: degree + 1]
+    if total <= CONSTANT * float(mean.square().sum()):
+        return ExplainedVariance(per_degree * 0, 0.0, 0.0, torch.ones_like(per_degree))
+    return ExplainedVariance(per_degree, total, error, per_degree.cumsum(0) / total)
+
+
+def r2(polynomial: Any) -> Tensor:
+    """[degree + 1] share of variance explained under the polynomial's own input model.
+
+    Closed form under a Gaussian and, component by component, under a mixture; over the samples
+    under Samples. Of a constant output it is 1.
+    """
+    inputs, weights, degree = polynomial.inputs, polynomial.weights, polynomial.degree
+    if isinstance(inputs, Gaussian):
+        return explained_variance(weights, inputs, degree).r2
+    if isinstance(inputs, GaussianMixture):
+        return mixture_r2(polynomial)
+    if isinstance(inputs, Samples):
+        return samples_r2(polynomial)
+    raise InvalidInputError(
+        "R2 needs the input model that the polynomial was fitted to, and this one has "
+        f"{'none' if inputs is None else type(inputs).__name__}: a part has none, and samples are "
+        "not saved (read r2 before you save, then it is). Fit again, or measure R2 on data"
+    )
+
+
+@torch.no_grad()
+def mixture_mse(polynomial: Any) -> Tensor:
+    """[degree + 1] mean squared error of a factored polynomial under its mixture.
+
+    In every component the error of each neuron is again a Hermite series.
+    """
+    weights, n = polynomial.weights, polynomial.degree
+    mixture = polynomial.inputs.to(weights.device)
+    inverse = torch.where(polynomial.s > 0, 1 / polynomial.s, 0.0)
+    total = torch.zeros(n + 1, dtype=torch.float64, device=weights.device)
+    for weight, component in mixture.weighted_components():
+        moments = preactivation_moments(component, weights, linear_variance=True)
+        series = _series(weights, moments)
+        basis = hermite_change_of_variable(
+            (moments.m - polynomial.m) * inverse, moments.s * inverse, n
+        )
+        factorial = factorials(n + 1, series.e)
+        e, c = (v.expand(n + 1, *v.shape).clone() for v in (series.e, series.c))
+        e[:, : n + 1] -= factorial * torch.einsum("nkh,kjh->njh", polynomial.P, basis)
+        if polynomial.Q is not None and n:
+            gate = torch.einsum("nkh,kjh->njh", polynomial.Q, basis[:n, :n]) * factorial[:n]
+            padded = torch.cat([gate, torch.zeros_like(e[:, :2])], dim=1)
+            for k in range(n + 1):
+                e[k, : n + 1] -= times_linear(padded[k], moments.z_mean, moments.a)
+            c[:, :n] -= gate
+        parts, tail, _ = _sum_over_pairs(weights, component, moments, e, c, series.tail)
+        total += weight * (parts.sum(1) + tail)
+    return total.clamp(min=0)
+
+
+def mixture_r2(polynomial: Any) -> Tensor:
+    """1 - error / variance; the variance is the error of degree 0."""
+    mse = mixture_mse(polynomial)
+    return share_explained(mse, mse[0], _mean_square(polynomial))
+
+
+@torch.no_grad()
+def total_variance(weights: MLPWeights | GLUWeights, mixture: GaussianMixture) -> float:
+    """Variance of the layer's output under a mixture, summed over output directions.
+
+    That within the components and that of their means.
+    """
+    W_out, within, means, shares = weights.W_out.double(), 0.0, [], []
+    for weight, component in mixture.to(weights.device).weighted_components():
+        moments = preactivation_moments(component, weights, linear_variance=True)
+        series = _series(weights, moments)
+        parts, tail, _ = _sum_over_pairs(
+            weights, component, moments, series.e[None], series.c[None], series.tail
+        )
+        within += weight * float(parts[0, 1:].sum() + tail)
+        means.append(series.e[0] @ W_out)
+        shares.append(weight)
+    mean, share = torch.stack(means), W_out.new_tensor(shares)
+    between = share @ (mean - share @ mean).square().sum(1)
+    return within + float(between)
+
+
+@torch.no_grad()
+def samples_r2(polynomial: Any) -> Tensor:
+    """R2 over the samples that the polynomial was fitted to, streamed once more."""
+    weights = polynomial.weights
+    count, shift = 0.0, None
+    total = square = residual = torch.zeros(())
+    for x, sample_weights in polynomial.inputs.batches(weights.dtype, weights.device):
+        y = weights(x).double()
+        w = y.new_ones(len(y)) if sample_weights is None else sample_weights
+        error = (polynomial.all_degrees(x).double() - y).square().sum(2) @ w
+        if shift is None:
+            shift = y.mean(0)
+            total, square, residual = torch.zeros_like(shift), w.sum() * 0, error * 0
+        count += float(w.sum())
+        total = total + w @ (y - shift)
+        square = square + w @ (y - shift).square().sum(1)
+        residual = residual + error
+    if shift is None:
+        raise InvalidInputError("no samples left to measure R2 on")
+    variance = (square - total.square().sum() / count) / count
+    return share_explained(residual / count, variance, (shift + total / count).square().sum())
+
+
+def is_constant(variance: Tensor | float, mean_square: Tensor | float) -> bool:
+    """Whether an output's variance is no more than the rounding of its mean."""
+    return float(variance) <= CONSTANT * float(mean_square)
+
+
+def share_explained(mse: Tensor, variance: Tensor | float, mean_square: Tensor | float) -> Tensor:
+    """R2 = 1 - mse / variance, wherever polylens reports one.
+
+    Of a constant output it is 1 in the degrees that reproduce it and 0 in the others, as in
+    scikit-learn.
+    """
+    if is_constant(variance, mean_square):
+        return (mse <= REPRODUCED * float(mean_square)).to(mse.dtype)
+    return 1 - mse / variance
+
+
+def _mean_square(polynomial: Any) -> float:
+    mean = polynomial.P[0, 0] @ polynomial.W_out.double()
+    b_out = polynomial.b_out
+    return float((mean if b_out is None else mean + b_out.double()).square().sum())
+
+
+class _Series(NamedTuple):
+    """e [13, d_mlp], c [13, d_mlp] of every neuron, and its variance beyond degree 12."""
+
+    e: Tensor
+    c: Tensor
+    tail: Tensor
+
+
+def _series(weights: MLPWeights | GLUWeights, moments: Preactivations) -> _Series:
+    m, s, z_mean, a, r_variance = moments
+    c = weights.act.hermite_coefficients(m, s, MAX_DEGREE + 1)
+    q = _square_coefficients(weights.act, m, s)
+    if isinstance(weights, GLUWeights):
+        e = times_linear(c, z_mean, a)
+        mean_square = (z_mean.square() + a.square() + r_variance) * q[0]
+        mean_square = mean_square + 2 * z_mean * a * q[1] + a.square() * q[2]
+    else:
+        e, mean_square = c[:-1], q[0]
+    factorial = factorials(MAX_DEGREE + 1, c)
+    summed = (e.square() / factorial).sum(0)
+    # r_i He_{k-1}(t_i) c_{k-1} / (k-1)! of degree k <= 12
+    summed = summed + r_variance * (c[:MAX_DEGREE].square() / factorial[:MAX_DEGREE]).sum(0)
+    tail = mean_square - summed
+    return _Series(e, c[:-1], torch.where(tail > 1e-13 * mean_square, tail, 0.0))
+
+
+def _square_coefficients(act: Activation, m: Tensor, s: Tensor) -> Tensor:
+    """E[act(y)^2 He_k(t)] for k = 0, 1, 2, by quadrature between the edges of act's panels."""
+    inner = GELU_PANELS if act.closed_form is not None else ()
+    edges = sorted({-math.inf, *inner, *act.edges, *act.kinks, act.split, math.inf})
+    constant = s == 0
+    safe = torch.where(constant, 1.0, s)
+    out = sum(
+        quadrature_coefficients(lambda y: act(y).square(), m, safe, lower, upper, 2)
+        for lower, upper in pairwise(edges)
+    )
+    if constant.any():
+        out[:, constant] = 0.0  # type: ignore[index]
+        out[0, constant] = act(m[constant]).square()  # type: ignore[index]
+    return out  # type: ignore[return-value]
+
+
+class _Pairs(NamedTuple):
+    """Covariances between a block of neurons (rows) and another (columns), both standardised."""
+
+    rows: slice
+    columns: slice
+    rho: Tensor
+    linear: tuple[Tensor, Tensor, Tensor] | None  # alpha, beta, sigma of a GLU
+
+
+def _pairs(
+    weights: MLPWeights | GLUWeights, gaussian: Gaussian, moments: Preactivations
+) -> Iterator[_Pairs]:
+    """Every pair of blocks with rows <= columns."""
+    W, _, V, _ = branches(weights)
+    inverse = torch.where(moments.s > 0, 1 / moments.s, 0.0)
+    a = moments.a
+    for j in range(0, len(a), BLOCK):
+        J = slice(j, j + BLOCK)
+        cov_W = gaussian.cov_matmul(W[:, J].double() * inverse[J])
+        cov_V = None if V is None else gaussian.cov_matmul(V[:, J].double())
+        for i in range(0, j + 1, BLOCK):
+            I = slice(i, i + BLOCK)  # noqa: E741
+            W_I = W[:, I].double() * inverse[I]
+            rho = (W_I.T @ cov_W).clamp(-1, 1)
+            if V is None or cov_V is None:
+                yield _Pairs(I, J, rho, None)
+                continue
+            V_I = V[:, I].double()
+            t_z, z_t, z_z = W_I.T @ cov_V, V_I.T @ cov_W, V_I.T @ cov_V
+            a_I, a_J = a[I, None], a[J]
+            sigma = z_z - a_I * t_z - z_t * a_J + a_I * rho * a_J
+            yield _Pairs(I, J, rho, (t_z - rho * a_J, z_t - a_I * rho, sigma))
+
+
+def _sum_over_pairs(
+    weights: MLPWeights | GLUWeights,
+    gaussian: Gaussian,
+    moments: Preactivations,
+    e: Tensor,
+    c: Tensor,
+    tail: Tensor,
+) -> tuple[Tensor, Tensor, float]:
+    """Sums over pairs of neurons of <readouts> E[part_k(i) part_k(j)].
+
+    Args:
+        e, c: [sets, 13, d_mlp], one set of coefficients for each sum.
+        tail: [d_mlp] variance of each neuron beyond degree 12.
+
+    Returns:
+        [sets, 13] by degree; what lies beyond; a bound on the error of the latter.
+    """
+    W_out = weights.W_out.double()
+    K = e.shape[1] - 1
+    sums = torch.zeros(e.shape[:2], dtype=torch.float64, device=e.device)
+    beyond = tail @ W_out.square().sum(1)
+    error = torch.zeros_like(beyond)
+    root = tail.sqrt()
+    centred_relu = weights.act.name == "relu" and isinstance(weights, MLPWeights)
+    centred_relu = centred_relu and bool((moments.m == 0).all())
+    deviations = moments.r_variance.sqrt()
+    for pair in _pairs(weights, gaussian, moments):
+        I, J = pair.rows, pair.columns  # noqa: E741
+        twice = 1.0 if I == J else 2.0
+        G = twice * (W_out[I] @ W_out[J].T)
+        previous = torch.zeros_like(G)
+        power = G  # G rho^k / k!, by recurrence in k
+        for k in range(K + 1):
+            sums[:, k] += _bilinear(e[:, k, I], power, e[:, k, J])
+            if pair.linear is not None and k < K:
+                alpha, beta, sigma = pair.linear
+                # the part of degree k + 1 that holds r
+                sums[:, k + 1] += _bilinear(e[:, k + 1, I], power * alpha, c[:, k, J])
+                sums[:, k + 1] += _bilinear(c[:, k, I], power * beta, e[:, k + 1, J])
+                mixed = power * sigma + previous * alpha * beta
+                sums[:, k + 1] += _bilinear(c[:, k, I], mixed, c[:, k, J])
+            previous, power = power, power * pair.rho / (k + 1)
+        if not tail[I].any() or not tail[J].any():
+            continue
+        if centred_relu:
+            rest = _arc_cosine(pair.rho, moments.s[I, None] * moments.s[J])
+            for k in range(K + 1):
+                rest -= c[0, k, I, None] * c[0, k, J] * pair.rho**k / math.factorial(k)
+        else:
+            norm = _cross_norm(pair, deviations[I, None], deviations[J])
+            rest = norm ** (K + 1) * root[I, None] * root[J]
+        if I == J:
+            rest.fill_diagonal_(0.0)
+        if centred_relu:
+            beyond += torch.sum(G * rest)
+        else:
+            error += torch.sum(G.abs() * rest)
+    return sums, beyond, float(error)
+
+
+def _bilinear(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
+    return torch.sum((left @ matrix) * right, dim=1)
+
+
+def _cross_norm(pair: _Pairs, r_I: Tensor, r_J: Tensor) -> Tensor:
+    """Spectral norm of the cross-correlation of (t_i, r_i) with (t_j, r_j), at most 1."""
+    if pair.linear is None:
+        return pair.rho.abs()
+    alpha, beta, sigma = pair.linear
+    inverse_I = torch.where(r_I > 0, 1 / r_I, 0.0)
+    inverse_J = torch.where(r_J > 0, 1 / r_J, 0.0)
+    p, q = alpha * inverse_J, beta * inverse_I
+    r = sigma * inverse_I * inverse_J
+    square = pair.rho**2 + p**2 + q**2 + r**2
+    determinant = pair.rho * r - p * q
+    root = (square**2 - 4 * determinant**2).clamp(min=0).sqrt()
+    return ((square + root) / 2).sqrt().clamp(max=1)
+
+
+def _arc_cosine(rho: Tensor, scale: Tensor) -> Tensor:
+    """E[relu(y_i) relu(y_j)] for centred y (Cho & Saul 2009)."""
+    angle = torch.arccos(rho)
+    return scale * (torch.sqrt(1 - rho * rho) + rho * (math.pi - angle)) / (2 * math.pi)

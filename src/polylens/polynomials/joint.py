@@ -1,0 +1,244 @@
+"""A polynomial per neuron, corrected by the features of all neurons."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polylens.activations.hermite import hermite_polynomials
+from polylens.checks import check_degree
+from polylens.files import format as storage
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.base import Approximation
+from polylens.polynomials.evaluation import gained
+from polylens.polynomials.explained_variance import r2
+from polylens.polynomials.factored import Polynomial
+from polylens.polynomials.quadratic_form import QuadraticForm
+from polylens.polynomials.records import Record
+
+
+class JointPolynomial(Approximation):
+    """f_n(x) = base_n(x) + Phi_n(x) D_n: a factored polynomial and a correction by all neurons.
+
+    Phi_n holds 1, x, and for k = 2 ... n every neuron's He_k(t) and, for a GLU,
+    zeta He_{k-1}(t) with zeta = z - E[z]; D_n [features, d_out] reads every feature out into
+    every direction. The base is in the span of the same features, so that one product
+    Phi_n [features] @ [features, d_out] evaluates both: at degree 2 as many multiplications as
+    4/3 of a GLU, at degree 3 twice a GLU. Beyond the ends of a range (see `Polynomial.clipped`)
+    t in He_k with k >= 2 and in He_{k-1}(t) zeta is that of the end, and what a neuron gains is
+    written along its row of W_out, for a third of a GLU more.
+
+    Attributes:
+        base: the per-neuron Polynomial.
+        ridge: [degree + 1] chosen strengths; held_out: [degree + 1] held-out mean squared errors
+            at those strengths.
+        inputs: the samples.
+    """
+
+    kind = "joint polynomial"
+    center: Tensor
+    z_mean: Tensor
+
+    def __init__(
+        self,
+        base: Polynomial,
+        center: Tensor,
+        z_mean: Tensor,
+        corrections: list[Tensor],
+        ridge: tuple[float, ...],
+        held_out: tuple[float, ...],
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.ridge, self.held_out = ridge, held_out
+        self.register_buffer("center", center)
+        self.register_buffer("z_mean", z_mean)
+        self._readouts: dict[tuple[int, torch.dtype], Tensor] = {}
+        for n, correction in enumerate(corrections):
+            self.register_buffer(f"D{n}", correction.contiguous())
+
+    @property
+    def degree(self) -> int:
+        return self.base.degree
+
+    @property
+    def inputs(self) -> Any:
+        return self.base.inputs
+
+    @property
+    def weights(self) -> MLPWeights | GLUWeights:
+        return self.base.weights
+
+    @property
+    def d_in(self) -> int:
+        return self.base.d_in
+
+    @property
+    def d_out(self) -> int:
+        return self.base.d_out
+
+    @property
+    def corrections(self) -> list[Tensor]:
+        """D_n [features, d_out] of every degree."""
+        return [getattr(self, f"D{n}") for n in range(self.degree + 1)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [..., d_out], the fit of the highest degree."""
+        return self._evaluate(x, self.degree)
+
+    def all_degrees(self, x: Tensor) -> Tensor:
+        """[..., d_in] -> [degree + 1, ..., d_out]: the fit of every degree."""
+        return torch.stack([self._evaluate(x, n) for n in range(self.degree + 1)])
+
+    def _evaluate(self, x: Tensor, n: int) -> Tensor:
+        phi, beyond = features(self.base, self.center, self.z_mean, x, n)
+        key = (n, phi.dtype)
+        if key not in self._readouts:
+            self._readouts[key] = self._readout(n).to(phi.dtype)
+        out = phi @ self._readouts[key]
+        out = out if beyond is None else out + beyond @ self.base.W_out.to(beyond.dtype)
+        return out.to(x.dtype)
+
+    def _readout(self, n: int) -> Tensor:
+        """[features, d_out] float64: the base in the same features, plus D_n."""
+        return readout(self.base, self.center, self.z_mean, n) + getattr(self, f"D{n}").double()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "JointPolynomial":
+        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in kept.items():  # coefficients stay in float64
+            self._buffers[name] = tensor.to(self.base.W_in.device)
+        self._readouts = {}
+        return self
+
+    def over(self, weights: MLPWeights | GLUWeights) -> "JointPolynomial":
+        """The same coefficients over the same weights, wherever and in whatever dtype they are."""
+        moved = {name: tensor.to(weights.device) for name, tensor in self.tables().items()}
+        return JointPolynomial.on(self.base.over(weights), moved)
+
+    def clipped(self, y_range: Tensor | None, asymptotes: bool = True) -> "JointPolynomial":
+        """`Polynomial.clipped`, of what is not linear in x."""
+        return self._with(self.base.clipped(y_range, asymptotes))
+
+    def unclipped(self) -> "JointPolynomial":
+        return self._with(self.base.unclipped())
+
+    def _with(self, base: Polynomial) -> "JointPolynomial":
+        like = JointPolynomial(
+            base, self.center, self.z_mean, self.corrections, self.ridge, self.held_out
+        )
+        like._r2 = self._r2
+        return like
+
+    def truncate(self, degree: int) -> "JointPolynomial":
+        """The fit of a lower degree; the tensors are shared."""
+        degree = check_degree(degree, self.degree, "fit")
+        lower = JointPolynomial(
+            self.base.truncate(degree),
+            self.center,
+            self.z_mean,
+            self.corrections[: degree + 1],
+            self.ridge[: degree + 1],
+            self.held_out[: degree + 1],
+        )
+        lower._r2 = None if self._r2 is None else self._r2[: degree + 1]
+        return lower
+
+    def linear(self) -> tuple[Tensor, Tensor]:
+        """(beta [d_in, d_out], alpha [d_out]) in float64: the degree 1 fit is x beta + alpha."""
+        self._require_degree(1, "linear()")
+        E = self._readout(1)
+        return E[1:], E[0] - self.center @ E[1:]
+
+    def quadratic_form(self, u: Tensor) -> QuadraticForm:
+        """Gamma_u with x Gamma_u x^T the second-order term of the degree 2 fit along u [d_out]."""
+        self._require_degree(2, "quadratic_form(u)")
+        readout = self._readout(2)[1 + self.d_in :] @ self._direction(u, self.center.device)
+        inverse = torch.where(self.base.s > 0, 1 / self.base.s, 0.0)
+        W, _, V, _ = self.base._activated_first()
+        q = None if V is None else readout[self.base.d_mlp :] * inverse
+        return QuadraticForm(W, readout[: self.base.d_mlp] * inverse**2, V, q)
+
+    def _measure_r2(self) -> Tensor:
+        return r2(self)
+
+    def _record(self) -> Record:
+        metadata, tensors = self.base._record()
+        return metadata, storage.prefixed(tensors, "base.") | self.tables()
+
+    @classmethod
+    def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "JointPolynomial":
+        return cls.on(Polynomial._of(metadata, storage.within(tensors, "base.")), tensors)
+
+    def tables(self) -> dict[str, Tensor]:
+        """Everything but the base, by name."""
+        own = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
+        # the ridge may be infinite, which JSON does not know
+        for name in ("ridge", "held_out"):
+            own[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
+        return own
+
+    @classmethod
+    def on(cls, base: Polynomial, tables: dict[str, Tensor]) -> "JointPolynomial":
+        """Inverse of `tables`; other tensors among them are ignored."""
+        corrections = [tables[f"D{n}"] for n in range(base.degree + 1)]
+        ridge, held_out = (tuple(tables[name].tolist()) for name in ("ridge", "held_out"))
+        return cls(base, tables["center"], tables["z_mean"], corrections, ridge, held_out)
+
+
+def features(
+    base: Polynomial, center: Tensor, z_mean: Tensor, x: Tensor, n: int
+) -> tuple[Tensor, Tensor | None]:
+    """[..., features]: 1, x - center, He_2(t), zeta He_1(t), He_3(t), zeta He_2(t), ...
+
+    And [..., d_mlp], what the neurons gain beyond their ranges, None where they have none.
+    """
+    columns, beyond = [torch.ones_like(x[..., :1])], None
+    if n:
+        columns.append(x - center.to(x.dtype))
+    ends = base._horner(n).ends
+    if n > 1 or ends is not None:
+        v, z = base._branches(x)
+        beyond = gained(v, ends)
+        beyond = beyond if beyond is None or z is None else beyond * z
+        v = v if ends is None else v.clamp(ends.low, ends.high)
+        t = v * torch.where(base.s > 0, 1 / base.s, 0.0).to(v.dtype)
+        he = hermite_polynomials(t, n)
+        zeta = None if z is None else z - z_mean.to(z.dtype)
+        for k in range(2, n + 1):
+            columns.append(he[k])
+            if zeta is not None:
+                columns.append(zeta * he[k - 1])
+    return torch.cat(columns, dim=-1), beyond
+
+
+def feature_count(weights: MLPWeights | GLUWeights, n: int) -> int:
+    """How many features the fit of degree n has."""
+    branches = 2 if isinstance(weights, GLUWeights) else 1
+    return 1 + (weights.d_in if n else 0) + max(n - 1, 0) * branches * weights.d_mlp
+
+
+def readout(base: Polynomial, center: Tensor, z_mean: Tensor, n: int) -> Tensor:
+    """[features, d_out] float64: features(base, center, z_mean, x, n) @ it is base_n(x).
+
+    z_mean must be that of x = center.
+    """
+    E = base.m.new_zeros(feature_count(base.weights, n), base.d_out)
+    W, b, V, _ = base._activated_first()
+    W_out, P = base.W_out.double(), base.P[n, : n + 1].clone()
+    if V is not None and base.Q is not None:
+        P[:n] += z_mean * base.Q[n, :n]
+    E[0] += P[0] @ W_out + (0 if base.b_out is None else base.b_out.double())
+    if n:
+        slope = P[1] * torch.where(base.s > 0, 1 / base.s, 0.0)
+        beta = (W.double() * slope) @ W_out
+        E[0] += (b - base.m) * slope @ W_out + center @ beta
+        E[1 : 1 + base.d_in] += beta
+    if n and V is not None and base.Q is not None:
+        E[1 : 1 + base.d_in] += (V.double() * base.Q[n, 0]) @ W_out
+    gates = [(P[k], None if base.Q is None else base.Q[n, k - 1]) for k in range(2, n + 1)]
+    start = 1 + base.d_in
+    for factor in (f for pair in gates for f in pair if f is not None):
+        E[start : start + base.d_mlp] += factor[:, None] * W_out
+        start += base.d_mlp
+    return E

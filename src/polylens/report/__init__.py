@@ -1,0 +1,1 @@
+"""How good the polynomials of a lens are."""

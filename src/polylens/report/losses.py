@@ -1,0 +1,205 @@
+"""What replacing layers costs: one forward pass for each group of layers and batch."""
+
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from polylens.calibration.lockstep import Step
+from polylens.calibration.tokens import counted, kept_rows, rows
+from polylens.errors import InvalidInputError
+from polylens.hosts.base import Layer
+from polylens.report.scores import Cost, ResidualSums, Scores, score, targets
+from polylens.report.worst import Rise, WorstRises
+
+if TYPE_CHECKING:
+    from polylens.lens import Lens
+
+# Below this many nats an ablation is harmless, and the share of it recovered means nothing.
+HARMLESS = 1e-6
+
+Group = tuple[Layer, ...]
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Of the true model, and of every way in which layers were replaced.
+
+    Attributes:
+        base_ce: cross entropy of the true model, nats per token.
+        n_targets: predicted tokens.
+        by_group: the loss columns of each group of layers, by their names in a LayerRow.
+        r2_replaced: of each layer on the stream of all replaced; None where too little came.
+        rises: the tokens that rise most with all replaced.
+    """
+
+    base_ce: float
+    n_targets: int
+    by_group: dict[Group, dict[str, float | None]]
+    r2_replaced: dict[Layer, float | None]
+    rises: list[Rise]
+
+
+def alone_and_all(layers: Sequence[Layer]) -> list[Group]:
+    """Each layer alone (experts are not, they are many), then all at once, if that is another."""
+    alone = [(layer,) for layer in layers if isinstance(layer, int)]
+    return list(dict.fromkeys([*alone, tuple(layers)]))
+
+
+def prefixes_of(layers: Sequence[Layer]) -> dict[Layer, Group]:
+    """By its last layer, every group that begins with the first one; experts of a block together.
+
+    The first prefix is a layer alone, the last all of them, so that two are no other groups.
+    """
+    blocks = [layer[0] if isinstance(layer, tuple) else layer for layer in layers]
+    ends = [i for i, block in enumerate(blocks) if blocks[i + 1 : i + 2] != [block]]
+    return {layers[i]: tuple(layers[: i + 1]) for i in ends}
+
+
+def passes_per_batch(layers: Sequence[Layer], prefixes: bool) -> int:
+    """Forward passes of `measure_losses`: the true model, those replaced, those ablated."""
+    return 1 + len(_replaced_groups(layers, prefixes)) + len(alone_and_all(layers))
+
+
+def _replaced_groups(layers: Sequence[Layer], prefixes: bool) -> list[Group]:
+    further = prefixes_of(layers).values() if prefixes else ()
+    return list(dict.fromkeys([*alone_and_all(layers), *further]))
+
+
+def measure_losses(
+    lens: "Lens",
+    degree: int,
+    layers: Sequence[Layer],
+    means: dict[Layer, Tensor],
+    steps: Iterable[Step],
+    bar: tqdm,
+    prefixes: bool,
+    worst: int,
+    lead: int,
+) -> Losses:
+    """Replace and ablate each layer alone and all of them, and with `prefixes` replace those.
+
+    While all are replaced every MLP is observed, so that polynomials are evaluated beside the
+    true layers; what flows on is the same up to rounding.
+
+    Args:
+        means: of each layer's output, what an ablation puts there.
+        steps: tokens and mask of each batch.
+        worst: how many tokens to list.
+        lead: of the predicted tokens, see `scoring.lead_of`.
+
+    Raises:
+        InvalidInputError: logits that are not [batch, pos, d_vocab], or nothing to predict.
+    """
+    everything, ablated = tuple(layers), {group: Cost() for group in alone_and_all(layers)}
+    replaced = {group: Cost() for group in _replaced_groups(layers, prefixes)}
+    stream, rises = _ReplacedStream(lens, degree, layers), WorstRises(worst, lead)
+    base, n_positions, n_targets = 0.0, 0, []
+    for batch, mask in steps:
+        real = counted(batch, mask, exclude_first=False)
+        n_targets.append(targets(real, lead).sum(1).cpu())
+        n_positions += int(real.sum())
+        truth, true = _truth(lens, batch, mask, real, lead)
+        base += float(true.ce.sum())
+        bar.update()
+        for group, cost in replaced.items():
+            whole = group == everything
+            watching = stream.watch(batch, mask) if whole else nullcontext()
+            with lens.replaced(group, degree), watching:
+                changed = score(lens.host.logits(batch, mask), truth, batch, real, lead)
+            cost.update(changed, true)
+            if whole:
+                rises.update(changed, true)
+            bar.update()
+        for group, cost in ablated.items():
+            constants = {
+                layer: _constant(means[layer], batch.shape, lens.exclude_first)
+                for layer in group
+                if layer in means
+            }
+            with lens.host.substitute(constants):
+                ablation = score(lens.host.logits(batch, mask), None, batch, real, lead)
+                cost.update(ablation, true)
+            bar.update()
+    counts = torch.cat(n_targets)
+    if counts.sum() == 0:
+        raise InvalidInputError("no token follows another one that is not padding: no loss")
+    by_group = {
+        group: _columns(cost, ablated.get(group), counts, n_positions)
+        for group, cost in replaced.items()
+    }
+    base_ce = base / int(counts.sum())
+    return Losses(base_ce, int(counts.sum()), by_group, stream.r2(), rises.found)
+
+
+class _ReplacedStream:
+    """R2 of each layer's polynomial on what the other replaced layers make of its inputs."""
+
+    def __init__(self, lens: "Lens", degree: int, layers: Sequence[Layer]) -> None:
+        self._lens = lens
+        self._polynomials = {layer: lens[layer].truncate(degree) for layer in layers}
+        self._sums = {layer: ResidualSums() for layer in layers}
+
+    def watch(self, batch: Tensor, mask: Tensor | None):
+        """Within the context, what passes the layers is added up."""
+        kept = kept_rows(batch, mask, exclude_first=self._lens.exclude_first)
+
+        def observer(layer: Layer):
+            def see(x: Tensor, y: Tensor) -> None:
+                predicted = self._polynomials[layer](rows(x, kept))
+                self._sums[layer].update(rows(y, kept), predicted[None])
+
+            return see
+
+        return self._lens.host.observe({layer: observer(layer) for layer in self._sums})
+
+    def r2(self) -> dict[Layer, float | None]:
+        return {layer: sums.last_r2() for layer, sums in self._sums.items()}
+
+
+def _truth(
+    lens: "Lens", batch: Tensor, mask: Tensor | None, real: Tensor, lead: int
+) -> tuple[Tensor, Scores]:
+    truth = lens.host.logits(batch, mask)
+    if truth.dim() != 3 or truth.shape[:2] != batch.shape:
+        raise InvalidInputError(
+            f"the loss columns need logits [batch, pos, d_vocab]; {lens.model_name} returns "
+            f"{list(truth.shape)} for tokens {list(batch.shape)}; use report(..., loss=False)"
+        )
+    return truth, score(truth, None, batch, real, lead)
+
+
+def _columns(
+    cost: Cost, ablation: Cost | None, n_targets: Tensor, n_positions: int
+) -> dict[str, float | None]:
+    delta = cost.delta_ce(n_targets)
+    found = {
+        "delta_ce": delta,
+        "delta_ce_se": cost.delta_ce_se(n_targets),
+        "kl": cost.kl(n_positions),
+        "agreement": cost.agreement(n_positions),
+    }
+    if ablation is None:
+        return found
+    harm = ablation.delta_ce(n_targets)
+    recovered = None if harm < HARMLESS else 1 - delta / harm
+    return {**found, "ablation_delta_ce": harm, "loss_recovered": recovered}
+
+
+def _constant(mean: Tensor, shape: torch.Size, keep_first: bool):
+    """The mean in place of an MLP's output; position 0 stays true where `replaced` keeps it."""
+
+    def ablate(x: Tensor, y: Tensor) -> Tensor:
+        flat = y.reshape(-1, y.shape[-1])
+        out = mean.to(y).expand_as(flat)
+        if keep_first:
+            places = getattr(y, "places", None)
+            every = torch.arange(len(flat), device=y.device) % shape[1] == 0
+            out = torch.where((every if places is None else places.first)[:, None], flat, out)
+        return out.reshape(y.shape)
+
+    return ablate

@@ -1,0 +1,181 @@
+"""How the figures of a report are measured: R2 of every layer in one pass, then the losses."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from polylens.calibration.lockstep import Step
+from polylens.calibration.streams import require_deterministic, watch
+from polylens.calibration.tokens import batches, counted, rows, validate_inputs
+from polylens.checks import check_degree, check_layers, label
+from polylens.errors import InvalidInputError
+from polylens.hosts.base import Layer
+from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of
+from polylens.report.report import LayerRow, Report
+from polylens.report.scores import ResidualSums, lead_of
+from polylens.report.worst import Decode, decoder, explain
+
+if TYPE_CHECKING:
+    from polylens.lens import Lens
+
+FIRST_POSITION = (
+    "position 0 is left out of R² and stays true under replacement and ablation: attention sink"
+)
+
+BOTH_WAYS = "the model reads both ways: CE is of each token itself, not of the next one"
+NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be scored"
+
+
+def measure(
+    lens: "Lens",
+    tokens: Tensor,
+    *,
+    degree: int | None = None,
+    layers: Iterable[Layer] | int | None = None,
+    attention_mask: Tensor | None = None,
+    batch_size: int = 8,
+    loss: bool = True,
+    prefixes: bool = False,
+    worst: int = 10,
+    decode: Decode | None = None,
+    progress: bool = True,
+) -> Report:
+    """Measure a lens on held-out tokens; `lens.report` is the usual way here.
+
+    R2 = 1 - sum |y - f_k(x)|^2 / sum |y - mean(y)|^2 over the counted tokens and all output
+    dimensions, in float64, for every fitted degree k and all layers in one pass. The losses
+    take 2 forward passes per layer and batch, the prefixes of L layers L - 2 more, the worst
+    tokens one over their sequences; memory is bounded by one batch.
+
+    Args:
+        tokens: [batch, pos] token ids. R2 and the ablation's mean count neither padding nor,
+            with lens.exclude_first, position 0; losses count every token that is not padding.
+            Floats [batch, ...] where the model reads those: all count, and there is no loss.
+        degree: of the replacement, fitted degree by default.
+        layers: which rows, all by default.
+        attention_mask: [batch, pos], 0 at padding.
+        loss: False leaves out the loss columns, and all that is measured with layers replaced.
+        prefixes, worst, decode: see `Lens.report`.
+
+    Raises:
+        InvalidInputError: tokens, mask, degree, layers or another argument that cannot be used,
+            or activations that are not finite (which layer).
+        UnsupportedModel: a layer that was refused.
+    """
+    degree = lens.degree if degree is None else check_degree(degree, lens.degree, "attach")
+    chosen = check_layers(layers, lens.layers, lens.refused, " in this lens")
+    _check_options(loss, prefixes, worst)
+    d_vocab = getattr(getattr(lens.host.model, "cfg", None), "d_vocab", None)
+    reads_tokens = lens.host.reads_tokens
+    tokens, mask = validate_inputs(
+        tokens, attention_mask, reads_tokens=reads_tokens, d_vocab=d_vocab
+    )
+    loss = loss and reads_tokens
+    as_text = decoder(lens, decode, tokens) if loss else str
+    require_deterministic(lens.host.module)
+    device = lens.host.device
+    tokens, mask = tokens.to(device), None if mask is None else mask.to(device)
+    steps = list(batches(tokens, mask, batch_size))
+    per_batch = 1 + (loss and passes_per_batch(chosen, prefixes))
+    losses, all_row, found, lead = None, None, (), 1
+    with (
+        torch.no_grad(),
+        tqdm(total=len(steps) * per_batch, desc="report", disable=not progress) as bar,
+    ):
+        sums = _residual_sums(lens, chosen, steps, bar)
+        rows = [LayerRow(n, sums[n].r2(n), n_tokens=sums[n].n) for n in chosen]
+        if loss:
+            means = {layer: sums[layer].mean for layer in chosen if sums[layer].n}
+            lead = lead_of(lens.host, tokens)
+            losses = measure_losses(lens, degree, chosen, means, steps, bar, prefixes, worst, lead)
+            all_row = replace(LayerRow(None, None), **losses.by_group[tuple(chosen)])
+            rows = _with_losses(rows, losses, prefixes_of(chosen) if prefixes else {})
+            if losses.rises:
+                found = explain(
+                    lens, degree, chosen, losses.rises, tokens, mask, batch_size, as_text
+                )
+    return Report(
+        model=lens.model_name,
+        host=lens.host.name,
+        inputs=lens.inputs_summary,
+        degree=degree,
+        fitted_degree=lens.degree,
+        n_tokens=_counted(lens, steps) if reads_tokens else max(s.n for s in sums.values()),
+        n_targets=None if losses is None else losses.n_targets,
+        base_ce=None if losses is None else losses.base_ce,
+        rows=tuple(rows),
+        all_row=all_row,
+        refused=dict(lens.refused),
+        notes=tuple(_notes(lens, sums, lead)),
+        worst=found,
+    )
+
+
+def _check_options(loss: bool, prefixes: bool, worst: int) -> None:
+    if prefixes and not loss:
+        raise InvalidInputError(
+            "prefixes=True measures losses and loss=False leaves them out; change one of them"
+        )
+    if isinstance(worst, bool) or not isinstance(worst, int) or worst < 0:
+        raise InvalidInputError(f"worst must be a number of tokens, 0 for none, got {worst!r}")
+
+
+def _with_losses(
+    rows: Sequence[LayerRow], losses: Losses, prefixes: dict[Layer, tuple[Layer, ...]]
+) -> list[LayerRow]:
+    filled = []
+    for row in rows:
+        assert row.layer is not None
+        found = dict(losses.by_group.get((row.layer,), {}))
+        if row.layer in prefixes:
+            prefix = losses.by_group[prefixes[row.layer]]
+            found |= {"prefix_delta_ce": prefix["delta_ce"], "prefix_kl": prefix["kl"]}
+        filled.append(replace(row, r2_replaced=losses.r2_replaced[row.layer], **found))
+    return filled
+
+
+def _notes(lens: "Lens", sums: dict[Layer, ResidualSums], lead: int) -> Iterator[str]:
+    if lens.exclude_first:
+        yield FIRST_POSITION
+    if not lens.host.reads_tokens:
+        yield NO_LOSS
+    if lead == 0:
+        yield BOTH_WAYS
+    if unseen := [label(n) for n in sums if sums[n].n < 2]:
+        yield f"no R² of experts {', '.join(unseen)}: fewer than 2 tokens were sent there"
+    if constant := [label(n) for n in sums if sums[n].n > 1 and sums[n].constant]:
+        yield (
+            f"the output of layers {', '.join(constant)} does not vary: R² is 1 there where the "
+            "polynomial reproduces it, else 0"
+        )
+
+
+def _counted(lens: "Lens", steps: Sequence[Step]) -> int:
+    return sum(int(counted(*step, exclude_first=lens.exclude_first).sum()) for step in steps)
+
+
+def _residual_sums(
+    lens: "Lens", layers: Sequence[Layer], steps: Sequence[Step], bar: tqdm
+) -> dict[Layer, ResidualSums]:
+    """One pass over the tokens with the true model, for all layers and degrees."""
+    sums = {layer: ResidualSums() for layer in layers}
+
+    def see(layer: Layer, x: Tensor, y: Tensor, kept: Tensor | None) -> None:
+        sums[layer].update(rows(y, kept), lens[layer].all_degrees(rows(x, kept)))
+
+    def ticking() -> Iterator[Step]:
+        for step in steps:
+            yield step
+            bar.update()
+
+    watch(lens.host, layers, ticking(), lens.exclude_first, see)
+    if any(s.n < 2 for layer, s in sums.items() if isinstance(layer, int)):
+        raise InvalidInputError(
+            "fewer than 2 activations are left to measure R2 on after padding and position 0; "
+            "give longer sequences, or more of them"
+        )
+    return sums

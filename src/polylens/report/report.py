@@ -1,0 +1,220 @@
+"""How good the polynomials of a lens are: the figures of `lens.report`, and their forms."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+
+from polylens.checks import label, labelled
+from polylens.errors import InvalidInputError
+from polylens.hosts.base import Layer
+from polylens.report import rendering
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SCHEMA = "polylens.report/2"
+# Version 1 had fewer entries, which are None or empty when it is read.
+READABLE = (SCHEMA, "polylens.report/1")
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer of a report; losses in nats per token, None where they were not measured.
+
+    Attributes:
+        layer: index, (index, expert), or None for the row in which all are replaced at once.
+        r2: held-out R2 of degree 0, 1, ..., fitted degree; None for that last row. Of an output
+            that does not vary it is 1 where it is reproduced, else 0.
+        delta_ce: next-token cross entropy (of each token itself, in a model that reads both ways)
+            with the polynomial minus without.
+        kl: mean over positions of KL(true model || model with the polynomial).
+        ablation_delta_ce: the same as delta_ce with the output's mean in place of the polynomial.
+        loss_recovered: 1 - delta_ce / ablation_delta_ce; None where the ablation is harmless.
+        n_tokens: activations that R2 counts; of an expert those that were routed to it.
+        delta_ce_se: standard error of delta_ce, paired and with sequences as its units.
+        agreement: share of positions whose most likely token is that of the true model.
+        prefix_delta_ce, prefix_kl: with this and every earlier listed layer replaced; of a block
+            of experts in the row of the last one.
+        r2_replaced: R2 of the replacing degree against the true MLP, on the stream that it has
+            when all listed layers are replaced; -inf where that diverges.
+    """
+
+    layer: Layer | None
+    r2: tuple[float, ...] | None
+    delta_ce: float | None = None
+    kl: float | None = None
+    ablation_delta_ce: float | None = None
+    loss_recovered: float | None = None
+    n_tokens: int | None = None
+    delta_ce_se: float | None = None
+    agreement: float | None = None
+    prefix_delta_ce: float | None = None
+    prefix_kl: float | None = None
+    r2_replaced: float | None = None
+
+    @property
+    def label(self) -> str:
+        return "all" if self.layer is None else label(self.layer)
+
+
+@dataclass(frozen=True)
+class WorstToken:
+    """A token whose cross entropy rises much when all listed layers are replaced, and why.
+
+    The last four are about the position that predicts the token, on the stream of the replaced
+    layers; None where no replaced layer or expert ran. Errors of layers below move its inputs,
+    and what comes from other positions by attention is not traced, so that what stands out there
+    is a hint, not a proof of where it began.
+
+    Attributes:
+        sequence, position: of the token among those that were measured.
+        token: its id; text: the same as text; context: the tokens in front of it as text.
+        true_ce, replaced_ce: nats, of the true model and with all layers replaced.
+        kl: KL(true model || all replaced) of the prediction.
+        layer: the one with the largest relative error there.
+        error: |y - f(x)| / |y| of that layer.
+        neuron: the one of that layer whose preactivation is farthest out.
+        deviation: how far: (y - m) / s, with the m and s of its calibration.
+    """
+
+    sequence: int
+    position: int
+    token: int
+    text: str
+    context: str
+    true_ce: float | None
+    replaced_ce: float | None
+    kl: float | None
+    layer: Layer | None = None
+    error: float | None = None
+    neuron: int | None = None
+    deviation: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of a lens on held-out tokens; `print(report)`, or leave it last in a cell.
+
+    `report[layer]`, `len(report)` and iteration give the rows.
+
+    Attributes:
+        model, host, inputs: which model, in which framework, fitted to which input model.
+        degree: of the replacement whose loss was measured; fitted_degree: highest one there is.
+        n_tokens: activations counted in R2 (positions of a sequence, patches of an image).
+        n_targets: predicted tokens counted in the loss.
+        base_ce: cross entropy of the unchanged model, nats per token.
+        rows: one per layer; all_row: every listed layer replaced at once.
+        refused: reason for each layer that has no polynomial.
+        notes: what a reader should know about how this was measured.
+        worst: the tokens that lose most when all listed layers are replaced, worst first; their
+            text goes wherever the report is saved.
+    """
+
+    model: str
+    host: str
+    inputs: str
+    degree: int
+    fitted_degree: int
+    n_tokens: int
+    n_targets: int | None
+    base_ce: float | None
+    rows: tuple[LayerRow, ...]
+    all_row: LayerRow | None = None
+    refused: dict[Layer, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    worst: tuple[WorstToken, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[LayerRow]:
+        return iter(self.rows)
+
+    def __getitem__(self, layer: Layer) -> LayerRow:
+        for row in self.rows:
+            if row.layer == layer:
+                return row
+        raise InvalidInputError(
+            f"no layer {layer!r} in this report; there are {[row.layer for row in self.rows]}"
+        )
+
+    def __str__(self) -> str:
+        return rendering.text(self)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield from rendering.parts(self, options.max_width)
+
+    def _repr_html_(self) -> str:
+        return rendering.to_html(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts; figures that are not finite become None."""
+        return {"schema": SCHEMA, **_plain(asdict(self))}
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """Strict JSON (no NaN), also written to `path` if one is given."""
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False, ensure_ascii=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Report":
+        """The report that `to_dict` (or `json.loads` of `to_json`) describes.
+
+        Also reads what older versions wrote, without the figures that those did not measure.
+
+        Raises:
+            InvalidInputError: another schema, or missing or unknown entries.
+        """
+        if not isinstance(data, dict) or data.get("schema") not in READABLE:
+            got = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise InvalidInputError(
+                f"not a report that this version reads: {got!r}, expected {' or '.join(READABLE)}"
+            )
+        values = {name: value for name, value in data.items() if name != "schema"}
+        try:
+            values["rows"] = tuple(_row(row) for row in values["rows"])
+            values["all_row"] = None if values["all_row"] is None else _row(values["all_row"])
+            values["refused"] = {labelled(k): r for k, r in values["refused"].items()}
+            values["notes"] = tuple(values["notes"])
+            values["worst"] = tuple(_worst(token) for token in values.get("worst", ()))
+            return cls(**values)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InvalidInputError(f"not a complete report: {error}") from error
+
+    def plot(self) -> "Figure":
+        """R2 by layer and degree, and the change of loss by layer; see `polylens.report.figure`.
+
+        Raises:
+            InvalidInputError: a report without rows.
+        """
+        from polylens.report.figure import report_figure
+
+        return report_figure(self)
+
+
+def _row(data: dict[str, Any]) -> LayerRow:
+    r2 = data["r2"]
+    return LayerRow(**{**data, "layer": _layer(data), "r2": None if r2 is None else tuple(r2)})
+
+
+def _worst(data: dict[str, Any]) -> WorstToken:
+    return WorstToken(**{**data, "layer": _layer(data)})
+
+
+def _layer(data: dict[str, Any]) -> Layer | None:
+    return tuple(data["layer"]) if isinstance(data["layer"], list) else data["layer"]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k if isinstance(k, str) else label(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Lenses as files, on the Hub, and as models of their own."""

@@ -1,0 +1,133 @@
+"""A calibration that survives an interruption: the layers so far, in one checked file."""
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from polylens.calibration.streams import Calibration
+from polylens.checks import label
+from polylens.errors import ArtifactError
+from polylens.files import format as storage
+from polylens.hosts.base import Layer, MLPSite
+from polylens.installed.emitter import Fitted
+from polylens.saving import lens_file as artifact
+
+# What is named, at most, of the weights that differ.
+NAMED = 3
+
+
+class Checkpoint:
+    """The polynomials of a calibration so far, written anew after each layer.
+
+    The file is that of `Lens.save` with the identity of the calibration in its header, marked
+    as unfinished until `finish`. A crash leaves the file of the layer before.
+
+    Args:
+        path: of the file; one that does not exist is written, without layers.
+        identity: of the calibration that it belongs to.
+        sites: all layers of the model that can be read.
+        refused: why others cannot.
+
+    Attributes:
+        found: the polynomials that are in the file, in the order in which they were fitted.
+
+    Raises:
+        ArtifactError: a damaged file, or one that belongs to something else; it is left as is.
+        OSError: it cannot be read or written.
+
+    Cost: the whole file for each layer, that is n^2 / 2 times a layer's share of it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        identity: Mapping[str, Any],
+        sites: Iterable[MLPSite],
+        refused: Mapping[Layer, str],
+    ) -> None:
+        self.path, self.found = path, dict[Layer, Fitted]()
+        self._sites = {site.layer: site for site in sites}
+        self._header = {"calibration": dict(identity), "unfinished": True}
+        self._finished = False
+        if os.path.exists(path):
+            header, tensors = storage.read(path, artifact.KIND)
+            _require_same(path, header.get("calibration"), identity)
+            self.found = artifact.decode(path, header, tensors, self._sites.values(), refused)
+            self._finished = not header.get("unfinished")
+        self._entries = {n: artifact.entry(self._sites[n], p) for n, p in self.found.items()}
+        if not self.found:
+            self._write()
+
+    def add(self, layer: Layer, polynomial: Fitted) -> None:
+        """Write the file with one more layer."""
+        self._entries[layer] = artifact.entry(self._sites[layer], polynomial)
+        self._write()
+
+    def finish(self, header: Mapping[str, Any], layers: Iterable[Layer]) -> None:
+        """Make it the file of a lens with this header and these layers, in their order."""
+        if not self._finished:
+            self._header = {**header, "calibration": self._header["calibration"]}
+            self._entries = {layer: self._entries[layer] for layer in layers}
+            self._write()
+
+    def _write(self) -> None:
+        artifact.write(self.path, self._header, self._entries.values())
+
+
+def identity(
+    calibration: Calibration, layers: Iterable[Layer], estimator: str, degree: int
+) -> dict[str, Any]:
+    """All that the polynomials of a calibration depend on, as JSON.
+
+    Cost: one SHA-256 over all weights of the model and over the tokens.
+    """
+    host, steps = calibration.host, calibration.steps
+    masks = [mask for _, mask in steps if mask is not None]
+    state = host.module.state_dict().items()
+    return {
+        "host": host.name,
+        "weights": {
+            name: storage.sha256([(f"{tensor.dtype} {list(tensor.shape)}", tensor)])
+            for name, tensor in state
+            if isinstance(tensor, Tensor) and tensor.device.type != "meta"
+        },
+        "tokens": _data([tokens for tokens, _ in steps]),
+        "attention_mask": _data(masks) if masks else None,
+        "batch_size": len(steps[0][0]),
+        "exclude_first": calibration.exclude_first,
+        "weighting": calibration.weighting,
+        "clip": calibration.clip,
+        "inputs": estimator,
+        "degree": degree,
+        "layers": [label(layer) for layer in layers],
+    }
+
+
+def _data(batches: list) -> str:
+    shape = [sum(map(len, batches)), *batches[0].shape[1:]]
+    return f"{batches[0].dtype} {shape} with SHA-256 {storage.sha256(('', b) for b in batches)}"
+
+
+def _require_same(path: Any, saved: Any, mine: Mapping[str, Any]) -> None:
+    if saved is None:
+        raise ArtifactError(
+            f"{path} holds a lens that was saved, not a calibration that can go on; "
+            "polylens.load it, or give another path as checkpoint="
+        )
+    different = [
+        f"{name} was {saved.get(name)}, now it is {value}"
+        for name, value in mine.items()
+        if name != "weights" and saved.get(name) != value
+    ]
+    before, now = saved["weights"], mine["weights"]
+    changed = [name for name in before | now if before.get(name) != now.get(name)]
+    if changed:
+        more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+        different.append(f"other weights ({', '.join(changed[:NAMED])}{more})")
+    if different:
+        raise ArtifactError(
+            f"{path} belongs to another calibration: {'; '.join(different)}. Attach as then, or "
+            "give another path as checkpoint= (this file is as it was)"
+        )

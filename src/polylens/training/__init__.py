@@ -1,0 +1,1 @@
+"""R2 by degree while a network learns."""

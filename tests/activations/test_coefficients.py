@@ -1,0 +1,139 @@
+"""Hermite coefficients against 40-digit quadrature, and registered activations."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from polylens import InvalidInputError, NumericalWarning, UnsupportedActivation
+from polylens.activations.activation import _REGISTRY, activation, known_activations, swish, xielu
+from polylens.activations.registered import register_activation
+from polylens.normal_forms.weights import MLPWeights
+
+ORACLE = json.loads((Path(__file__).parent.parent / "data" / "hermite_oracle.json").read_text())
+PARAMETRISED = {
+    "swish(beta=0.4)": swish(0.4),
+    "xielu": xielu(0.8, 1.3, 0.5, -1e-6),
+}
+
+
+def rows(name):
+    chosen = [row for row in ORACLE if row["act"] == name]
+    columns = ([row[key] for row in chosen] for key in ("m", "s", "c"))
+    m, s, c = (torch.tensor(column, dtype=torch.float64) for column in columns)
+    return m, s, c.T
+
+
+def assert_accurate(act, m, s, expected):
+    """|error| <= max(1e-10 |c|, 1e-15 (|m| + s)), norms over degrees 0 ... 8."""
+    error = torch.linalg.vector_norm(act.hermite_coefficients(m, s, 8) - expected, dim=0)
+    relative = 1e-10 * torch.linalg.vector_norm(expected, dim=0)
+    excess = error / torch.maximum(relative, 1e-15 * (m.abs() + s)).clamp(min=1e-300)
+    i = int(excess.argmax())
+    assert float(excess[i]) <= 1, (
+        f"{act.name}: error {float(error[i]):.2e} at m={float(m[i])}, s={float(s[i])}"
+    )
+
+
+@pytest.fixture
+def registry():
+    """Forget what a test registers."""
+    before = dict(_REGISTRY)
+    yield
+    _REGISTRY.clear()
+    _REGISTRY.update(before)
+
+
+@pytest.mark.parametrize("name", sorted({row["act"] for row in ORACLE}))
+def test_coefficients_equal_oracle(name):
+    act = PARAMETRISED.get(name) or activation(name)
+    assert_accurate(act, *rows(name))
+
+
+def test_neurons_far_below_their_kink():
+    # All coefficients are tiny here, and the norm of c hides c_0: 2 int_u^inf (t - u) Q(t) dt.
+    u = torch.tensor([6.0, 8.25, 12.0], dtype=torch.float64)
+    t = u + torch.linspace(0, 6, 600_001, dtype=torch.float64)[:, None]
+    density = torch.exp(-t * t / 2) * 0.3989422804014327
+    expected = [torch.trapezoid((t - u) ** (2 - k) * density, t, dim=0) for k in range(3)]
+    got = activation("relu2").hermite_coefficients(-u, torch.ones(3), 2)
+    factors = torch.tensor([1.0, 2.0, 2.0], dtype=torch.float64)[:, None]
+    torch.testing.assert_close(got, factors * torch.stack(expected), rtol=1e-8, atol=0)
+
+
+def test_oracle_covers_every_builtin():
+    assert set(_REGISTRY) <= {row["act"] for row in ORACLE}
+
+
+def test_helper_fails_on_a_wrong_coefficient():
+    m, s, c = rows("gelu")
+    with pytest.raises(AssertionError, match="gelu: error"):
+        assert_accurate(activation("gelu"), m, s, c * (1 + 1e-9))
+
+
+@pytest.mark.parametrize(
+    ("name", "fn", "kinks"),
+    [
+        ("silu", F.silu, ()),
+        ("tanh", torch.tanh, ()),
+        ("hardswish", F.hardswish, (-3.0, 3.0)),
+        ("relu6", F.relu6, (0.0, 6.0)),
+        ("elu", F.elu, (0.0,)),
+    ],
+)
+def test_registered_equals_builtin(registry, name, fn, kinks):
+    act = register_activation(f"my_{name}", fn, kinks)
+    assert act.accuracy <= 1e-10
+    assert_accurate(act, *rows(name))
+    assert f"my_{name}" in known_activations()
+
+
+def test_registered_algebraic_tail(registry):
+    act = register_activation("my_softsign", F.softsign, kinks=(0.0,), slopes=(0.0, 0.0))
+    assert act.accuracy <= 1e-10
+    # E[y / (1 + |y|) t] = 2 int_0^inf s x^2 / (1 + s x) phi(x) dx, s = 2
+    x = torch.linspace(0, 12, 2_000_001, dtype=torch.float64)
+    density = torch.exp(-x * x / 2) * 0.3989422804014327
+    expected = 2 * torch.trapezoid(2 * x * x / (1 + 2 * x) * density, x)
+    got = act.hermite_coefficients(torch.zeros(1), torch.full((1,), 2.0), 1)[1]
+    assert abs(float(got) - float(expected)) < 1e-10
+    layer = MLPWeights(torch.ones(1, 1), torch.ones(1, 1), "my_softsign")
+    assert layer.act is act
+
+
+def test_undeclared_kink_is_loud(registry):
+    with pytest.warns(NumericalWarning, match="kinks="):
+        act = register_activation("kinked", lambda y: (y - 1.2345).abs())
+    assert act.accuracy > 1e-7
+    assert register_activation("declared", lambda y: (y - 1.2345).abs(), (1.2345,)).accuracy < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (lambda y: torch.softmax(y, -1), "changes with the other values"),
+        (lambda y: y - y.mean(), "changes with the other values"),
+        (lambda y: y.sum(), "not elementwise"),
+        (torch.log, "NaN or infinity"),
+        (torch.square, "not asymptotically linear"),
+        (lambda y: y.float(), "not elementwise"),
+        (lambda y: y.missing, "failed"),
+    ],
+)
+def test_unusable_functions_are_refused(registry, fn, message):
+    with pytest.raises(UnsupportedActivation, match=message):
+        register_activation("broken", fn)
+    assert "broken" not in known_activations()
+
+
+def test_registration_refuses_names_kinks_and_slopes(registry):
+    with pytest.raises(InvalidInputError, match="exists already"):
+        register_activation("swish", F.silu)
+    with pytest.raises(InvalidInputError, match="non-empty"):
+        register_activation("", F.silu)
+    with pytest.raises(InvalidInputError, match="finite"):
+        register_activation("new", F.silu, kinks=(float("nan"),))
+    with pytest.raises(UnsupportedActivation, match="has slope 1"):
+        register_activation("new", F.silu, slopes=(0.0, 0.5))

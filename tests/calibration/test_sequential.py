@@ -1,0 +1,193 @@
+"""Batches in step, and polynomials fitted on the stream of the replaced layers below."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from tests.hf_models import build, from_config
+from tests.host_contract import module_snapshot
+from tests.hosts.test_hosts_agree import bridge, hooked, nnsight, plain
+from tests.hosts.test_moe import MODELS
+
+import polylens
+from polylens import InvalidInputError, Samples, UnsupportedModel, demo
+from polylens.calibration.lockstep import in_step
+from polylens.calibration.streams import visiting_order
+from polylens.hosts import host_for
+
+pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
+
+CALIBRATION = demo.batches(demo.texts()[0], 24, 64)
+VISITED = CALIBRATION[visiting_order(len(CALIBRATION))]
+HELD_OUT = demo.batches(demo.texts()[1], 8, 64)
+SMALL = torch.arange(64).reshape(4, 16) * 7 % 50
+HOSTS = (plain, bridge, nnsight, hooked)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return demo.load_bridge()
+
+
+def attach(model, tokens=CALIBRATION, **options):
+    options = {"calibration": "sequential", "progress": False, **options}
+    return polylens.attach(model, tokens, **options)
+
+
+def seen_inputs(host, layers, steps):
+    """What each layer reads in ordinary passes."""
+    seen = {layer: [] for layer in layers}
+    observers = {n: (lambda x, y, n=n: seen[n].append(x.clone())) for n in layers}
+    with torch.no_grad(), host.observe(observers):
+        for step in steps:
+            host.run(*step)
+    return seen
+
+
+def true(x, y):
+    return y
+
+
+@pytest.mark.parametrize("make", HOSTS)
+def test_in_step_every_batch_computes_what_it_computes_alone(make):
+    host = host_for(make(build("gpt2")), None)
+    layers = [site.layer for site in host.sites()[0]]
+    steps = [(SMALL[:2], None), (SMALL[2:, :9], None), (SMALL[1:2], None)]
+    expected = seen_inputs(host, layers, steps)
+    visited = []
+
+    def visit(layer, arrivals):
+        found = [(i, x.clone()) for i, x, _ in arrivals]
+        assert [i for i, _ in found] == [0, 1, 2]
+        assert all(torch.equal(x, expected[layer][i]) for i, x in found)
+        visited.append(layer)
+        return true
+
+    in_step(host, layers, steps, visit)
+    assert visited == layers
+
+
+@pytest.mark.parametrize("make", HOSTS)
+def test_an_error_on_the_way_leaves_the_model_as_it_was(make):
+    model = make(build("gpt2"))
+    host = host_for(model, None)
+    layers = [site.layer for site in host.sites()[0]]
+    steps = [(SMALL[:2], None), (SMALL[2:], None)]
+    before = host.logits(SMALL)
+    snapshot = module_snapshot(host.module)
+
+    def visit(layer, arrivals):
+        next(arrivals)
+        raise KeyError(layer)
+
+    with pytest.raises(KeyError):
+        in_step(host, layers, steps, visit)
+    assert module_snapshot(host.module) == snapshot
+    assert torch.equal(host.logits(SMALL), before)
+    assert polylens.attached(model) is None
+
+
+@pytest.mark.parametrize("inputs", ["samples", "gaussian", "joint"])
+def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, inputs):
+    plain = {"weighting": "equal", "clip": False}
+    with attach(model, degree=2, inputs=inputs, batch_size=24, **plain) as lens:
+        for layer in (0, 2, 3):
+            with lens.replaced(range(layer)) if layer else nullcontext():
+                x = seen_inputs(lens.host, [layer], [(VISITED, None)])[layer][0]
+            x = x[:, 1:].reshape(-1, x.shape[-1])
+            given = polylens.Gaussian.from_samples(x) if inputs == "gaussian" else Samples([x])
+            scope = "global" if inputs == "joint" else "neuron"
+            expected = polylens.fit(lens.sites[layer].weights(), given, 2, scope)(x)
+            assert (lens[layer](x) - expected).norm() < 2e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("inputs", ["samples", "gaussian", "mixture", "joint"])
+@pytest.mark.parametrize("calibration", ["sequential", "true"])
+def test_inputs_may_be_weighted_by_the_size_of_the_output(model, inputs, calibration):
+    options = {"calibration": calibration, "weighting": "output", "clip": True}
+    with attach(model, degree=2, inputs=inputs, batch_size=24, layers=[0], **options) as lens:
+        x = seen_inputs(lens.host, [0], [(VISITED, None)])[0][0]
+        x = x[:, 1:].reshape(-1, x.shape[-1])
+        weights = lens.sites[0].weights()
+        w = 1 / weights(x).double().norm(dim=1)
+        if inputs in ("gaussian", "mixture"):
+            cluster = torch.zeros(len(x))
+            if inputs == "mixture":
+                centres = polylens.GaussianMixture.from_samples(x[:1200], 8).means
+                cluster = torch.cdist(x.double(), centres).argmin(1)
+            parts = []
+            for k in cluster.unique():
+                own, v = x[cluster == k].double(), w[cluster == k]
+                centred = own - v @ own / v.sum()
+                covariance = centred.T @ (centred * v[:, None]) / v.sum()
+                parts.append((v.sum() / w.sum(), v @ own / v.sum(), covariance))
+            share, means, covs = (torch.stack(each) for each in zip(*parts, strict=True))
+            given = polylens.Gaussian(means[0], covs[0])
+            if inputs == "mixture":
+                assert len(means) == 8
+                given = polylens.GaussianMixture(share, means, covs)
+        else:
+            given = Samples([(x, w)])
+        scope = "global" if inputs == "joint" else "neuron"
+        expected = polylens.fit(weights, given, 2, scope)(x)
+        assert (lens[0](x) - expected).norm() < 2e-4 * expected.norm()
+        y = x @ weights.W_in + weights.b_in
+        base = lens[0].base if inputs == "joint" else lens[0]
+        assert torch.allclose(base.y_range.float(), torch.stack([y.amin(0), y.amax(0)]), atol=1e-5)
+
+
+def test_it_loses_less_than_fits_to_the_true_stream(model):
+    losses = {}
+    for calibration, inputs in (("true", "gaussian"), ("true", "samples"), ("sequential", None)):
+        options = {"calibration": calibration, "inputs": inputs, "weighting": "equal"}
+        with attach(model, clip=False, **options) as lens:
+            losses[calibration, inputs] = lens.report(HELD_OUT, progress=False).all_row.delta_ce
+    assert losses["sequential", None] < losses["true", "samples"] < losses["true", "gaussian"]
+
+
+def test_samples_are_the_default_and_the_report_says_so(model):
+    with attach(model, layers=[0, 1]) as lens:
+        assert lens.inputs_summary == (
+            "samples per neuron, 1536 tokens, position 0 excluded, weighted by 1 / |output|, "
+            "asymptotes beyond the preactivations seen and in tails of 0.05, layer by layer"
+        )
+        assert "layer by layer" in str(lens.report(HELD_OUT, loss=False, progress=False))
+
+
+def test_padding_is_left_out(model):
+    mask = torch.ones_like(CALIBRATION)
+    mask[:, 40:] = 0
+    junk = torch.where(mask.bool(), CALIBRATION, 3)
+    with attach(model, attention_mask=mask) as lens:
+        first = lens[3].P
+    with attach(model, junk, attention_mask=mask) as lens:
+        assert torch.allclose(lens[3].P, first, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration": "backwards"}, "'true', 'sequential'"),
+        ({"inputs": "cauchy"}, "'gaussian', 'mixture', 'samples'"),
+        ({"tokens": None, "inputs": "norm"}, "Give one of the two"),
+        ({"degree": 13}, "degree"),
+        ({"weighting": "input"}, "'equal', 'output'"),
+        ({"calibration": "true", "tokens": None, "inputs": "norm", "clip": True}, "inputs seen"),
+        ({"calibration": "true", "tokens": None, "inputs": "norm", "clip": 0.01}, "inputs seen"),
+        ({"inputs": "gaussian", "clip": 0.01}, 'inputs="samples"'),
+        ({"clip": 0.5}, "between 0 and 0.5"),
+        ({"clip": 0}, "between 0 and 0.5"),
+        ({"clip": float("nan")}, "between 0 and 0.5"),
+    ],
+)
+def test_refused_and_nothing_attached(model, options, message):
+    with pytest.raises(InvalidInputError, match=message):
+        attach(model, **options)
+    assert polylens.attached(model) is None
+
+
+def test_experts_are_refused():
+    config, name, changes, _ = MODELS["mixtral"]
+    model = from_config(config, name, changes)
+    with pytest.raises(UnsupportedModel, match="routing"):
+        attach(model, SMALL)

@@ -1,0 +1,141 @@
+"""The HTML page of a lens: complete, self-contained, and honest about what it lacks."""
+
+import base64
+import html
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import polylens
+from polylens import analysis, demo
+from polylens.analysis.figures import shares_figure
+from polylens.cli.page import html_page
+from polylens.errors import InvalidInputError
+
+VOID = {"meta", "img"}
+
+
+class Balanced(HTMLParser):
+    """Collects attributes, and checks that every tag is closed in order."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.links = [], []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def made():
+    """(lens, report, page) of three layers of the embedded model, the names needing escapes."""
+    model = demo.load_bridge()
+    texts = demo.texts()
+    lens = polylens.attach(
+        model, demo.batches(texts[0], 4, 64), degree=2, layers=[0, 1, 3], progress=False
+    )
+    report = lens.report(demo.batches(texts[1], 4, 64), progress=False)
+    page = html_page(lens, report, names=lambda token: f"<{token}>")
+    yield lens, report, page
+    lens.detach()
+
+
+def test_the_page_loads_nothing_and_every_image_is_drawn(made):
+    links = Balanced(made[2]).links
+    assert len(links) == 2
+    for link in links:
+        kind, data = link.split(",")
+        assert kind == "data:image/svg+xml;base64"
+        assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
+    assert "http" not in re.sub(r'src="data:[^"]*"', "", made[2])
+
+
+def test_the_page_has_the_figures_of_the_report_and_of_each_layer(made):
+    lens, report, page = made
+    for row in report:
+        assert f"<h3>Layer {row.layer}</h3>" in page
+        assert page.count(f"{row.r2[2]:.4f}") >= 2
+        assert f"{float(lens[row.layer].r2[2]):.4f}" in page
+        assert lens.sites[row.layer].path in page
+    assert report.inputs in page
+    energy = analysis.output_directions(lens[1], 2, 1)
+    features = analysis.eigenfeatures(lens[1], energy.vectors[:, 0], 4, metric="covariance")
+    section = page.split("<h3>Layer 1</h3>")[1].split("<h3>")[0]
+    found = re.findall(r"<tr><td>([+-][^<]*)</td>", section)
+    # The direction has no sign of its own.
+    sign = 1 if float(found[0]) * float(features.values[0]) > 0 else -1
+    assert found == [f"{sign * value:+.3g}" for value in features.values.tolist()]
+
+
+def test_text_is_escaped(made):
+    assert "<code>&lt;" in made[2]
+    assert not re.search(r"<\d", made[2])
+
+
+def test_the_page_is_written_as_returned_and_twice_the_same(made, tmp_path):
+    lens, report, page = made
+    again = html_page(lens, report, tmp_path / "page.html", names=lambda token: f"<{token}>")
+    assert (tmp_path / "page.html").read_text(encoding="utf-8") == again == page
+
+
+def test_a_choice_of_layers_and_of_features(made):
+    lens, report, _ = made
+    page = html_page(lens, report, layers=3, k=2, n_tokens=1)
+    assert re.findall("<h3>Layer (.)</h3>", page) == ["3"]
+    assert len(re.findall("<tr>", page.split("<h3>")[1])) == 3
+
+
+def test_a_report_of_something_else_is_refused(made):
+    lens, report, _ = made
+    other = type(report).from_dict({**report.to_dict(), "rows": []})
+    with pytest.raises(InvalidInputError, match="give the report of this lens"):
+        html_page(lens, other)
+    with pytest.raises(InvalidInputError, match="no layer 2"):
+        html_page(lens, report, layers=2)
+
+
+def test_what_is_missing_is_said():
+    model = demo.load_model()
+    tokens = demo.batches(demo.texts()[0], 4, 64)
+    for degree, said in ((1, "no quadratic part"), (2, "no tokens: ")):
+        with polylens.attach(model, tokens, degree=degree, layers=1, progress=False) as lens:
+            page = html_page(lens, lens.report(tokens, loss=False, progress=False))
+        Balanced(page)
+        assert said in page
+        assert ("eigenvalues" in page) == (degree == 2)
+
+
+def test_page_of_a_model_that_reads_features():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.ReLU(), torch.nn.Linear(9, 4))
+    x = torch.randn(200, 6)
+    with polylens.attach(model.eval(), x, degree=2, progress=False) as lens:
+        page = html_page(lens, lens.report(x, progress=False))
+    Balanced(page)
+    assert html.escape(lens.inputs_summary) in page
+
+
+def test_shares_figure():
+    shares = {"linear": {0: [0.5, 1.0], 3: [0.25, 0.75]}, "quadratic": {3: [1.0]}}
+    figure = shares_figure(shares)
+    left, right, bar = figure.axes
+    assert [line.get_ydata().tolist() for line in left.lines] == [[0.5, 1.0], [0.25, 0.75]]
+    assert left.lines[0].get_color() != left.lines[1].get_color() == right.lines[0].get_color()
+    assert (left.get_title(), right.get_title(), bar.get_ylabel()) == (
+        "linear",
+        "quadratic",
+        "layer",
+    )
+    with pytest.raises(InvalidInputError, match="no layer was opened"):
+        shares_figure({"linear": {}})

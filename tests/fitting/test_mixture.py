@@ -1,0 +1,312 @@
+"""Gaussian mixtures: the model itself, the per-neuron fit and the global optimum."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.oracles import (
+    assert_r2,
+    assert_same_function,
+    generator,
+    monomials,
+    random_gaussian,
+    random_layer,
+    random_mixture,
+)
+
+from polylens import InvalidInputError
+from polylens.errors import ConvergenceError
+from polylens.fitting.fit import fit
+from polylens.fitting.global_optimum import normal_equations
+from polylens.fitting.global_optimum.fit import fit_global
+from polylens.fitting.global_optimum.quadratic_moments import (
+    BlockJacobi,
+    Component,
+    MixtureMoments,
+    Quadratic,
+    common_basis,
+)
+from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.mixture import GaussianMixture
+from polylens.inputs.samples import Samples
+
+both = pytest.mark.parametrize("kind", ["mlp", "glu"])
+
+
+@pytest.fixture
+def conjugate_gradients(monkeypatch):
+    """Degree 2 by the iterative solver, however few the monomials."""
+    monkeypatch.setattr(normal_equations, "MAX_FEATURES", 0)
+
+
+def test_moments_of_the_mixture():
+    mixture = random_mixture(0)
+    x = mixture.sample(200_000, generator(0))
+    single = mixture.gaussian()
+    torch.testing.assert_close(single.mean, x.mean(0), rtol=0, atol=0.02)
+    torch.testing.assert_close(single.cov, torch.cov(x.T), rtol=0, atol=0.05)
+
+
+def test_shared_and_diagonal_covariances():
+    full = random_mixture(0, d=3, k=2)
+    shared = GaussianMixture(full.weights, full.means, full.covs[0])
+    same = GaussianMixture(full.weights, full.means, full.covs[:1].expand(2, 3, 3))
+    torch.testing.assert_close(shared.gaussian().cov, same.gaussian().cov)
+    diagonal = GaussianMixture(full.weights, full.means, torch.rand(2, 3).double())
+    dense = GaussianMixture(full.weights, full.means, torch.diag_embed(diagonal.covs))
+    layer = random_layer(0, "glu", d_in=3)
+    for a, b in ((shared, same), (diagonal, dense)):
+        for scope in ("neuron", "global"):
+            fits = (fit(layer, mixture, 2, scope) for mixture in (a, b))
+            assert_same_function(*fits, full.sample(30, generator(0)))
+
+
+def test_from_labels_and_samples():
+    mixture = GaussianMixture(
+        torch.tensor([0.3, 0.7]), torch.tensor([[-6.0, 0.0], [6.0, 1.0]]), torch.eye(2).mul(0.5)
+    )
+    x = mixture.sample(4000, generator(0))
+    labels = (x[:, 0] > 0).long() * 7 - 2
+    expected = GaussianMixture.from_labels(x, labels)
+    torch.testing.assert_close(expected.means[0], x[labels < 0].mean(0))
+    for method in ("kmeans", "em"):
+        found = GaussianMixture.from_samples(x, 2, method, seed=0)
+        order = found.means[:, 0].argsort()
+        torch.testing.assert_close(found.means[order], expected.means, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(found.weights[order], expected.weights, rtol=1e-3, atol=1e-3)
+    single = Gaussian.from_samples(x)
+    torch.testing.assert_close(expected.gaussian().cov, single.cov)
+
+
+@both
+def test_neuron_fit_equals_least_squares_on_draws(kind):
+    layer, mixture = random_layer(2, kind, "gelu"), random_mixture(2)
+    x = mixture.sample(200_000, generator(0))
+    closed, sampled = fit(layer, mixture, 3), fit(layer, Samples(x), 3)
+    at = x[:200]
+    scale = layer(at).std()
+    assert float((closed(at) - sampled(at)).abs().mean() / scale) < 0.02
+    assert_r2(closed, x[:40_000])
+
+
+@both
+def test_global_beats_neuron_beats_single_gaussian(kind):
+    layer, mixture = random_layer(4, kind, "silu"), random_mixture(4)
+    x = mixture.sample(20_000, generator(0))
+
+    def error(poly):
+        return float((poly(x) - layer(x)).square().sum(1).mean())
+
+    global_, neuron = fit(layer, mixture, 2, "global"), fit(layer, mixture, 2)
+    assert error(global_) < error(neuron) < error(fit(layer, mixture.gaussian(), 2))
+    assert (global_.r2[1:] > neuron.r2[1:]).all()
+
+
+@both
+def test_conjugate_gradients_equal_normal_equations(kind, monkeypatch):
+    layer, mixture = random_layer(3, kind, "gelu", d_in=5), random_mixture(3, 5)
+    direct = fit(layer, mixture, 2, "global")
+    assert direct.iterations is None
+    monkeypatch.setattr(normal_equations, "MAX_FEATURES", 0)
+    iterative = fit(layer, mixture, 2, "global", tolerance=1e-11)
+    assert iterative.residual <= 1e-11
+    assert 0 < iterative.iterations < 100
+    assert_same_function(iterative, direct, mixture.sample(50, generator(0)), 1e-8)
+    torch.testing.assert_close(iterative.r2, direct.r2)
+
+
+def test_conjugate_gradients_on_deficient_supports(conjugate_gradients, monkeypatch):
+    """Components of rank 1 in a common plane of rank 4 of 9 dimensions."""
+    g = generator(0)
+    plane = torch.randn(4, 9, generator=g, dtype=torch.float64)
+    factors = torch.randn(3, 1, 4, generator=g, dtype=torch.float64) @ plane
+    means = torch.randn(3, 4, generator=g, dtype=torch.float64) @ plane
+    mixture = GaussianMixture(torch.ones(3) / 3, means, factors.mT @ factors)
+    layer = random_layer(0, "glu", d_in=9)
+    iterative = fit(layer, mixture, 2, "global", tolerance=1e-10)
+    monkeypatch.setattr(normal_equations, "MAX_FEATURES", 1000)
+    direct = fit(layer, mixture, 2, "global")
+    # the support is where the two must agree
+    assert_same_function(iterative, direct, mixture.sample(50, generator(0)), 1e-6)
+
+
+def test_not_converged_is_an_error(conjugate_gradients):
+    layer, mixture = random_layer(0), random_mixture(0)
+    with pytest.raises(ConvergenceError, match=r"relative residual of .* in 2 iterations"):
+        fit_global(layer, mixture, 2, max_iterations=2)
+
+
+def components_of(mixture):
+    return [Component(w, c.mean, c.cov) for w, c in mixture.weighted_components()]
+
+
+def random_quadratic(seed, r, outputs=2):
+    g = generator(seed)
+    C = torch.randn(outputs, r, r, generator=g, dtype=torch.float64)
+    linear = torch.randn(outputs, r, generator=g, dtype=torch.float64)
+    return Quadratic(torch.randn(outputs, generator=g).double(), linear, C + C.mT)
+
+
+def test_moment_operator_is_that_of_draws():
+    mixture, q = random_mixture(1, 3), random_quadratic(5, 3)
+    x = mixture.sample(400_000, generator(5))
+    value = q.constant + x @ q.linear.T + torch.einsum("oij,ni,nj->no", q.matrix, x, x)
+    exact = MixtureMoments(components_of(mixture))(q)
+    sampled = torch.einsum("no,ni,nj->oij", value, x, x) / len(x)
+    assert float((exact.matrix - sampled).abs().max() / sampled.abs().max()) < 0.05
+    torch.testing.assert_close(exact.linear, value.T @ x / len(x), rtol=0.05, atol=0.1)
+    torch.testing.assert_close(exact.constant, value.mean(0), rtol=0.05, atol=0.1)
+
+
+def test_thin_and_shared_covariances_change_nothing():
+    """Rank 3 of 8 in factors, and two components with one covariance, against each on its own."""
+    q = random_quadratic(2, 8)
+    thin, full = random_gaussian(1, 8, rank=3), random_gaussian(2, 8)
+    means = torch.randn(3, 8, generator=generator(3), dtype=torch.float64)
+    shared = [Component(0.3, means[0], full.cov), Component(0.5, means[1], full.cov)]
+    operator = MixtureMoments([*shared, Component(0.2, means[2], thin.cov)])
+    assert [spread.factor is None for spread in operator.spreads] == [True, False]
+    with_copies = [Component(w, mu, cov.clone()) for w, mu, cov in shared]
+    apart = [MixtureMoments([c])(q) for c in with_copies]
+    # more than the rank that is worth a factor, less than nothing in value
+    filled = thin.cov + 1e-13 * torch.eye(8, dtype=torch.float64)
+    apart.append(MixtureMoments([Component(0.2, means[2], filled)])(q))
+    for part, *others in zip(operator(q), *apart, strict=True):
+        torch.testing.assert_close(part, sum(others))
+    assert torch.equal(operator(q).matrix, operator(q).matrix.mT)
+
+
+def test_the_preconditioner_inverts_what_it_claims_to():
+    q = random_quadratic(4, 6)
+    standard = [Component(1.0, torch.zeros(6).double(), torch.eye(6).double())]
+    diagonal = torch.rand(2, 6, generator=generator(0), dtype=torch.float64)
+    even = [Component(0.5, torch.zeros(6).double(), torch.diag(d)) for d in diagonal]
+    for components in (standard, even):
+        image = BlockJacobi(components)(MixtureMoments(components)(q))
+        for part, back in zip(q, image, strict=True):
+            torch.testing.assert_close(part, back)
+
+
+def test_the_common_basis_diagonalises_what_can_be():
+    V = torch.linalg.qr(torch.randn(9, 9, generator=generator(1), dtype=torch.float64)).Q
+    spectra = torch.rand(3, 9, generator=generator(2), dtype=torch.float64)
+    found = common_basis([Component(1 / 3, V[0], (V * d) @ V.T) for d in spectra])
+    torch.testing.assert_close(found.T @ found, torch.eye(9, dtype=torch.float64))
+    for d in spectra:
+        cov = found.T @ (V * d) @ V.T @ found
+        assert float((cov - torch.diag(cov.diagonal())).abs().max()) < 1e-4
+
+
+def test_gaussian_moments_are_those_of_draws():
+    gaussian = random_gaussian(3, 3)
+    powers = normal_equations.exponents(3, 4)
+    exact = normal_equations.gaussian_moments(powers, gaussian.mean, gaussian.cov)
+    x = gaussian.sample(400_000, generator(0))
+    phi = monomials(x, 4)
+    error = phi.std(0) / len(x) ** 0.5
+    assert ((exact - phi.mean(0)).abs() <= 5 * error + 1e-12).all()
+
+
+@pytest.mark.parametrize("solver", ["direct", "iterative"])
+def test_chosen_outputs_are_those_of_all(solver, monkeypatch):
+    if solver == "iterative":
+        monkeypatch.setattr(normal_equations, "MAX_FEATURES", 0)
+    layer, mixture = random_layer(0), random_mixture(0)
+    U = torch.randn(3, 2, generator=generator(0), dtype=torch.float64)
+    x = mixture.sample(20, generator(0))
+    every = fit(layer, mixture, 2, "global", tolerance=1e-11)
+    chosen = fit(layer, mixture, 2, "global", outputs=U, tolerance=1e-11)
+    assert chosen.d_out == 2
+    torch.testing.assert_close(chosen(x), every(x) @ U)
+
+
+@both
+def test_zero_weights_duplicates_and_dead_neurons(kind):
+    layer, one = random_layer(0, kind), random_gaussian(0)
+    layer = replace(layer, **{
+        name: getattr(layer, name) * torch.tensor([0.0, 1, 1, 1, 1, 1]).double()
+        for name in ("W_in", *(("W_gate",) if kind == "glu" else ()))
+    })  # fmt: skip
+    mixture = GaussianMixture(
+        torch.tensor([0.25, 0.75, 0.0]),
+        torch.stack([one.mean, one.mean, one.mean + 100]),
+        one.cov.expand(3, 4, 4),
+    )
+    x = one.sample(30, generator(0))
+    for scope in ("neuron", "global"):
+        assert_same_function(fit(layer, mixture, 3, scope), fit(layer, one, 3), x)
+
+
+@both
+def test_one_feature_and_point_masses(kind):
+    layer = random_layer(0, kind, d_in=1, d_mlp=1, d_out=1)
+    points = GaussianMixture(
+        torch.ones(3) / 3, torch.tensor([[-1.0], [0.0], [2.0]]), torch.zeros(3, 1)
+    )
+    x = points.means
+    for scope in ("neuron", "global"):
+        poly = fit(layer, points, 2, scope)
+        torch.testing.assert_close(poly(x), layer(x), rtol=1e-6, atol=1e-6)
+        assert float(poly.r2[-1]) == pytest.approx(1, abs=1e-9)
+    constant = GaussianMixture(torch.ones(1), x[:1], torch.zeros(1, 1))
+    for scope in ("neuron", "global"):
+        poly = fit(layer, constant, 2, scope)
+        torch.testing.assert_close(poly(x[:1]), layer(x[:1]))
+        assert poly.r2.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("weights", "means", "covs", "message"),
+    [
+        ([0.5, 0.6], (2, 3), (2, 3, 3), "sum of 1.1"),
+        ([1.5, -0.5], (2, 3), (2, 3, 3), ">= 0"),
+        ([0.5, float("nan")], (2, 3), (2, 3, 3), "finite"),
+        ([0.5, 0.5], (3, 3), (3, 3, 3), r"weights \[k\] and means"),
+        ([0.5, 0.5], (2, 3), (2, 4, 4), r"covs must be \[2, 3, 3\]"),
+        ([0.5, 0.5], (2, 3), "asymmetric", "component 1: cov is not symmetric"),
+        ([0.5, 0.5], (2, 3), "indefinite", "component 1: .* lowest eigenvalue is -1"),
+        ([0.5, 0.5], "nan", (2, 3, 3), "component 0: mean has 1 NaN"),
+        ([0.5, 0.5], (2, 2), "ambiguous", "shared covariance or diagonals"),
+    ],
+)
+def test_bad_mixtures(weights, means, covs, message):
+    means = torch.zeros(2, 3) if means == "nan" else torch.zeros(means)
+    if covs == "ambiguous":
+        covs = torch.ones(2, 2)
+    elif isinstance(covs, str):
+        spoiled = torch.eye(3)
+        if covs == "asymmetric":
+            spoiled[0, 1] = 0.5
+        else:
+            spoiled[0, 0] = -1
+        covs = torch.stack([torch.eye(3), spoiled])
+    else:
+        covs = torch.eye(covs[-1]).expand(covs).clone()
+    if message.startswith("component 0"):
+        means[0, 0] = float("nan")
+    with pytest.raises(InvalidInputError, match=message):
+        GaussianMixture(torch.tensor(weights), means, covs)
+
+
+def test_bad_requests():
+    layer, mixture = random_layer(0), random_mixture(0)
+    with pytest.raises(InvalidInputError, match="reads 4 features"):
+        fit(layer, random_mixture(0, 5), 2)
+    with pytest.raises(InvalidInputError, match=r"finite columns \[3, k\]"):
+        fit(layer, mixture, 2, "global", outputs=torch.ones(4, 1))
+    with pytest.raises(InvalidInputError, match="outputs= is for"):
+        fit(layer, mixture, 2, outputs=torch.ones(3, 1))
+    with pytest.raises(InvalidInputError, match="tolerance"):
+        fit(layer, mixture, 2, "global", tolerance=0.0)
+    with pytest.raises(InvalidInputError, match="monomials"):
+        fit(random_layer(0, d_in=30), random_mixture(0, 30), 3, "global")
+    with pytest.raises(InvalidInputError, match="degree must be"):
+        fit(layer, mixture, 13)
+    with pytest.raises(InvalidInputError, match="scope"):
+        fit(layer, mixture, 2, "local")
+    with pytest.raises(InvalidInputError, match="kmeans"):
+        GaussianMixture.from_samples(torch.randn(9, 2), 2, method="magic")
+    with pytest.raises(InvalidInputError, match="1 <= k <= n"):
+        GaussianMixture.from_samples(torch.randn(9, 2), 10)
+    with pytest.raises(InvalidInputError, match="labels"):
+        GaussianMixture.from_labels(torch.randn(9, 2), torch.zeros(8))

@@ -1,0 +1,302 @@
+"""The contract that every TransformerLens model must pass (design: observe, replace, restore)."""
+
+import warnings
+
+import pytest
+import torch
+from tests.host_contract import (
+    POINTS,
+    TOKENS,
+    HostContract,
+    assert_close,
+    attach,
+    logits,
+    module_snapshot,
+)
+from tests.models import BRIDGES, HOSTS, bridge, hooked
+
+import polylens
+from polylens import analysis
+from polylens.hosts import host_for
+
+pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning")
+
+OPTIONS = dict(max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=False)
+OPTIONS |= dict(prepend_bos=False, return_type="tokens")
+
+
+@pytest.fixture(params=HOSTS)
+def model(request):
+    return settled(HOSTS[request.param]())
+
+
+def settled(model):
+    """After one cached run: bridges wire hooks of their own lazily."""
+    with torch.no_grad():
+        model.run_with_cache(TOKENS)
+    return model
+
+
+class TestHost(HostContract):
+    @pytest.fixture(params=HOSTS)
+    def model(self, request):
+        return settled(HOSTS[request.param]())
+
+    def snapshot(self, model):
+        points = [(name, id(point)) for name, point in model.hook_dict.items()]
+        return *module_snapshot(model), points
+
+    def generate(self, model):
+        if hasattr(model, "original_model") and not model.original_model.can_generate():
+            pytest.skip("an encoder")
+        return model.generate(TOKENS[:1], **OPTIONS)
+
+
+def test_the_points_are_in_the_cache_of_an_unchanged_run(model):
+    reference = logits(model)
+    with attach(model) as lens, torch.no_grad():
+        out, cache = model.run_with_cache(TOKENS)
+    assert torch.equal(out, reference)
+    for layer in lens:
+        for name in POINTS:
+            assert cache[f"poly_{name}", layer, "mlp"].shape == (4, 12, 24)
+        assert_close(cache["poly_out", layer, "mlp"], lens[layer](cache["poly_in", layer, "mlp"]))
+
+
+def test_position_zero_stays_true_by_default():
+    model = BRIDGES["gpt2"]()
+    reference = logits(model)
+    with attach(model) as lens, lens.replaced(degree=0):
+        assert torch.equal(logits(model)[:, 0], reference[:, 0])
+    with attach(model, exclude_first=False) as lens, lens.replaced(degree=0):
+        assert not torch.equal(logits(model)[:, 0], reference[:, 0])
+
+
+def test_hooks_on_polynomial_points_are_effective(model):
+    def zero(value, hook):
+        return torch.zeros_like(value)
+
+    with attach(model) as lens, torch.no_grad(), lens.replaced():
+        reference = logits(model)
+        for name in (
+            "mlp.hook_poly_out",
+            "mlp.hook_poly_degree_1",
+            "mlp.hook_poly_in",
+            "hook_mlp_out",
+        ):
+            changed = model.run_with_hooks(TOKENS, fwd_hooks=[(f"blocks.0.{name}", zero)])
+            assert not torch.equal(changed, reference), name
+
+
+def test_user_edits_of_the_mlp_input_reach_the_polynomial():
+    model = BRIDGES["llama"]()
+
+    def zero(value, hook):
+        return torch.zeros_like(value)
+
+    with attach(model) as lens, torch.no_grad():
+        seen = []
+        model.run_with_hooks(
+            TOKENS,
+            fwd_hooks=[
+                ("blocks.0.mlp.hook_in", zero),
+                ("blocks.0.mlp.hook_poly_in", lambda value, hook: seen.append(value)),
+            ],
+        )
+        assert float(seen[0].abs().max()) == 0
+        assert lens.is_attached
+
+
+@pytest.mark.parametrize("make", [lambda: hooked(act_fn="solu"), lambda: hooked(attn_only=True)])
+def test_what_has_no_normal_form_is_refused(make):
+    with pytest.raises(polylens.UnsupportedModel, match="layer 0"):
+        attach(make())
+
+
+def test_mixture_of_experts_is_refused_with_the_reason():
+    model = bridge(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        hidden_size=24,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        num_local_experts=2,
+    )
+    with pytest.raises(polylens.UnsupportedModel, match=r"blocks\.0\.mlp.*mixture of experts"):
+        attach(model)
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-layer_norm"])
+def test_changed_weights_are_an_error(name):
+    model = HOSTS[name]()
+    lens = attach(model)
+    if name.startswith("bridge"):
+        model.enable_compatibility_mode(disable_warnings=True)
+    else:
+        model.process_weights_()
+    with pytest.raises(polylens.StalePolynomialError, match="layer 0"), lens.replaced():
+        pass
+    with pytest.raises(polylens.StalePolynomialError, match="attach again"):
+        lens.report(TOKENS, progress=False)
+    lens.detach()
+
+
+@pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-layer_norm"])
+def test_weights_edited_under_a_replacement_are_an_error(name):
+    model = HOSTS[name]()
+    with attach(model) as lens, lens.replaced(), torch.no_grad():
+        next(p for n, p in model.named_parameters() if "mlp" in n and p.dim() == 2).mul_(2)
+        with pytest.raises(polylens.StalePolynomialError):
+            logits(model)
+
+
+@pytest.mark.parametrize("name", ["bridge-llama", "hooked-layer_norm"])
+def test_a_model_cast_after_attach_keeps_its_polynomials(name):
+    model = HOSTS[name]()
+    with attach(model) as lens, torch.no_grad():
+        with lens.replaced():
+            before = logits(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.to(torch.float64)
+        with lens.replaced():
+            assert torch.allclose(logits(model).float(), before, atol=1e-3)
+
+
+def test_a_later_splice_of_the_output_point_is_noticed():
+    model = BRIDGES["gpt2"]()
+    with attach(model) as lens, lens.replaced():
+        point = model.blocks[0].mlp.hook_out
+        model.blocks[0].mlp._modules["hook_out"] = torch.nn.Identity()
+        with pytest.raises(polylens.AttachmentError, match="replaced by another object"):
+            logits(model)
+        model.blocks[0].mlp._modules["hook_out"] = point
+
+
+def causal(name):
+    return name != "bridge-bert"
+
+
+@pytest.mark.parametrize("name", filter(causal, HOSTS))
+def test_sampled_tokens_are_the_seeds_and_leave_the_generator_alone(name):
+    host, state = host_for(HOSTS[name]()), torch.get_rng_state()
+    first, again = host.sample_tokens(3, 9, seed=1), host.sample_tokens(3, 9, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert first.shape == (3, 9)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, host.sample_tokens(3, 9, seed=2))
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+def test_hooked_sampling_draws_from_the_model_itself(rotary, monkeypatch):
+    kind = dict(positional_embedding_type="rotary", rotary_dim=6) if rotary else {}
+    host = host_for(hooked(**kind))
+    drawn = []
+
+    def multinomial(p, n):
+        drawn.append(p)
+        return p.argmax(-1, keepdim=True)
+
+    monkeypatch.setattr(torch, "multinomial", multinomial)
+    tokens = host.sample_tokens(2, 8, seed=0)
+    with torch.no_grad():
+        expected = host.logits(tokens)[:, :-1].softmax(-1)
+    assert torch.allclose(torch.stack(drawn, 1), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_norm_in_front_of_the_mlp(name):
+    host = host_for(HOSTS[name]())
+    site = host.sites()[0][1]
+    if "olmo2" in name:
+        with pytest.raises(polylens.UnsupportedModel, match="LayerNorm or RMSNorm"):
+            host.norm(site)
+        return
+    seen = []
+    with host.observe({1: lambda x, y: seen.append(x.detach().double())}):
+        host.run(TOKENS)
+    norm = host.norm(site)
+    plain = seen[0] if norm.bias is None else seen[0] - norm.bias.double()
+    plain = plain if norm.weight is None else plain / norm.weight.double()
+    size = plain.square().mean(-1)
+    assert torch.allclose(size, torch.ones_like(size), atol=3e-2)
+    if norm.centred:
+        assert float(plain.mean(-1).abs().max()) < 5e-2
+
+
+BEHIND = {
+    "hooked-post_norm": lambda model: model.blocks[1].ln2_post.w,
+    "bridge-gemma2": lambda model: 1 + _norm_behind(model).weight,
+    "bridge-gemma3": lambda model: 1 + _norm_behind(model).weight,
+    "bridge-olmo2": lambda model: _norm_behind(model).weight,
+}
+
+
+def _norm_behind(model):
+    return model.original_model.model.layers[1].post_feedforward_layernorm
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_norm_behind_the_mlp(name):
+    model = HOSTS[name]()
+    host = host_for(model)
+    with polylens.attach(model, TOKENS, degree=2, layers=1, progress=False) as lens:
+        with lens.replaced():
+            norm = host.norms_behind([1], "mlp").get(1)
+    if name not in BEHIND:
+        assert norm is None
+        return
+    assert not norm.centred
+    assert torch.equal(norm.weight, BEHIND[name](model))
+
+
+def test_features_go_through_the_norm_behind_the_layer():
+    model = BRIDGES["gemma2"]()
+    with polylens.attach(model, TOKENS, degree=2, layers=1, progress=False) as lens:
+        found = analysis.layer_features(lens, 1, 4, against=7, k=3).features
+        inner = model.original_model.model
+        u = (model.W_U[:, 4] - model.W_U[:, 7]).double() * (1 + inner.norm.weight.double())
+        u = u * (1 + _norm_behind(model).weight.double())
+        torch.testing.assert_close(analysis.logit_direction(lens, 1, 4, 7), u.detach())
+        expected = analysis.eigenfeatures(lens[1], u.detach(), 3, metric="covariance")
+    torch.testing.assert_close(found.values, expected.values)
+
+
+def test_features_of_a_fit_that_kept_no_moments_are_in_those_of_the_norm(tmp_path):
+    model = BRIDGES["llama"]()
+    weight = model.original_model.model.layers[1].post_attention_layernorm.weight.detach()
+    implied = polylens.Gaussian(torch.zeros(len(weight)), weight.square())
+    options = {"degree": 2, "layers": 1, "inputs": "samples", "progress": False}
+    with polylens.attach(model, TOKENS, **options) as lens:
+        found = analysis.layer_features(lens, 1, 4, against=7, k=3)
+        lens.save(tmp_path / "lens")
+        inner = model.original_model.model
+        u = (model.W_U[:, 4] - model.W_U[:, 7]).double() * inner.norm.weight.double()
+        expected = analysis.eigenfeatures(lens[1], u.detach(), 3, metric=implied)
+    torch.testing.assert_close(found.features.values, expected.values)
+    with polylens.load(tmp_path / "lens", model) as lens:
+        again = analysis.layer_features(lens, 1, 4, against=7, k=3)
+    assert again.to_dict() == found.to_dict()
+
+
+def test_a_residual_inside_the_mlp_module_is_left_out():
+    model = bridge("MptConfig", "MptForCausalLM", d_model=24, n_heads=4, n_layers=2, max_seq_len=48)
+    sites, refused = host_for(model).sites()
+    assert refused == {}
+    assert max(site.error for site in sites) < 1e-4
+
+
+def test_meta_weights_are_refused_by_layer():
+    sites, refused = host_for(BRIDGES["llama"]().to("meta")).sites()
+    assert sites == []
+    assert set(refused) == {0, 1}
+    assert "meta device" in refused[1]
+
+
+def test_an_encoder_decoder_is_refused_with_the_reason():
+    sizes = dict(d_model=24, d_kv=6, d_ff=40, num_layers=2, num_heads=4)
+    model = bridge("T5Config", "T5ForConditionalGeneration", **sizes)
+    with pytest.raises(polylens.UnsupportedModel, match="encoder-decoder"):
+        host_for(model).sites()
