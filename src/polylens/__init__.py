@@ -49,7 +49,6 @@ _LAZY = {
     "attach": "polylens.attachment",
     "attached": "polylens.lens",
     "find_mlps": "polylens.attachment",
-    "from_hub": "polylens.saving.hub",
     "load": "polylens.attachment",
     "load_exported": "polylens.saving.export",
     "sample_tokens": "polylens.calibration.sampling",

@@ -14,7 +14,7 @@ from polylens.calibration.offload import store_for
 from polylens.calibration.sampling import sampled
 from polylens.calibration.streams import Calibration
 from polylens.checks import check_layers, labelled
-from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
+from polylens.errors import ArtifactError, AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.fitting.estimators import check_clip, estimator
 from polylens.fitting.fit import fit, require_degree
 from polylens.hosts import host_for
@@ -22,7 +22,7 @@ from polylens.hosts.base import Host, Layer, MLPSite
 from polylens.hosts.passage import require_free
 from polylens.inputs.gaussian import Gaussian
 from polylens.installed.emitter import Fitted
-from polylens.lens import LENSES, Lens, attached
+from polylens.lens import Lens, attached
 from polylens.polynomials.ends import Clip
 from polylens.report.report import Report
 from polylens.saving import lens_file as artifact
@@ -31,6 +31,8 @@ from polylens.saving.checkpoint import Checkpoint, identity
 # Each with how many sequences are sampled from a model where no tokens are given.
 STREAMS = {"true": 32, "sequential": 256}
 SAMPLED_LENGTH = 128
+# In front of the name of a repository.
+HUB = "hf://"
 
 
 def find_mlps(model: Any, example_inputs: Any = None) -> list[MLPSite]:
@@ -225,34 +227,60 @@ def attach(
         except BaseException:
             lens.detach()
             raise
-    return _attached(lens)
+    return lens
 
 
-def load(path: str | os.PathLike[str], model: Any, example_inputs: Any = None) -> Lens:
-    """Attach the polynomials that `Lens.save` wrote, without fitting them again.
+def load(
+    address: str | os.PathLike[str],
+    model: Any,
+    *,
+    example_inputs: Any = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> Lens:
+    """Attach the polynomials that `Lens.save` or `Lens.push_to_hub` wrote, without a fit.
 
     The model may be in another framework than the one it was in when the lens was saved, as
     long as its layers have the same weights. A report in the file that this version cannot read
     is left out with a UserWarning: `saved_report` is None.
 
     Args:
-        path: of the file.
+        address: path of the file, or "hf://user/name" of a repository on the Hugging Face Hub.
         model, example_inputs: as in `attach`.
+        revision: of a repository: branch, tag or commit.
+        token: of the Hub; by default the one of `hf auth login`.
 
     Raises:
-        ArtifactError: a damaged or cut file, one of another kind or a later format, another
-            model, other weights, or a layer that the model has not. Nothing is attached.
-        OSError: no such file.
-        AttachmentError, UnsupportedModel: as `attach`.
+        ArtifactError: a damaged or cut file, one of another kind or a later format, a repository
+            without one, another model, other weights, or a layer that the model has not. Nothing
+            is attached.
+        OSError: no such file; no such repository or revision, no access to it, or no connection.
+        AttachmentError, InvalidInputError, UnsupportedModel: as `attach`.
     """
+    on_hub = isinstance(address, str) and address.startswith(HUB)
+    if not on_hub and not (revision is None and token is None):
+        raise InvalidInputError(
+            f"revision= and token= are of a repository on the Hub; {address} is a path. Give "
+            f"{HUB}user/name"
+        )
     host, found, refused = _read(model, example_inputs)
-    header, polynomials = artifact.read(path, found, refused)
+    path = address
+    if on_hub:
+        from polylens.saving import hub
+
+        path = hub.download(str(address).removeprefix(HUB), revision, token)
+    try:
+        header, polynomials = artifact.read(path, found, refused)
+    except ArtifactError as error:
+        if not on_hub:
+            raise
+        raise ArtifactError(f"{address}: {error}") from error
     sites = {site.layer: site for site in found if site.layer in polynomials}
     refused = {**refused, **{labelled(n): why for n, why in header["refused"].items()}}
-    report = _saved_report(path, header["report"])
+    report = _saved_report(address, header["report"])
     lens = Lens(host, sites, polynomials, refused, header["inputs"], header["exclude_first"])
     lens.saved_report = report
-    return _attached(lens)
+    return lens
 
 
 def _saved_report(path: str | os.PathLike[str], saved: Any) -> Report | None:
@@ -268,11 +296,6 @@ def _saved_report(path: str | os.PathLike[str], saved: Any) -> Report | None:
             stacklevel=3,
         )
         return None
-
-
-def _attached(lens: Lens) -> Lens:
-    LENSES[id(lens.host.model)] = lens
-    return lens
 
 
 def _read(model: Any, example_inputs: Any) -> tuple[Host, list[MLPSite], dict[Layer, str]]:

@@ -1,19 +1,21 @@
 """`Lens`: polynomials beside every MLP of a model, readable, switchable and savable."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakValueDictionary
 
 from torch import Tensor
 from torch.nn import Module
 
-from polylens.checks import check_degree, check_layers, label
-from polylens.errors import AttachmentError, InvalidInputError
-from polylens.hosts.base import Host, Layer, MLPSite
-from polylens.installed.emitter import Fitted, SiteEmitter
+from polylens.checks import check_degree, label
+from polylens.errors import AttachmentError
+from polylens.hosts.base import Host, Layer
+from polylens.installed.installation import Installation
 from polylens.polynomials.factored import Polynomial
 from polylens.report.measure import measure
 from polylens.report.report import Report
@@ -29,8 +31,10 @@ def attached(model: Any) -> "Lens | None":
     return LENSES.get(id(model))
 
 
-class Lens:
+class Lens(Installation):
     """The polynomials of a model, attached to it. Made by `attach`.
+
+    `lens.replaced()` lets them flow; the rest says how good they are and carries them elsewhere.
 
     Attributes:
         layers: attached layers, in order; `lens[layer]` is the layer's Polynomial, and
@@ -45,118 +49,9 @@ class Lens:
 
     saved_report: Report | None = None
 
-    def __init__(
-        self,
-        host: Host,
-        sites: dict[Layer, MLPSite],
-        polynomials: dict[Layer, Fitted],
-        refused: dict[Layer, str],
-        inputs_summary: str,
-        exclude_first: bool,
-    ) -> None:
-        self.host = host
-        self.sites = sites
-        self.refused = refused
-        self.inputs_summary = inputs_summary
-        self.exclude_first = exclude_first
-        self.degree = next(iter(polynomials.values())).degree
-        self._emitters = {
-            layer: SiteEmitter(sites[layer], polynomials[layer], exclude_first) for layer in sites
-        }
-        with ExitStack() as undo:
-            for layer, site in sites.items():
-                undo.callback(host.install(site, self._emitters[layer]))
-            self._undo: ExitStack | None = undo.pop_all()
-        for emitter in self._emitters.values():
-            emitter.owner = self
-
-    @property
-    def layers(self) -> tuple[Layer, ...]:
-        return tuple(self.sites)
-
-    @property
-    def model_name(self) -> str:
-        config = getattr(self.host.model, "cfg", None)
-        return str(getattr(config, "model_name", None) or type(self.host.module).__name__)
-
-    @property
-    def is_attached(self) -> bool:
-        return self._undo is not None
-
-    def __getitem__(self, layer: Layer) -> Fitted:
-        if layer not in self._emitters:
-            experts = self._chosen([layer])
-            raise InvalidInputError(f"layer {layer} is a mixture of experts; there are {experts}")
-        return self._emitters[layer].polynomial
-
-    def __iter__(self) -> Iterator[Layer]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.sites)
-
-    def __enter__(self) -> "Lens":
-        self._require_attached()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.is_attached:
-            self.detach()
-
-    def __repr__(self) -> str:
-        state = "attached" if self.is_attached else "detached"
-        return (
-            f"Lens({self.model_name}, {self.host.name}, {len(self)} layers, degree {self.degree}, "
-            f"{self.inputs_summary}, {state})"
-        )
-
-    @contextmanager
-    def replaced(
-        self, layers: Iterable[Layer] | int | None = None, degree: int | None = None
-    ) -> Iterator["Lens"]:
-        """Within the context, these MLPs' outputs are those of their polynomials.
-
-        Nestable: an inner context adds to or changes the outer one, which comes back on exit,
-        also after an exception. With `exclude_first` position 0 of each sequence stays true.
-        Without autograd and while nobody listens at or inside a layer, its polynomial reads the
-        preactivations that the model computes anyway: a few elementwise operations more than
-        the true layer. Otherwise it is evaluated beside the true layer, to the same values.
-
-        Args:
-            layers: one, several, or all (default).
-            degree: 0 ... fitted degree (default), by truncation.
-
-        Raises:
-            InvalidInputError: unknown layer, degree above the fitted one.
-            AttachmentError: the lens is detached.
-            StalePolynomialError: weights changed since the fit.
-        """
-        self._require_attached()
-        chosen, degree = self._ready(layers, degree)
-        with self._flowing(dict.fromkeys(chosen, degree)):
-            yield self
-
-    def _ready(
-        self, layers: Iterable[Layer] | int | None, degree: int | None
-    ) -> tuple[list[Layer], int]:
-        """The layers and the degree that were asked for, fitted to the weights there are now."""
-        chosen = self._chosen(layers)
-        degree = self.degree if degree is None else check_degree(degree, self.degree, "attach")
-        for layer in chosen:
-            self._emitters[layer].verify()
-        return chosen, degree
-
-    @contextmanager
-    def _flowing(self, degrees: Mapping[Layer, int | None]) -> Iterator[None]:
-        """Within the context, layer's polynomial of this degree (None: the true output) flows."""
-        before = {layer: self._emitters[layer].replacing for layer in degrees}
-        for layer, degree in degrees.items():
-            self._emitters[layer].replacing = degree
-        try:
-            yield
-        finally:
-            for layer, degree in before.items():
-                self._emitters[layer].replacing = degree
+    def __init__(self, host: Host, *installed: Any) -> None:
+        super().__init__(host, *installed)
+        LENSES[id(host.model)] = self
 
     def report(
         self,
@@ -196,11 +91,8 @@ class Lens:
         Raises:
             InvalidInputError, AttachmentError, StalePolynomialError: as `replaced`.
         """
-        self._require_attached()
-        chosen = self._chosen(layers)
-        for layer in chosen:
-            self._emitters[layer].verify()
-        with self._flowing(dict.fromkeys(self.layers)):
+        chosen, degree = self.ready(layers, degree)
+        with self.suspended():
             return measure(
                 self,
                 tokens,
@@ -297,13 +189,12 @@ class Lens:
                 f"a {self.host.name} cannot be exported; attach to the Hugging Face model that it "
                 "was made from (lens.save and polylens.load carry the polynomials over)"
             )
-        chosen, degree = self._ready(layers, degree)
+        chosen, degree = self.ready(layers, degree)
         host: Any = self.host
-        polynomials = {layer: self._emitters[layer].truncated(degree) for layer in chosen}
+        polynomials = {layer: self[layer].truncate(degree) for layer in chosen}
         copy, places = host.copied(chosen, self.exclude_first)
         model = export.built(copy, places, polynomials, self.exclude_first, self.inputs_summary)
-        flowing = {layer: degree if layer in chosen else None for layer in self.layers}
-        with self._flowing(flowing):
+        with self.suspended(), self.replaced(chosen, degree):
             expected = host.example_outputs(host.module)
         export.require_equal(host.example_outputs(model), expected)
         return model
@@ -323,8 +214,8 @@ class Lens:
             StalePolynomialError: weights changed since the fit.
             ArtifactError, OSError: the file cannot be written.
         """
-        checked = [(emitter, emitter.verify()) for emitter in self._emitters.values()]
-        entries = [artifact.entry(each.site, each.polynomial, sums) for each, sums in checked]
+        checked = self.verify(self.layers).items()
+        entries = [artifact.entry(self.sites[n], self[n], sums) for n, sums in checked]
         artifact.write(path, self.header(report), entries)
 
     def header(self, report: Report | None = None) -> dict[str, Any]:
@@ -349,7 +240,7 @@ class Lens:
         revision: str | None = None,
         commit_message: str = "Polynomials by polylens",
     ) -> str:
-        """Upload what `save` writes, and a model card, for `polylens.from_hub(repo_id, model)`.
+        """Upload what `save` writes and a card, for `polylens.load("hf://user/name", model)`.
 
         The repository is made if there is none; a card by somebody else stays. One commit.
 
@@ -368,18 +259,21 @@ class Lens:
             StalePolynomialError: weights changed since the fit; nothing is uploaded.
             OSError: what the Hub refuses, as its own errors.
         """
-        from polylens.saving.hub import push
+        from polylens.saving import hub
 
-        return push(
-            self,
-            repo_id,
-            report,
-            base_model=base_model,
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        report = self.saved_report if report is None else report
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / hub.FILE
+            self.save(path, report)
+            return hub.upload(
+                path,
+                hub.card(self, repo_id, report, base_model),
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+            )
 
     def detach(self) -> None:
         """Take everything off the model; it is exactly as before `attach`.
@@ -388,14 +282,5 @@ class Lens:
             AttachmentError: detached already.
         """
         self._require_attached()
-        undo, self._undo = self._undo, None
         LENSES.pop(id(self.host.model), None)
-        assert undo is not None
-        undo.close()
-
-    def _require_attached(self) -> None:
-        if not self.is_attached:
-            raise AttachmentError("this lens is detached; attach again to use it")
-
-    def _chosen(self, layers: Iterable[Layer] | int | None) -> list[Layer]:
-        return check_layers(layers, self.sites, self.refused, " in this lens")
+        super().detach()

@@ -19,6 +19,7 @@ from polylens.saving import hub
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
 
 REPO = "someone/polynomials"
+ADDRESS = f"hf://{REPO}"
 
 
 class Directory:
@@ -102,7 +103,7 @@ def test_what_was_pushed_comes_back(directory, model):
         ("commit", "mine"),
     ]
     assert {p.name for p in directory.folder(REPO, None).iterdir()} == {hub.FILE, "README.md"}
-    with polylens.from_hub(REPO, model, token="mine") as lens:
+    with polylens.load(ADDRESS, model, token="mine") as lens:
         assert torch.equal(logits(lens), expected)
         assert (lens.inputs_summary, lens.saved_report) == (summary, report)
     assert directory.calls[-1] == ("download", "mine")
@@ -119,7 +120,7 @@ def test_the_card_tells_what_a_reader_needs(directory, model):
     assert found.data.base_model == "someone/llama"
     assert found.data.library_name == "polylens"
     assert "polylens" in found.data.tags
-    assert f'polylens.from_hub("{REPO}", model)' in found.text
+    assert f'polylens.load("{ADDRESS}", model)' in found.text
     assert summary in found.text
     assert polylens.__version__ in found.text
     table = [line for line in found.text.splitlines() if line.startswith("|")]
@@ -159,7 +160,7 @@ def test_a_card_by_somebody_else_stays(directory, model, text):
         lens.push_to_hub(REPO)
         expected = logits(lens)
     assert (folder / "README.md").read_text() == text
-    with polylens.from_hub(REPO, model) as lens:
+    with polylens.load(ADDRESS, model) as lens:
         assert torch.equal(logits(lens), expected)
 
 
@@ -167,28 +168,28 @@ def test_a_loaded_lens_keeps_its_report_when_pushed(directory, model):
     with attach(model) as lens:
         report = lens.report(TOKENS, loss=False, progress=False)
         lens.push_to_hub(REPO, report)
-    with polylens.from_hub(REPO, model) as lens:
+    with polylens.load(ADDRESS, model) as lens:
         lens.push_to_hub("someone/else")
-    with polylens.from_hub("someone/else", model) as lens:
+    with polylens.load("hf://someone/else", model) as lens:
         assert lens.saved_report == report
 
 
 def test_revisions_are_apart(directory, model):
     with attach(model, degree=1) as lens:
         lens.push_to_hub(REPO, revision="linear")
-    with polylens.from_hub(REPO, model, revision="linear") as lens:
+    with polylens.load(ADDRESS, model, revision="linear") as lens:
         assert lens.degree == 1
     with pytest.raises(ArtifactError, match=rf"{REPO} has no {hub.FILE}; upload"):
-        polylens.from_hub(REPO, model)
+        polylens.load(ADDRESS, model)
     with pytest.raises(ArtifactError, match="at revision other"):
-        polylens.from_hub(REPO, model, revision="other")
+        polylens.load(ADDRESS, model, revision="other")
     assert polylens.attached(model) is None
 
 
 def test_no_connection_is_not_taken_for_a_missing_file(pushed, model):
     pushed.offline = True
     with pytest.raises(LocalEntryNotFoundError):
-        polylens.from_hub(REPO, model)
+        polylens.load(ADDRESS, model)
 
 
 def test_a_damaged_file_is_refused(pushed, model):
@@ -196,13 +197,13 @@ def test_a_damaged_file_is_refused(pushed, model):
     contents = path.read_bytes()
     path.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
     with pytest.raises(ArtifactError, match=rf"{REPO}: .*damaged"):
-        polylens.from_hub(REPO, model)
+        polylens.load(ADDRESS, model)
     assert polylens.attached(model) is None
 
 
 def test_another_model_is_refused(pushed):
     with pytest.raises(ArtifactError, match=rf"{REPO}: .*another model"):
-        polylens.from_hub(REPO, build("gpt2"))
+        polylens.load(ADDRESS, build("gpt2"))
 
 
 def test_a_stale_lens_uploads_nothing(directory, model):
@@ -213,3 +214,11 @@ def test_a_stale_lens_uploads_nothing(directory, model):
         with pytest.raises(polylens.StalePolynomialError):
             lens.push_to_hub(REPO)
     assert not directory.folder(REPO, None).exists()
+
+
+def test_what_is_no_repository_is_refused(directory, model, tmp_path):
+    with pytest.raises(polylens.InvalidInputError, match="give hf://user/name"):
+        polylens.load("hf://one/two/three", model)
+    with pytest.raises(polylens.InvalidInputError, match="of a repository on the Hub"):
+        polylens.load(tmp_path / "lens", model, revision="main")
+    assert polylens.attached(model) is None

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +12,9 @@ from polylens.calibration.lockstep import Step
 from polylens.calibration.tokens import counted, kept_rows, rows
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
+from polylens.installed.installation import Installation
 from polylens.report.scores import Cost, ResidualSums, Scores, score, targets
 from polylens.report.worst import Rise, WorstRises
-
-if TYPE_CHECKING:
-    from polylens.lens import Lens
 
 # Below this many nats an ablation is harmless, and the share of it recovered means nothing.
 HARMLESS = 1e-6
@@ -71,7 +68,7 @@ def _replaced_groups(layers: Sequence[Layer], prefixes: bool) -> list[Group]:
 
 
 def measure_losses(
-    lens: "Lens",
+    lens: Installation,
     degree: int,
     layers: Sequence[Layer],
     means: dict[Layer, Tensor],
@@ -139,7 +136,7 @@ def measure_losses(
 class _ReplacedStream:
     """R2 of each layer's polynomial on what the other replaced layers make of its inputs."""
 
-    def __init__(self, lens: "Lens", degree: int, layers: Sequence[Layer]) -> None:
+    def __init__(self, lens: Installation, degree: int, layers: Sequence[Layer]) -> None:
         self._lens = lens
         self._polynomials = {layer: lens[layer].truncate(degree) for layer in layers}
         self._sums = {layer: ResidualSums() for layer in layers}
@@ -162,7 +159,7 @@ class _ReplacedStream:
 
 
 def _truth(
-    lens: "Lens", batch: Tensor, mask: Tensor | None, real: Tensor, lead: int
+    lens: Installation, batch: Tensor, mask: Tensor | None, real: Tensor, lead: int
 ) -> tuple[Tensor, Scores]:
     truth = lens.host.logits(batch, mask)
     if truth.dim() != 3 or truth.shape[:2] != batch.shape:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,13 +13,11 @@ from polylens.calibration.tokens import batches, counted, rows, validate_inputs
 from polylens.checks import check_degree, check_layers, label
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
+from polylens.installed.installation import Installation
 from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of
 from polylens.report.report import LayerRow, Report
 from polylens.report.scores import ResidualSums, lead_of
 from polylens.report.worst import Decode, decoder, explain
-
-if TYPE_CHECKING:
-    from polylens.lens import Lens
 
 FIRST_POSITION = (
     "position 0 is left out of R² and stays true under replacement and ablation: attention sink"
@@ -31,7 +28,7 @@ NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be 
 
 
 def measure(
-    lens: "Lens",
+    lens: Installation,
     tokens: Tensor,
     *,
     degree: int | None = None,
@@ -138,7 +135,7 @@ def _with_losses(
     return filled
 
 
-def _notes(lens: "Lens", sums: dict[Layer, ResidualSums], lead: int) -> Iterator[str]:
+def _notes(lens: Installation, sums: dict[Layer, ResidualSums], lead: int) -> Iterator[str]:
     if lens.exclude_first:
         yield FIRST_POSITION
     if not lens.host.reads_tokens:
@@ -154,12 +151,12 @@ def _notes(lens: "Lens", sums: dict[Layer, ResidualSums], lead: int) -> Iterator
         )
 
 
-def _counted(lens: "Lens", steps: Sequence[Step]) -> int:
+def _counted(lens: Installation, steps: Sequence[Step]) -> int:
     return sum(int(counted(*step, exclude_first=lens.exclude_first).sum()) for step in steps)
 
 
 def _residual_sums(
-    lens: "Lens", layers: Sequence[Layer], steps: Sequence[Step], bar: tqdm
+    lens: Installation, layers: Sequence[Layer], steps: Sequence[Step], bar: tqdm
 ) -> dict[Layer, ResidualSums]:
     """One pass over the tokens with the true model, for all layers and degrees."""
     sums = {layer: ResidualSums() for layer in layers}

@@ -1,7 +1,7 @@
 """The tokens that a replaced model predicts worst, compared with the true one, and why."""
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,11 +9,9 @@ from torch import Tensor
 from polylens.calibration.tokens import batches
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
+from polylens.installed.installation import Installation
 from polylens.report.report import WorstToken
 from polylens.report.scores import Scores
-
-if TYPE_CHECKING:
-    from polylens.lens import Lens
 
 Decode = Callable[[list[int]], str]
 
@@ -63,7 +61,7 @@ class WorstRises:
 
 
 def explain(
-    lens: "Lens",
+    lens: Installation,
     degree: int,
     layers: Sequence[Layer],
     rises: Sequence[Rise],
@@ -111,7 +109,11 @@ def explain(
 
 
 def _observers(
-    lens: "Lens", degree: int, layers: Sequence[Layer], wanted: Tensor, causes: list[dict[str, Any]]
+    lens: Installation,
+    degree: int,
+    layers: Sequence[Layer],
+    wanted: Tensor,
+    causes: list[dict[str, Any]],
 ) -> dict[Layer, Callable[[Tensor, Tensor], None]]:
     """Of row wanted[i] of a batch, each puts its layer into causes[i], unless a worse one is."""
 
@@ -148,7 +150,7 @@ def _up_to(tokens: Tensor, rise: Rise) -> list[int]:
     return tokens[rise.sequence, start : rise.position + 1].tolist()
 
 
-def decoder(lens: "Lens", decode: Decode | None, tokens: Tensor) -> Decode:
+def decoder(lens: Installation, decode: Decode | None, tokens: Tensor) -> Decode:
     """Token ids to text: as given, else by the model's tokenizer, else the ids themselves.
 
     Raises:

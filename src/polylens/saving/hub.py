@@ -1,9 +1,8 @@
 """The polynomials of a model on the Hugging Face Hub: the file of `Lens.save` and a model card."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import (
@@ -13,14 +12,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from polylens import __version__
-from polylens.attachment import load
-from polylens.errors import ArtifactError
+from polylens.errors import ArtifactError, InvalidInputError
+from polylens.installed.installation import Installation
 from polylens.report.rendering import to_markdown
 from polylens.report.report import Report
-
-if TYPE_CHECKING:
-    from polylens.lens import Lens
 
 FILE = "polylens.safetensors"
 CARD = "README.md"
@@ -28,26 +23,20 @@ LIBRARY = "polylens"
 TAGS = ["polylens", "interpretability", "polynomial"]
 
 
-def from_hub(
-    repo_id: str,
-    model: Any,
-    *,
-    example_inputs: Any = None,
-    revision: str | None = None,
-    token: str | bool | None = None,
-) -> "Lens":
-    """Attach the polynomials that `Lens.push_to_hub` uploaded; `polylens.load` from the Hub.
-
-    Args:
-        repo_id: "user/name".
-        model, example_inputs: as in `attach`; any host with the weights they were fitted to.
-        revision: branch, tag or commit.
-        token: of the Hub; by default the one of `hf auth login`.
+def download(repo_id: str, revision: str | None, token: str | bool | None) -> str:
+    """Where the file that `upload` put there is now.
 
     Raises:
-        ArtifactError: a repository without polynomials; otherwise as `polylens.load`.
+        InvalidInputError: not the name of a repository.
+        ArtifactError: a repository without polynomials.
         OSError: no such repository or revision, no access to it, or no connection.
     """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InvalidInputError(
+            f"{repo_id!r} is no repository on the Hub ({error}); give hf://user/name"
+        ) from error
     path = _download(repo_id, FILE, revision, token)
     if path is None:
         raise ArtifactError(
@@ -55,37 +44,37 @@ def from_hub(
             f"{'' if revision is None else f' at revision {revision}'}; upload one with "
             "lens.push_to_hub, or load an exported model with polylens.load_exported"
         )
-    try:
-        return load(path, model, example_inputs)
-    except ArtifactError as error:
-        raise ArtifactError(f"{repo_id}: {error}") from error
+    return path
 
 
-def push(
-    lens: "Lens",
+def upload(
+    path: Path,
+    card: ModelCard,
     repo_id: str,
-    report: Report | None,
     *,
-    base_model: str | None,
     private: bool | None,
     token: str | bool | None,
     revision: str | None,
     commit_message: str,
 ) -> str:
-    """`Lens.push_to_hub`."""
-    report = lens.saved_report if report is None else report
+    """Put a file into a repository, with this card unless it has one; the commit's address.
+
+    Args:
+        path: of the file, named FILE, alone in its folder.
+        private, token, revision, commit_message: as in `Lens.push_to_hub`.
+    """
     api = HfApi(token=token)
-    with TemporaryDirectory() as folder:
-        lens.save(Path(folder) / FILE, report)
-        made = card(lens, repo_id, report, base_model or _base_model(lens))
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        if revision is not None:
-            api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if not _has_a_card_of_its_own(repo_id, revision, token):
-            made.save(Path(folder) / CARD)
-        done = api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=commit_message
-        )
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    if not _has_a_card_of_its_own(repo_id, revision, token):
+        card.save(path.with_name(CARD))
+    done = api.upload_folder(
+        repo_id=repo_id,
+        folder_path=path.parent,
+        revision=revision,
+        commit_message=commit_message,
+    )
     return str(done.commit_url)
 
 
@@ -110,20 +99,23 @@ def _has_a_card_of_its_own(repo_id: str, revision: str | None, token: str | bool
     return f"library_name: {LIBRARY}" not in lines
 
 
-def card(lens: "Lens", repo_id: str, report: Report | None, base_model: str | None) -> ModelCard:
+def card(
+    lens: Installation, repo_id: str, report: Report | None, base_model: str | None
+) -> ModelCard:
     """What the polynomials are of and fitted to, how good they are, and how to load them."""
+    base_model = base_model or _base_model(lens)
     data = ModelCardData(base_model=base_model, library_name=LIBRARY, tags=TAGS)
     first = "stays true under `replaced`" if lens.exclude_first else "is replaced like the others"
     lines = [
         f"# Polynomials of the MLPs of {base_model or lens.model_name}",
         "",
         f"Polynomials of degree {lens.degree} (and every lower one) of {len(lens)} MLPs, made by "
-        f"polylens {__version__}. They belong to the weights they were fitted to, which are not "
-        "in this repository; loading onto others is refused.",
+        f"polylens {version('polylens')}. They belong to the weights they were fitted to, which "
+        "are not in this repository; loading onto others is refused.",
         "",
         "```python",
         "import polylens",
-        f'lens = polylens.from_hub("{repo_id}", model)  # model: {base_model or lens.model_name}',
+        f'lens = polylens.load("hf://{repo_id}", model)  # model: {base_model or lens.model_name}',
         "```",
         "",
         f"- Input model: {lens.inputs_summary}.",
@@ -136,7 +128,7 @@ def card(lens: "Lens", repo_id: str, report: Report | None, base_model: str | No
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
 
 
-def _base_model(lens: "Lens") -> str | None:
+def _base_model(lens: Installation) -> str | None:
     """Where on the Hub the model is from, if it says so."""
     config = getattr(lens.host.module, "config", None)
     name = getattr(config, "name_or_path", None)

@@ -1,0 +1,176 @@
+"""What a lens does to a model: the polynomials installed in it, read, switched and taken off."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+from polylens.checks import check_degree, check_layers
+from polylens.errors import AttachmentError, InvalidInputError
+from polylens.hosts.base import Host, Layer, MLPSite
+from polylens.installed.emitter import Fingerprint, Fitted, SiteEmitter
+
+Self = TypeVar("Self", bound="Installation")
+
+
+class Installation:
+    """Polynomials beside the MLPs of a model, of which some flow in place of their outputs.
+
+    Attributes:
+        host: the model.
+        layers: in order; `installation[layer]` is the layer's polynomial, and
+            `installation[layer, expert]` that of an expert. As an argument, the number of a layer
+            stands for the experts in it, too.
+        sites: the MLPSite of each.
+        degree: fitted degree.
+        refused: reason for each layer that could not be read.
+        inputs_summary: which input model the polynomials were fitted to.
+        exclude_first: whether position 0 of each sequence stays true under `replaced`.
+    """
+
+    def __init__(
+        self,
+        host: Host,
+        sites: dict[Layer, MLPSite],
+        polynomials: dict[Layer, Fitted],
+        refused: dict[Layer, str],
+        inputs_summary: str,
+        exclude_first: bool,
+    ) -> None:
+        self.host = host
+        self.sites = sites
+        self.refused = refused
+        self.inputs_summary = inputs_summary
+        self.exclude_first = exclude_first
+        self.degree = next(iter(polynomials.values())).degree
+        self._emitters = {
+            layer: SiteEmitter(sites[layer], polynomials[layer], exclude_first) for layer in sites
+        }
+        with ExitStack() as undo:
+            for layer, site in sites.items():
+                undo.callback(host.install(site, self._emitters[layer]))
+            self._undo: ExitStack | None = undo.pop_all()
+        for emitter in self._emitters.values():
+            emitter.owner = self
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(self.sites)
+
+    @property
+    def model_name(self) -> str:
+        config = getattr(self.host.model, "cfg", None)
+        return str(getattr(config, "model_name", None) or type(self.host.module).__name__)
+
+    @property
+    def is_attached(self) -> bool:
+        return self._undo is not None
+
+    def __getitem__(self, layer: Layer) -> Fitted:
+        if layer not in self._emitters:
+            experts = self._chosen([layer])
+            raise InvalidInputError(f"layer {layer} is a mixture of experts; there are {experts}")
+        return self._emitters[layer].polynomial
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def __enter__(self: Self) -> Self:
+        self._require_attached()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.is_attached:
+            self.detach()
+
+    def __repr__(self) -> str:
+        state = "attached" if self.is_attached else "detached"
+        return (
+            f"{type(self).__name__}({self.model_name}, {self.host.name}, {len(self)} layers, "
+            f"degree {self.degree}, {self.inputs_summary}, {state})"
+        )
+
+    @contextmanager
+    def replaced(
+        self: Self, layers: Iterable[Layer] | int | None = None, degree: int | None = None
+    ) -> Iterator[Self]:
+        """Within the context, these MLPs' outputs are those of their polynomials.
+
+        Nestable: an inner context adds to or changes the outer one, which comes back on exit,
+        also after an exception. With `exclude_first` position 0 of each sequence stays true.
+        Without autograd and while nobody listens at or inside a layer, its polynomial reads the
+        preactivations that the model computes anyway: a few elementwise operations more than
+        the true layer. Otherwise it is evaluated beside the true layer, to the same values.
+
+        Args:
+            layers: one, several, or all (default).
+            degree: 0 ... fitted degree (default), by truncation.
+
+        Raises:
+            InvalidInputError: unknown layer, degree above the fitted one.
+            AttachmentError: the lens is detached.
+            StalePolynomialError: weights changed since the fit.
+        """
+        chosen, degree = self.ready(layers, degree)
+        with self._flowing(dict.fromkeys(chosen, degree)):
+            yield self
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within the context every true output flows, whatever is replaced around it."""
+        with self._flowing(dict.fromkeys(self.layers)):
+            yield
+
+    def ready(
+        self, layers: Iterable[Layer] | int | None, degree: int | None
+    ) -> tuple[list[Layer], int]:
+        """The layers and the degree that were asked for, fitted to the weights there are now.
+
+        Raises:
+            InvalidInputError, AttachmentError, StalePolynomialError: as `replaced`.
+        """
+        self._require_attached()
+        chosen = self._chosen(layers)
+        degree = self.degree if degree is None else check_degree(degree, self.degree, "attach")
+        self.verify(chosen)
+        return chosen, degree
+
+    def verify(self, layers: Iterable[Layer]) -> dict[Layer, Fingerprint]:
+        """The fingerprints of these layers' weights, which are those fitted to.
+
+        Raises:
+            StalePolynomialError: weights changed since the fit.
+        """
+        return {layer: self._emitters[layer].verify() for layer in layers}
+
+    @contextmanager
+    def _flowing(self, degrees: Mapping[Layer, int | None]) -> Iterator[None]:
+        """Within the context, layer's polynomial of this degree (None: the true output) flows."""
+        before = {layer: self._emitters[layer].replacing for layer in degrees}
+        for layer, degree in degrees.items():
+            self._emitters[layer].replacing = degree
+        try:
+            yield
+        finally:
+            for layer, degree in before.items():
+                self._emitters[layer].replacing = degree
+
+    def detach(self) -> None:
+        """Take everything off the model; it is exactly as before `attach`.
+
+        Raises:
+            AttachmentError: detached already.
+        """
+        self._require_attached()
+        undo, self._undo = self._undo, None
+        assert undo is not None
+        undo.close()
+
+    def _require_attached(self) -> None:
+        if not self.is_attached:
+            raise AttachmentError("this lens is detached; attach again to use it")
+
+    def _chosen(self, layers: Iterable[Layer] | int | None) -> list[Layer]:
+        return check_layers(layers, self.sites, self.refused, " in this lens")
