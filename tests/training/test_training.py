@@ -60,6 +60,14 @@ def test_rows_equal_a_fit_by_hand(data):
     assert (row.step, row.layer, row.inputs) == (7, 0, "gaussian")
 
 
+def test_a_constant_output_is_explained_by_degree_0(data):
+    net = network()
+    with torch.no_grad():
+        net[2].weight.zero_()
+    (row,) = trace_training([(0, net)], data, 2, progress=False).rows
+    assert row.r2 == row.r2_model == (1, 1, 1)
+
+
 def test_deep_networks_have_a_row_per_layer_and_input_model(data):
     named = {
         "gaussian": polylens.Gaussian.from_samples(data.calibration),

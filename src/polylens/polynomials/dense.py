@@ -7,8 +7,9 @@ from torch import Tensor
 
 from polylens.checks import check_degree
 from polylens.errors import InvalidInputError
+from polylens.inputs.residuals import share_explained
 from polylens.polynomials.base import Approximation, context_of, context_record
-from polylens.polynomials.explained_variance import share_explained, total_variance
+from polylens.polynomials.explained_variance import total_variance
 from polylens.polynomials.quadratic_form import QuadraticForm
 from polylens.polynomials.records import Record
 

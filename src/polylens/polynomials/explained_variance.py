@@ -31,6 +31,7 @@ from polylens.activations.hermite import (
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.mixture import GaussianMixture
+from polylens.inputs.residuals import ResidualSums, is_constant, share_explained
 from polylens.inputs.samples import Samples
 from polylens.normal_forms.preactivation import Preactivations, branches, preactivation_moments
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
@@ -38,11 +39,6 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights
 BLOCK = 1024
 # Panels on which GELU, whose coefficients need none, is smooth.
 GELU_PANELS = (-12.0, -3.0, 3.0, 12.0)
-# A variance below this share of the squared mean is the rounding of a constant.
-CONSTANT = 1e-24
-# A constant is reproduced if the squared error is below this share of its square: the rounding
-# of bfloat16.
-REPRODUCED = 1e-5
 
 
 @dataclass(frozen=True)
@@ -112,7 +108,7 @@ def explained_variance(
     parts[0] = 0.0
     total = float(parts.sum() + tail)
     per_degree = parts[: degree + 1]
-    if total <= CONSTANT * float(mean.square().sum()):
+    if is_constant(total, mean.square().sum()):
         return ExplainedVariance(per_degree * 0, 0.0, 0.0, torch.ones_like(per_degree))
     return ExplainedVariance(per_degree, total, error, per_degree.cumsum(0) / total)
 
@@ -197,40 +193,10 @@ def total_variance(weights: MLPWeights | GLUWeights, mixture: GaussianMixture) -
 @torch.no_grad()
 def samples_r2(polynomial: Any) -> Tensor:
     """R2 over the samples that the polynomial was fitted to, streamed once more."""
-    weights = polynomial.weights
-    count, shift = 0.0, None
-    total = square = residual = torch.zeros(())
+    weights, sums = polynomial.weights, ResidualSums()
     for x, sample_weights in polynomial.inputs.batches(weights.dtype, weights.device):
-        y = weights(x).double()
-        w = y.new_ones(len(y)) if sample_weights is None else sample_weights
-        error = (polynomial.all_degrees(x).double() - y).square().sum(2) @ w
-        if shift is None:
-            shift = y.mean(0)
-            total, square, residual = torch.zeros_like(shift), w.sum() * 0, error * 0
-        count += float(w.sum())
-        total = total + w @ (y - shift)
-        square = square + w @ (y - shift).square().sum(1)
-        residual = residual + error
-    if shift is None:
-        raise InvalidInputError("no samples left to measure R2 on")
-    variance = (square - total.square().sum() / count) / count
-    return share_explained(residual / count, variance, (shift + total / count).square().sum())
-
-
-def is_constant(variance: Tensor | float, mean_square: Tensor | float) -> bool:
-    """Whether an output's variance is no more than the rounding of its mean."""
-    return float(variance) <= CONSTANT * float(mean_square)
-
-
-def share_explained(mse: Tensor, variance: Tensor | float, mean_square: Tensor | float) -> Tensor:
-    """R2 = 1 - mse / variance, wherever polylens reports one.
-
-    Of a constant output it is 1 in the degrees that reproduce it and 0 in the others, as in
-    scikit-learn.
-    """
-    if is_constant(variance, mean_square):
-        return (mse <= REPRODUCED * float(mean_square)).to(mse.dtype)
-    return 1 - mse / variance
+        sums.update(weights(x), polynomial.all_degrees(x), sample_weights)
+    return sums.shares()
 
 
 def _mean_square(polynomial: Any) -> float:

@@ -12,8 +12,9 @@ from polylens.calibration.lockstep import Step
 from polylens.calibration.tokens import counted, kept_rows, rows
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
+from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
-from polylens.report.scores import Cost, ResidualSums, Scores, score, targets
+from polylens.report.scores import Cost, Scores, score, targets
 from polylens.report.worst import Rise, WorstRises
 
 # Below this many nats an ablation is harmless, and the share of it recovered means nothing.

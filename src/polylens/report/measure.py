@@ -13,10 +13,11 @@ from polylens.calibration.tokens import batches, counted, rows, validate_inputs
 from polylens.checks import check_degree, check_layers, label
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
+from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
 from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of
 from polylens.report.report import LayerRow, Report
-from polylens.report.scores import ResidualSums, lead_of
+from polylens.report.scores import lead_of
 from polylens.report.worst import Decode, decoder, explain
 
 FIRST_POSITION = (
@@ -84,7 +85,7 @@ def measure(
         tqdm(total=len(steps) * per_batch, desc="report", disable=not progress) as bar,
     ):
         sums = _residual_sums(lens, chosen, steps, bar)
-        rows = [LayerRow(n, sums[n].r2(n), n_tokens=sums[n].n) for n in chosen]
+        rows = [LayerRow(n, sums[n].r2(f"layer {label(n)}"), n_tokens=sums[n].n) for n in chosen]
         if loss:
             means = {layer: sums[layer].mean for layer in chosen if sums[layer].n}
             lead = lead_of(lens.host, tokens)

@@ -1,4 +1,4 @@
-"""The sums behind a report: squares for R2; cross entropy, KL and agreement for the losses."""
+"""The sums behind a report's losses: cross entropy, KL and agreement."""
 
 from math import isfinite
 from typing import NamedTuple
@@ -7,80 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polylens.checks import label
-from polylens.errors import InvalidInputError
-from polylens.hosts.base import TOLERANCE, Host, Layer, relative_error
-from polylens.polynomials.explained_variance import is_constant, share_explained
-
-
-class ResidualSums:
-    """Streamed float64 squares of one layer, about the first batch's mean: nothing cancels.
-
-    Attributes:
-        n: rows seen so far.
-    """
-
-    n = 0
-
-    def update(self, y: Tensor, predictions: Tensor) -> None:
-        """y [n, d], predictions [degree + 1, n, d]."""
-        if len(y) == 0:
-            return
-        y = y.double()
-        if self.n == 0:
-            self.shift = y.mean(0)
-            self.total = torch.zeros_like(self.shift)
-            self.square = self.total.new_zeros(())
-            self.residual = self.total.new_zeros(len(predictions))
-        self.n += len(y)
-        self.total += (y - self.shift).sum(0)
-        self.square += (y - self.shift).square().sum()
-        self.residual += torch.stack([(y - p.double()).square().sum() for p in predictions])
-
-    @property
-    def mean(self) -> Tensor:
-        """[d_out] mean of y."""
-        return self.shift + self.total / self.n
-
-    @property
-    def variance(self) -> float:
-        """Of y, summed over directions."""
-        return float(self.square / self.n - (self.total / self.n).square().sum())
-
-    @property
-    def constant(self) -> bool:
-        """Whether y does not vary."""
-        return is_constant(self.variance, self.mean.square().sum())
-
-    def r2(self, layer: Layer) -> tuple[float, ...] | None:
-        """1 - residual / centred squares for every degree (see `quality.share_explained`); None
-        with fewer than two rows.
-
-        Raises:
-            InvalidInputError: outputs or polynomials that are not finite (`layer` names them).
-        """
-        if self.n < 2:
-            return None
-        variance = self.variance
-        bad = [f"degree {k}" for k, v in enumerate(self.residual.tolist()) if not isfinite(v)]
-        if not isfinite(variance) or bad:
-            what = f"its polynomials of {', '.join(bad)}" if isfinite(variance) else "its outputs"
-            raise InvalidInputError(
-                f"layer {label(layer)}: {what} are not finite on these tokens, so R2 would be "
-                "NaN; use a wider dtype, and check the model's activations on them"
-            )
-        return self._shares()
-
-    def last_r2(self) -> float | None:
-        """R2 of the last degree; None with fewer than two rows, -inf of what is not finite."""
-        if self.n < 2:
-            return None
-        finite = isfinite(self.variance) and isfinite(float(self.residual[-1]))
-        return self._shares()[-1] if finite else float("-inf")
-
-    def _shares(self) -> tuple[float, ...]:
-        mse = self.residual / self.n
-        return tuple(share_explained(mse, self.variance, self.mean.square().sum()).tolist())
+from polylens.hosts.base import TOLERANCE, Host, relative_error
 
 
 class Scores(NamedTuple):

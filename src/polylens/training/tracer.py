@@ -16,6 +16,7 @@ from polylens.checks import check_at_least
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fitting.fit import fit
 from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.residuals import ResidualSums
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.report.scores import lead_of, score
 from polylens.training.trace import Trace as Trace
@@ -234,10 +235,9 @@ def _classifier_rows(
         named = dict(data.inputs) if first else {}
         for name, inputs in (named or {"gaussian": Gaussian.from_samples(x)}).items():
             polynomial = fit(weights, inputs, degree)
-            y = weights(held_out).double()
-            errors = (polynomial.all_degrees(held_out).double() - y).square().sum((1, 2))
-            r2 = 1 - errors / (y - y.mean(0)).square().sum()
-            both = tuple(r2.tolist()), tuple(polynomial.r2.tolist())
+            sums = ResidualSums()
+            sums.update(weights(held_out), polynomial.all_degrees(held_out))
+            both = sums.r2(f"layer {layer}"), tuple(polynomial.r2.tolist())
             rows.append(TraceRow(step, layer, name, *both, loss, accuracy))
     return rows
 

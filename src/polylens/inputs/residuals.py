@@ -1,0 +1,110 @@
+"""R2, wherever polylens measures one: the streamed sums behind it, and the one rule."""
+
+from math import isfinite
+
+import torch
+from torch import Tensor
+
+from polylens.errors import InvalidInputError
+
+# A variance below this share of the squared mean is the rounding of a constant.
+CONSTANT = 1e-24
+# A constant is reproduced if the squared error is below this share of its square: the rounding
+# of bfloat16.
+REPRODUCED = 1e-5
+
+
+def is_constant(variance: Tensor | float, mean_square: Tensor | float) -> bool:
+    """Whether an output's variance is no more than the rounding of its mean."""
+    return float(variance) <= CONSTANT * float(mean_square)
+
+
+def share_explained(mse: Tensor, variance: Tensor | float, mean_square: Tensor | float) -> Tensor:
+    """R2 = 1 - mse / variance, wherever polylens reports one.
+
+    Of a constant output it is 1 in the degrees that reproduce it and 0 in the others, as in
+    scikit-learn.
+    """
+    if is_constant(variance, mean_square):
+        return (mse <= REPRODUCED * float(mean_square)).to(mse.dtype)
+    return 1 - mse / variance
+
+
+class ResidualSums:
+    """Streamed float64 squares of one layer, about the first batch's mean: nothing cancels.
+
+    Attributes:
+        n: rows seen so far; weight: the sum of their weights.
+    """
+
+    n, weight = 0, 0.0
+
+    def update(self, y: Tensor, predictions: Tensor, sample_weights: Tensor | None = None) -> None:
+        """Add outputs y [n, d] and predictions [degree + 1, n, d], weighted by [n] or equally."""
+        if len(y) == 0:
+            return
+        y = y.double()
+        if self.n == 0:
+            self._shift = y.mean(0)
+            self._total = torch.zeros_like(self._shift)
+            self._square = self._total.new_zeros(())
+            self._residual = self._total.new_zeros(len(predictions))
+        self.n += len(y)
+        centred = y - self._shift
+        errors = (y - p.double() for p in predictions)
+        if sample_weights is None:
+            self.weight += len(y)
+            self._total += centred.sum(0)
+            self._square += centred.square().sum()
+            self._residual += torch.stack([error.square().sum() for error in errors])
+        else:
+            w = sample_weights.double()
+            self.weight += float(w.sum())
+            self._total += w @ centred
+            self._square += w @ centred.square().sum(1)
+            self._residual += torch.stack([w @ error.square().sum(1) for error in errors])
+
+    @property
+    def mean(self) -> Tensor:
+        """[d_out] mean of y."""
+        return self._shift + self._total / self.weight
+
+    @property
+    def variance(self) -> float:
+        """Of y, summed over directions."""
+        return float(self._square / self.weight - (self._total / self.weight).square().sum())
+
+    @property
+    def constant(self) -> bool:
+        """Whether y does not vary."""
+        return is_constant(self.variance, self.mean.square().sum())
+
+    def shares(self) -> Tensor:
+        """[degree + 1] R2 of every degree, by `share_explained`."""
+        mse = self._residual / self.weight
+        return share_explained(mse, self.variance, self.mean.square().sum())
+
+    def r2(self, where: str) -> tuple[float, ...] | None:
+        """R2 of every degree; None with fewer than two rows.
+
+        Raises:
+            InvalidInputError: outputs or polynomials that are not finite (`where` is the layer).
+        """
+        if self.n < 2:
+            return None
+        bad = [f"degree {k}" for k, v in enumerate(self._residual.tolist()) if not isfinite(v)]
+        finite = isfinite(self.variance)
+        if not finite or bad:
+            what = f"its polynomials of {', '.join(bad)}" if finite else "its outputs"
+            raise InvalidInputError(
+                f"{where}: {what} are not finite on these inputs, so R2 would be NaN; use a wider "
+                "dtype, and check the model's activations on them"
+            )
+        return tuple(self.shares().tolist())
+
+    def last_r2(self) -> float | None:
+        """R2 of the last degree; None with fewer than two rows, -inf of what is not finite."""
+        if self.n < 2:
+            return None
+        finite = isfinite(self.variance) and isfinite(float(self._residual[-1]))
+        return float(self.shares()[-1]) if finite else float("-inf")
