@@ -9,58 +9,94 @@ The mathematics is Belrose & Rigg 2025, "Converting MLPs into Polynomials in Clo
 arXiv 2502.01032. No host framework is imported until a model of it is attached.
 """
 
-from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, NoReturn
 
-from polylens.activations.activation import Activation as Activation
-from polylens.activations.activation import activation as activation
-from polylens.activations.activation import known_activations as known_activations
-from polylens.activations.registered import register_activation as register_activation
-from polylens.errors import ArtifactError as ArtifactError
-from polylens.errors import AttachmentError as AttachmentError
-from polylens.errors import ConvergenceError as ConvergenceError
-from polylens.errors import InvalidInputError as InvalidInputError
-from polylens.errors import NumericalWarning as NumericalWarning
-from polylens.errors import PolylensError as PolylensError
-from polylens.errors import StalePolynomialError as StalePolynomialError
-from polylens.errors import UnsupportedActivation as UnsupportedActivation
-from polylens.errors import UnsupportedModel as UnsupportedModel
-from polylens.fitting.fit import fit as fit
-from polylens.fitting.neuron_gram import NeuronGram as NeuronGram
-from polylens.inputs.gaussian import Gaussian as Gaussian
-from polylens.inputs.mixture import GaussianMixture as GaussianMixture
-from polylens.inputs.samples import Samples as Samples
-from polylens.normal_forms.weights import GLUWeights as GLUWeights
-from polylens.normal_forms.weights import MLPWeights as MLPWeights
-from polylens.polynomials.dense import DensePolynomial as DensePolynomial
-from polylens.polynomials.explained_variance import ExplainedVariance as ExplainedVariance
-from polylens.polynomials.explained_variance import explained_variance as explained_variance
-from polylens.polynomials.factored import Polynomial as Polynomial
-from polylens.polynomials.joint import JointPolynomial as JointPolynomial
-from polylens.polynomials.quadratic_form import QuadraticForm as QuadraticForm
+from polylens import analysis, demo
+from polylens.activations.activation import Activation, activation, known_activations
+from polylens.activations.registered import register_activation
+from polylens.attachment import attach, find_mlps, load
+from polylens.calibration.sampling import sample_tokens
+from polylens.errors import (
+    ArtifactError,
+    AttachmentError,
+    ConvergenceError,
+    InvalidInputError,
+    NumericalWarning,
+    PolylensError,
+    StalePolynomialError,
+    UnsupportedActivation,
+    UnsupportedModel,
+)
+from polylens.fitting.fit import fit
+from polylens.hosts.base import MLPSite
+from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.mixture import GaussianMixture
+from polylens.inputs.samples import Samples
+from polylens.lens import Lens, attached
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.dense import DensePolynomial
+from polylens.polynomials.explained_variance import ExplainedVariance, explained_variance
+from polylens.polynomials.factored import Polynomial
+from polylens.polynomials.joint import JointPolynomial
+from polylens.polynomials.quadratic_form import QuadraticForm
+from polylens.report.report import Report
+from polylens.saving.export import load_exported
+from polylens.training.tracer import TraceData, Tracer, trace_training
 
 __version__ = version("polylens")
 
-_LAZY = {
-    "Lens": "polylens.lens",
-    "MLPSite": "polylens.hosts.base",
-    "Report": "polylens.report.report",
-    "attach": "polylens.attachment",
-    "attached": "polylens.lens",
-    "find_mlps": "polylens.attachment",
-    "load": "polylens.attachment",
-    "load_exported": "polylens.saving.export",
-    "sample_tokens": "polylens.calibration.sampling",
-    "trace_training": "polylens.training.tracer",
-    "TraceData": "polylens.training.tracer",
-    "Tracer": "polylens.training.tracer",
+__all__ = [
+    "Activation",
+    "ArtifactError",
+    "AttachmentError",
+    "ConvergenceError",
+    "DensePolynomial",
+    "ExplainedVariance",
+    "GLUWeights",
+    "Gaussian",
+    "GaussianMixture",
+    "InvalidInputError",
+    "JointPolynomial",
+    "Lens",
+    "MLPSite",
+    "MLPWeights",
+    "NumericalWarning",
+    "PolylensError",
+    "Polynomial",
+    "QuadraticForm",
+    "Report",
+    "Samples",
+    "StalePolynomialError",
+    "TraceData",
+    "Tracer",
+    "UnsupportedActivation",
+    "UnsupportedModel",
+    "activation",
+    "analysis",
+    "attach",
+    "attached",
+    "demo",
+    "explained_variance",
+    "find_mlps",
+    "fit",
+    "known_activations",
+    "load",
+    "load_exported",
+    "register_activation",
+    "sample_tokens",
+    "trace_training",
+]
+
+# Names that were public, and what to write now.
+_REMOVED = {
+    "NeuronGram": "fit(weights, Samples(batches), degree)",
+    "from_hub": 'load("hf://user/name", model)',
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name == "analysis":
-        return import_module("polylens.analysis")
-    if name not in _LAZY:
-        raise AttributeError(f"module 'polylens' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+if not TYPE_CHECKING:  # for a checker an unknown name is an error
+
+    def __getattr__(name: str) -> NoReturn:
+        hint = f"; write polylens.{_REMOVED[name]}" if name in _REMOVED else ""
+        raise AttributeError(f"module 'polylens' has no attribute {name!r}{hint}", name=name)

@@ -98,7 +98,8 @@ def report(
         more = _windows("sampled", sampled_tokens, seq_len) if sampled_tokens else 0
         import torch
 
-        import polylens
+        from polylens.attachment import attach
+        from polylens.calibration.sampling import sample_tokens
         from polylens.cli.loading import load_model, token_windows
 
         _quiet_libraries()
@@ -113,10 +114,10 @@ def report(
         )
         options = {"batch_size": batch_size, "progress": sys.stderr.isatty()}
         if more:
-            written = polylens.sample_tokens(bridge, more, seq_len, progress=options["progress"])
+            written = sample_tokens(bridge, more, seq_len, progress=options["progress"])
             tokens = torch.cat([tokens, written.to(tokens.device)])
         fitted = {"calibration": calibration, "degree": degree, "layers": chosen}
-        lens = polylens.attach(bridge, tokens, **fitted, **options)
+        lens = attach(bridge, tokens, **fitted, **options)
         measures = {"loss": not no_loss, "prefixes": prefixes, "worst": worst}
         result = lens.report(heldout, decode=tokenizer.decode, **measures, **options)
         _show(result, json_file, plot_file)
@@ -141,15 +142,15 @@ def demo(
     with _one_line_errors():
         _check_outputs(json_file, plot_file, html_file)
         _check_losses(no_loss, prefixes)
-        import polylens
         from polylens import demo as embedded
+        from polylens.attachment import attach
 
         training, heldout = (
             embedded.batches(text, sequences, DEMO_LENGTH) for text in embedded.texts()
         )
         progress = sys.stderr.isatty()
         fitted = {"calibration": calibration, "degree": degree, "progress": progress}
-        lens = polylens.attach(embedded.load_bridge(), training, **fitted)
+        lens = attach(embedded.load_bridge(), training, **fitted)
         tokenizer = embedded.ByteTokenizer()
         measures = {"loss": not no_loss, "prefixes": prefixes, "worst": worst}
         result = lens.report(heldout, decode=tokenizer.decode, progress=progress, **measures)
@@ -180,8 +181,8 @@ def features(
     with _one_line_errors():
         _check_outputs(json_file, None)
         content = None if text is None else _read(text)
-        import polylens
         from polylens.analysis import layer_features, single_token
+        from polylens.attachment import attach
         from polylens.calibration.tokens import token_names
         from polylens.cli.loading import load_model, token_windows
 
@@ -197,7 +198,7 @@ def features(
         if content is not None:
             sequences = _windows("calibration", calibration_tokens, seq_len)
             tokens = token_windows(tokenizer, content, sequences, 1, seq_len)[0]
-        lens = polylens.attach(bridge, tokens, degree=2, layers=layer, progress=sys.stderr.isatty())
+        lens = attach(bridge, tokens, degree=2, layers=layer, progress=sys.stderr.isatty())
         names = token_names(tokenizer)
         found = layer_features(lens, layer, token, against=other, k=k, names=names)
         Console().print(found, f"fitted to {lens.inputs_summary}")
