@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 import polylens
 from polylens import Gaussian, GaussianMixture, GLUWeights, MLPWeights, fit
-from polylens.report.figure import COLOURS, FONT, MARKERS
+from polylens.drawing import COLOURS, FONT, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -252,7 +252,8 @@ def run(
         result.trace.plot().savefig(out / f"{name}-training.png")
         result.attacks.plot().savefig(out / f"{name}-attacks.png")
         result.features[3].plot(images.shape).savefig(out / f"{name}-spectrum-3.png")
-        class_features_figure(result.features, images.shape).savefig(out / f"{name}-classes.png")
+        patterns = [(features.values, features.patterns) for features in result.features]
+        class_features_figure(patterns, images.shape).savefig(out / f"{name}-classes.png")
     console.print(f"figures in {out}")
     return results
 

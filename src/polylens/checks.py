@@ -75,3 +75,8 @@ def labelled(text: str) -> "Layer":
     """The layer that has this label."""
     block, dot, expert = text.partition(".")
     return (int(block), int(expert)) if dot else int(block)
+
+
+def block(layer: "Layer") -> int:
+    """The number of the layer itself, or of the one that an expert is in."""
+    return layer[0] if isinstance(layer, tuple) else layer

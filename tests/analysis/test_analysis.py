@@ -490,13 +490,14 @@ def test_figures_draw_and_refuse(tmp_path):
     features = analysis.eigenfeatures(polynomial, torch.ones(4), 6)
     attacks = analysis.evaluate_attacks(weights, polynomial, x, labels, [0.5], attacks=["random"])
     found = analysis.interactions(polynomial, x[:5], torch.ones(4))
+    by_class = [(features.values, features.patterns)] * 2
     drawn = (features.plot((2, 5)), attacks.plot(), found.plot())
-    for i, figure in enumerate((*drawn, figures.class_features_figure([features] * 2, (5, 2)))):
+    for i, figure in enumerate((*drawn, figures.class_features_figure(by_class, (5, 2)))):
         figure.savefig(tmp_path / f"{i}.png")
     with pytest.raises(InvalidInputError, match="height"):
         features.plot((3, 3))
     with pytest.raises(InvalidInputError, match="nothing to draw"):
-        figures.attacks_figure(analysis.Attacks((), 0, 0, 0.0))
+        analysis.Attacks((), 0, 0, 0.0).plot()
     with pytest.raises(InvalidInputError, match="heat map"):
         found.plot(0)
     with pytest.raises(InvalidInputError, match="per class"):

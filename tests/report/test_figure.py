@@ -1,4 +1,4 @@
-"""report_figure: what is drawn, and that nothing global is touched."""
+"""The figure of a report: what is drawn, and that nothing global is touched."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from polylens.errors import InvalidInputError
-from polylens.report.figure import _spread, report_figure
+from polylens.report.figure import _spread
 from polylens.report.report import LayerRow, Report
 
 
@@ -58,7 +58,7 @@ def test_figure_shows_every_degree_and_both_losses(tmp_path):
 
 
 def test_axis_reads_as_r2_and_rises(tmp_path):
-    figure = report_figure(make(4, degree=5))
+    figure = make(4, degree=5).plot()
     left = figure.axes[0]
     bottom, top = left.get_ylim()
     assert bottom > 1 > top
@@ -69,7 +69,7 @@ def test_axis_reads_as_r2_and_rises(tmp_path):
 @pytest.mark.parametrize("degree", [0, 1, 9])
 @pytest.mark.parametrize("loss", [False, True])
 def test_any_degree_one_layer_with_and_without_loss(tmp_path, degree, loss):
-    figure = report_figure(make(1, degree, loss))
+    figure = make(1, degree, loss).plot()
     assert len(figure.axes) == 1 + loss
     figure.savefig(tmp_path / "figure.png")
 
@@ -80,7 +80,7 @@ def test_negative_perfect_and_missing_r2_are_drawn(tmp_path):
         LayerRow(5, (0.0, 1.0), float("inf"), 0.0, -0.1, None),
         LayerRow(9, None, 0.1, 0.1, 0.2, 0.5),
     )
-    figure = report_figure(make(1, 1, rows=rows))
+    figure = make(1, 1, rows=rows).plot()
     left = figure.axes[0]
     bottom, top = left.get_ylim()
     assert bottom >= 351
@@ -97,7 +97,7 @@ def test_labels_of_lines_that_end_together_are_apart():
 
 def test_empty_report_is_refused():
     with pytest.raises(InvalidInputError, match="no rows"):
-        report_figure(make(1, rows=()))
+        make(1, rows=()).plot()
 
 
 def test_no_pyplot_and_no_changed_settings(tmp_path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polylens.analysis.figures import attacks_figure
 from polylens.analysis.linear import singular_features
 from polylens.analysis.metric import check_count
 from polylens.errors import InvalidInputError
@@ -19,6 +20,12 @@ Network = Callable[[Tensor], Tensor]
 ATTACKS = ("random", "singular", "linear", "gradient", "pgd")
 # Directions that the network's gradient was used for.
 WHITE_BOX = ("gradient", "pgd")
+NAMES = {
+    "singular": "top singular vector of β",
+    "linear": "linear part, per class pair",
+    "gradient": "gradient, one step",
+    "pgd": "gradient, PGD",
+}
 
 
 @dataclass(frozen=True)
@@ -66,9 +73,14 @@ class Attacks:
 
     def plot(self) -> "Figure":
         """Success against norm, a line per attack."""
-        from polylens.analysis.figures import attacks_figure
-
-        return attacks_figure(self)
+        attacks = dict.fromkeys(row.attack for row in self.rows)
+        return attacks_figure(
+            {NAMES.get(attack, attack): self.success(attack) for attack in attacks},
+            n_right=self.n_right,
+            mean_norm=self.mean_norm,
+            target=self.target,
+            dashed=[NAMES[attack] for attack in WHITE_BOX],
+        )
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polylens.analysis.eigensolver import extreme_eigenpairs
+from polylens.analysis.figures import spectrum_figure
 from polylens.analysis.metric import (
     Metric,
     MetricLike,
@@ -165,9 +166,7 @@ class EigenFeatures:
 
     def plot(self, shape: tuple[int, int], n: int = 4) -> "Figure":
         """Spectrum, and the first n patterns of either sign as images of this shape."""
-        from polylens.analysis.figures import spectrum_figure
-
-        return spectrum_figure(self, shape, n)
+        return spectrum_figure(self.values, self.patterns, float(self.share[-1]), shape, n)
 
 
 @torch.no_grad()

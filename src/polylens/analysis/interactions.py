@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polylens.analysis.features import second_order
+from polylens.analysis.figures import interactions_figure
 from polylens.analysis.metric import check_inputs, direction
 from polylens.analysis.readout import behind_norm
 from polylens.errors import InvalidInputError
@@ -55,9 +56,7 @@ class Interactions:
 
     def plot(self, k: int = 16) -> "Figure":
         """Heat map of the k writers that take part most."""
-        from polylens.analysis.figures import interactions_figure
-
-        return interactions_figure(self, k)
+        return interactions_figure(self.names, self.constant, self.linear, self.pairs, k)
 
 
 @torch.no_grad()

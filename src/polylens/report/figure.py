@@ -1,30 +1,33 @@
-"""Figures. matplotlib's object interface only: no pyplot, no state shared with the notebook."""
+"""R2 and losses by layer, from rows."""
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from polylens.drawing import COLOURS, GREY, figure, scale_r2, style_of, tidy
 from polylens.errors import InvalidInputError
+from polylens.report.rows import LayerRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from polylens.report.report import Report
-
-# Okabe and Ito's colours, told apart by colour-blind readers; markers say the same again.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vPX"
-GREY = "#666666"
-FONT: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8}
-
 # R2 = 1 up to rounding cannot be drawn on a log axis at all; this is where it ends.
 FLOOR = 1e-12
 
 
-def report_figure(report: "Report") -> "Figure":
+def report_figure(
+    rows: Sequence[LayerRow],
+    all_row: LayerRow | None,
+    *,
+    title: str,
+    degree: int,
+    fitted_degree: int,
+    n_tokens: int,
+    base_ce: float | None,
+) -> "Figure":
     """Left R2 by layer, a line per degree; right the change of loss by layer.
 
     R2 is drawn on a log scale of 1 - R2, so that 0.9, 0.99 and 0.999 are equally far apart and
@@ -33,83 +36,65 @@ def report_figure(report: "Report") -> "Figure":
     line shows what replacing every layer up to there costs.
 
     Args:
-        report: of one layer or more.
+        rows: one or more; all_row: of all layers at once, None where no loss was measured.
+        title: of the whole figure.
+        degree, fitted_degree, n_tokens, base_ce: as in a `Report`.
 
     Returns:
         A matplotlib Figure of 7 x 3 inches; `figure.savefig(path)`.
 
     Raises:
-        InvalidInputError: a report without rows.
+        InvalidInputError: no rows.
     """
-    if not report.rows:
+    if not rows:
         raise InvalidInputError("the report has no rows, so there is nothing to draw")
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    losses, layout = report.all_row is not None, ConstrainedLayoutEngine(wspace=0.05)
-    with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=(7, 3) if losses else (3.8, 3), dpi=200, layout=layout)
-        panels = figure.subplots(1, 2 if losses else 1, squeeze=False)[0]
-        _draw_unexplained(panels[0], report)
-        if losses:
-            _draw_losses(panels[1], report)
-        for panel in panels:
-            _dress(panel, [row.label for row in report.rows])
-        figure.suptitle(report.model, fontsize=9, fontweight="bold")
-    return figure
-
-
-def _draw_unexplained(panel: "Axes", report: "Report") -> None:
-    rows = [(i, row.r2) for i, row in enumerate(report.rows) if row.r2 is not None]
-    places = [i for i, _ in rows]
-    ends = {}
-    for k in range(min(1, report.fitted_degree), report.fitted_degree + 1):
-        values = np.array([max(1 - r2[k], FLOOR) for _, r2 in rows])
-        style = (k - 1) % len(COLOURS)
-        panel.plot(
-            places, values, color=COLOURS[style], marker=MARKERS[style], markersize=3, linewidth=1.2
+    with figure((3.8 if all_row is None else 7, 3), wspace=0.05) as drawn:
+        panels = drawn.subplots(1, 1 if all_row is None else 2, squeeze=False)[0]
+        panels[0].set_title(
+            f"Variance explained by the polynomials\n{n_tokens:,} held-out activations"
         )
+        _draw_unexplained(panels[0], rows, degree, fitted_degree)
+        if all_row is not None:
+            base = "" if base_ce is None else f"base {base_ce:.3f}"
+            panels[1].set_title(f"Loss with one MLP replaced\n{base}{_at_once(rows, all_row)}")
+            _draw_losses(panels[1], rows, degree)
+        for panel in panels:
+            _dress(panel, [row.label for row in rows])
+        drawn.suptitle(title, fontsize=9, fontweight="bold")
+    return drawn
+
+
+def _draw_unexplained(
+    panel: "Axes", rows: Sequence[LayerRow], degree: int, fitted_degree: int
+) -> None:
+    measured = [(i, row.r2) for i, row in enumerate(rows) if row.r2 is not None]
+    places = [i for i, _ in measured]
+    ends: dict[str, tuple[float, str]] = {}
+    for k in range(min(1, fitted_degree), fitted_degree + 1):
+        values = np.array([max(1 - r2[k], FLOOR) for _, r2 in measured])
+        colour, marker = style_of(k)
+        panel.plot(places, values, color=colour, marker=marker, markersize=3, linewidth=1.2)
         if len(values):
-            ends[f"deg {k}"] = (values[-1], COLOURS[style])
-    _draw_replaced(panel, report, ends)
+            ends[f"deg {k}"] = (values[-1], colour)
+    _draw_replaced(panel, rows, degree, ends)
     scale_r2(panel)
     panel.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
     panel.set_ylabel("held-out R²")
-    panel.set_title(
-        f"Variance explained by the polynomials\n{report.n_tokens:,} held-out activations"
-    )
-    _label_ends(panel, len(report.rows) - 1, ends)
+    _label_ends(panel, len(rows) - 1, ends)
 
 
-def _draw_replaced(panel: "Axes", report: "Report", ends: dict[str, tuple[float, str]]) -> None:
-    found = [(i, row.r2_replaced) for i, row in enumerate(report.rows)]
+def _draw_replaced(
+    panel: "Axes", rows: Sequence[LayerRow], degree: int, ends: dict[str, tuple[float, str]]
+) -> None:
     places, left = [], []
-    for place, r2 in found:
-        if r2 is not None and np.isfinite(r2):
+    for place, row in enumerate(rows):
+        if row.r2_replaced is not None and np.isfinite(row.r2_replaced):
             places.append(place)
-            left.append(max(1 - r2, FLOOR))
-    if not places:
-        return
-    colour = COLOURS[(report.degree - 1) % len(COLOURS)]
-    panel.plot(places, left, color=colour, linestyle="--", linewidth=1.2)
-    ends["replaced"] = (left[-1], colour)
-
-
-def scale_r2(panel: "Axes") -> None:
-    """A reversed log axis of 1 - R2, labelled with R2; from R2 = 0 or below to 0.97 or above."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    panel.set_yscale("log")
-    low, high = panel.get_ylim()
-    low, high = min(low, 0.03), max(high, 1.4)
-    panel.set_ylim(high, low)
-    steps = (1, 2, 5) if high / low < 1000 else (1,)
-    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))))
-    ticks = [step * 10.0**k for k in decades for step in steps]
-    panel.yaxis.set_major_locator(FixedLocator([t for t in ticks if low <= t <= high]))
-    panel.yaxis.set_minor_locator(NullLocator())
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{1 - value:.10g}"))
+            left.append(max(1 - row.r2_replaced, FLOOR))
+    if places:
+        colour, _ = style_of(degree)
+        panel.plot(places, left, color=colour, linestyle="--", linewidth=1.2)
+        ends["replaced"] = (left[-1], colour)
 
 
 def _label_ends(panel: "Axes", last: int, ends: dict[str, tuple[float, str]]) -> None:
@@ -142,12 +127,12 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
     return list(placed)
 
 
-def _draw_losses(panel: "Axes", report: "Report") -> None:
-    places = np.arange(len(report.rows))
-    rises = [(r.delta_ce, r.ablation_delta_ce, r.prefix_delta_ce) for r in report.rows]
+def _draw_losses(panel: "Axes", rows: Sequence[LayerRow], degree: int) -> None:
+    places = np.arange(len(rows))
+    rises = [(r.delta_ce, r.ablation_delta_ce, r.prefix_delta_ce) for r in rows]
     values = np.array(rises, dtype=float)
     values[~np.isfinite(values)] = np.nan
-    names = (f"degree {report.degree} polynomial", "mean ablation")
+    names = (f"degree {degree} polynomial", "mean ablation")
     for shift, column, colour, name in zip(
         (-0.2, 0.2), values.T[:2], (COLOURS[0], "#BBBBBB"), names, strict=True
     ):
@@ -158,7 +143,6 @@ def _draw_losses(panel: "Axes", report: "Report") -> None:
     _scale(panel, values[np.isfinite(values)])
     panel.axhline(0, color="black", linewidth=0.6)
     panel.set_ylabel("ΔCE [nats per token]")
-    panel.set_title(f"Loss with one MLP replaced\n{_all_at_once(report)}")
     panel.legend(frameon=False, fontsize=7, loc="upper right", borderaxespad=0.2)
 
 
@@ -174,11 +158,10 @@ def _scale(panel: "Axes", values: np.ndarray) -> None:
         panel.set_ylim(top=top * 1.35)
 
 
-def _all_at_once(report: "Report") -> str:
-    row, base = report.all_row, f"base {report.base_ce:.3f}"
-    if row is None or row.delta_ce is None or len(report.rows) == 1:
-        return base
-    return f"{base}; all {len(report.rows)} at once {row.delta_ce:+.3f}"
+def _at_once(rows: Sequence[LayerRow], all_row: LayerRow) -> str:
+    if all_row.delta_ce is None or len(rows) == 1:
+        return ""
+    return f"; all {len(rows)} at once {all_row.delta_ce:+.3f}"
 
 
 def _dress(panel: "Axes", labels: Sequence[str]) -> None:
@@ -186,6 +169,4 @@ def _dress(panel: "Axes", labels: Sequence[str]) -> None:
     panel.set_xticks(range(0, len(labels), step), labels[::step])
     panel.set_xlim(-0.6, len(labels) - 0.4)
     panel.set_xlabel("layer")
-    panel.spines[["top", "right"]].set_visible(False)
-    panel.grid(axis="y", color="#DDDDDD", linewidth=0.5)
-    panel.set_axisbelow(True)
+    tidy(panel)

@@ -13,6 +13,9 @@ from polylens.checks import label, labelled
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
 from polylens.report import rendering
+from polylens.report.figure import report_figure
+from polylens.report.rows import LayerRow as LayerRow
+from polylens.report.rows import WorstToken as WorstToken
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,80 +23,6 @@ if TYPE_CHECKING:
 SCHEMA = "polylens.report/2"
 # Version 1 had fewer entries, which are None or empty when it is read.
 READABLE = (SCHEMA, "polylens.report/1")
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One layer of a report; losses in nats per token, None where they were not measured.
-
-    Attributes:
-        layer: index, (index, expert), or None for the row in which all are replaced at once.
-        r2: held-out R2 of degree 0, 1, ..., fitted degree; None for that last row. Of an output
-            that does not vary it is 1 where it is reproduced, else 0.
-        delta_ce: next-token cross entropy (of each token itself, in a model that reads both ways)
-            with the polynomial minus without.
-        kl: mean over positions of KL(true model || model with the polynomial).
-        ablation_delta_ce: the same as delta_ce with the output's mean in place of the polynomial.
-        loss_recovered: 1 - delta_ce / ablation_delta_ce; None where the ablation is harmless.
-        n_tokens: activations that R2 counts; of an expert those that were routed to it.
-        delta_ce_se: standard error of delta_ce, paired and with sequences as its units.
-        agreement: share of positions whose most likely token is that of the true model.
-        prefix_delta_ce, prefix_kl: with this and every earlier listed layer replaced; of a block
-            of experts in the row of the last one.
-        r2_replaced: R2 of the replacing degree against the true MLP, on the stream that it has
-            when all listed layers are replaced; -inf where that diverges.
-    """
-
-    layer: Layer | None
-    r2: tuple[float, ...] | None
-    delta_ce: float | None = None
-    kl: float | None = None
-    ablation_delta_ce: float | None = None
-    loss_recovered: float | None = None
-    n_tokens: int | None = None
-    delta_ce_se: float | None = None
-    agreement: float | None = None
-    prefix_delta_ce: float | None = None
-    prefix_kl: float | None = None
-    r2_replaced: float | None = None
-
-    @property
-    def label(self) -> str:
-        return "all" if self.layer is None else label(self.layer)
-
-
-@dataclass(frozen=True)
-class WorstToken:
-    """A token whose cross entropy rises much when all listed layers are replaced, and why.
-
-    The last four are about the position that predicts the token, on the stream of the replaced
-    layers; None where no replaced layer or expert ran. Errors of layers below move its inputs,
-    and what comes from other positions by attention is not traced, so that what stands out there
-    is a hint, not a proof of where it began.
-
-    Attributes:
-        sequence, position: of the token among those that were measured.
-        token: its id; text: the same as text; context: the tokens in front of it as text.
-        true_ce, replaced_ce: nats, of the true model and with all layers replaced.
-        kl: KL(true model || all replaced) of the prediction.
-        layer: the one with the largest relative error there.
-        error: |y - f(x)| / |y| of that layer.
-        neuron: the one of that layer whose preactivation is farthest out.
-        deviation: how far: (y - m) / s, with the m and s of its calibration.
-    """
-
-    sequence: int
-    position: int
-    token: int
-    text: str
-    context: str
-    true_ce: float | None
-    replaced_ce: float | None
-    kl: float | None
-    layer: Layer | None = None
-    error: float | None = None
-    neuron: int | None = None
-    deviation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -194,9 +123,15 @@ class Report:
         Raises:
             InvalidInputError: a report without rows.
         """
-        from polylens.report.figure import report_figure
-
-        return report_figure(self)
+        return report_figure(
+            self.rows,
+            self.all_row,
+            title=self.model,
+            degree=self.degree,
+            fitted_degree=self.fitted_degree,
+            n_tokens=self.n_tokens,
+            base_ce=self.base_ce,
+        )
 
 
 def _row(data: dict[str, Any]) -> LayerRow:

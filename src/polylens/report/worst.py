@@ -10,7 +10,7 @@ from polylens.calibration.tokens import batches
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
 from polylens.installed.installation import Installation
-from polylens.report.report import WorstToken
+from polylens.report.rows import WorstToken
 from polylens.report.scores import Scores
 
 Decode = Callable[[list[int]], str]

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Layer
+from polylens.training.figure import training_figure
+from polylens.training.rows import TraceRow as TraceRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -59,35 +61,6 @@ class TraceData:
     @property
     def is_text(self) -> bool:
         return not self.calibration.is_floating_point()
-
-
-@dataclass(frozen=True)
-class TraceRow:
-    """One layer of one checkpoint under one input model.
-
-    Attributes:
-        step: training step.
-        layer: index, (index, expert) in a mixture, or None where the checkpoint failed.
-        inputs: name of the input model.
-        r2: degree 0, 1, ... on the held-out data, of the layer's output.
-        r2_model: the same under the input model itself, in closed form; None for a language model.
-        loss: held-out cross entropy [nats]; accuracy: of a classifier; None without labels.
-        error: why the checkpoint could not be measured.
-    """
-
-    step: int
-    layer: Layer | None = None
-    inputs: str = "gaussian"
-    r2: tuple[float, ...] | None = None
-    r2_model: tuple[float, ...] | None = None
-    loss: float | None = None
-    accuracy: float | None = None
-    error: str | None = None
-
-    @property
-    def degree(self) -> int:
-        """Highest one measured; -1 where none was."""
-        return len(self.r2 or ()) - 1
 
 
 @dataclass(frozen=True)
@@ -169,7 +142,9 @@ class Trace:
         return cls(tuple(rows))
 
     def plot(self) -> "Figure":
-        """R2 by degree and the loss, on a log step axis."""
-        from polylens.analysis.figures import training_figure
+        """R2 by degree and the loss, on a log step axis.
 
-        return training_figure(self)
+        Raises:
+            InvalidInputError: nothing was measured.
+        """
+        return training_figure(self.measured, self.errors)

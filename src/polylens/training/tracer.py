@@ -19,9 +19,9 @@ from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.residuals import ResidualSums
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.report.scores import lead_of, score
+from polylens.training.rows import TraceRow as TraceRow
 from polylens.training.trace import Trace as Trace
 from polylens.training.trace import TraceData as TraceData
-from polylens.training.trace import TraceRow as TraceRow
 
 Layers = dict[int, tuple[MLPWeights | GLUWeights, Callable[[Tensor], Tensor]]]
 Readers = Callable[[nn.Module], Layers]
