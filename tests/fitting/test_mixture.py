@@ -49,7 +49,7 @@ def test_moments_of_the_mixture():
 
 def test_shared_and_diagonal_covariances():
     full = random_mixture(0, d=3, k=2)
-    shared = GaussianMixture(full.weights, full.means, full.covs[0])
+    shared = GaussianMixture(full.weights, full.means, full.covs[:1])
     same = GaussianMixture(full.weights, full.means, full.covs[:1].expand(2, 3, 3))
     torch.testing.assert_close(shared.gaussian().cov, same.gaussian().cov)
     diagonal = GaussianMixture(full.weights, full.means, torch.rand(2, 3).double())
@@ -63,7 +63,9 @@ def test_shared_and_diagonal_covariances():
 
 def test_from_labels_and_samples():
     mixture = GaussianMixture(
-        torch.tensor([0.3, 0.7]), torch.tensor([[-6.0, 0.0], [6.0, 1.0]]), torch.eye(2).mul(0.5)
+        torch.tensor([0.3, 0.7]),
+        torch.tensor([[-6.0, 0.0], [6.0, 1.0]]),
+        torch.eye(2).mul(0.5)[None],
     )
     x = mixture.sample(4000, generator(0))
     labels = (x[:, 0] > 0).long() * 7 - 2
@@ -266,14 +268,13 @@ def test_one_feature_and_point_masses(kind):
         ([0.5, 0.5], (2, 3), "asymmetric", "component 1: cov is not symmetric"),
         ([0.5, 0.5], (2, 3), "indefinite", "component 1: .* lowest eigenvalue is -1"),
         ([0.5, 0.5], "nan", (2, 3, 3), "component 0: mean has 1 NaN"),
-        ([0.5, 0.5], (2, 2), "ambiguous", "shared covariance or diagonals"),
+        ([0.5, 0.5], (2, 2), (2, 2), r"shared one is covs\[None\], diagonals are torch.diag_embed"),
+        ([0.5, 0.5], (2, 3), (3, 3), r"shared one is covs\[None\]"),
     ],
 )
 def test_bad_mixtures(weights, means, covs, message):
     means = torch.zeros(2, 3) if means == "nan" else torch.zeros(means)
-    if covs == "ambiguous":
-        covs = torch.ones(2, 2)
-    elif isinstance(covs, str):
+    if isinstance(covs, str):
         spoiled = torch.eye(3)
         if covs == "asymmetric":
             spoiled[0, 1] = 0.5

@@ -7,6 +7,7 @@ from tests.oracles import generator, input_model, random_gaussian, random_layer
 import polylens
 from polylens import ArtifactError, Gaussian, GaussianMixture, InvalidInputError, Polynomial, fit
 from polylens.activations.activation import _REGISTRY, elu, leaky_relu, swish, xielu
+from polylens.inputs.model import from_record
 
 # Parameters that a name printed to six digits would lose.
 ACTS = {
@@ -89,7 +90,7 @@ def test_dtypes_and_parts(dtype, tmp_path):
 def test_input_models_come_back_bit_for_bit(tmp_path):
     diagonal = Gaussian(torch.ones(4).double(), torch.rand(4, generator=generator(0)).double())
     shared = GaussianMixture(
-        torch.tensor([0.1, 0.2, 0.7000001]), torch.randn(3, 4), random_gaussian(1).cov
+        torch.tensor([0.1, 0.2, 0.7000001]), torch.randn(3, 4), random_gaussian(1).cov[None]
     )
     for inputs in (diagonal, random_gaussian(2, rank=2), shared, input_model("mixture", 3, 4)):
         loaded = reload(fit(random_layer(3), inputs, 2), tmp_path / "x").inputs
@@ -97,6 +98,38 @@ def test_input_models_come_back_bit_for_bit(tmp_path):
         for name in ("mean", "cov", "weights", "means", "covs"):
             if hasattr(inputs, name):
                 assert torch.equal(bits(getattr(loaded, name)), bits(getattr(inputs, name)))
+
+
+def test_covariances_as_0_1_wrote_them():
+    """One shared [d, d] for any other number of components, d diagonals [d, d] for d."""
+    cov = random_gaussian(1).cov
+    for k, covs, expected in (
+        (3, cov, cov.expand(3, 4, 4)),
+        (4, cov.abs(), torch.diag_embed(cov.abs())),
+        (3, cov[:3].abs(), torch.diag_embed(cov[:3].abs())),
+    ):
+        weights, means = torch.ones(k).double() / k, torch.zeros(k, 4).double()
+        tensors = {"weights": weights, "means": means, "covs": covs}
+        loaded = from_record({"model": "GaussianMixture"}, tensors)
+        assert isinstance(loaded, GaussianMixture)
+        for component, wanted in zip(loaded.components, expected, strict=True):
+            there = component.cov if component.cov.dim() == 2 else torch.diag(component.cov)
+            assert torch.equal(there, wanted)
+
+
+def test_forged_input_models_are_refused():
+    cov = torch.eye(2).double()
+    for name, tensors, message in (
+        ("Gaussian", {"mean": torch.zeros(2).double(), "cov": -cov}, "positive semidefinite"),
+        ("Gaussian", {"mean": torch.zeros(3).double(), "cov": cov}, "to fit mean"),
+        ("Gaussian", {"cov": cov}, "mean"),
+        ("GaussianMixture", {"means": cov, "covs": cov}, "weights"),
+        ("GaussianMixture", {"weights": cov[0], "means": cov[0], "covs": cov}, "saved Gaussian"),
+        ("Samples", {"x": cov}, "not kept"),
+        ("Cauchy", {}, "not known here"),
+    ):
+        with pytest.raises(ArtifactError, match=message):
+            from_record({"model": name}, tensors)
 
 
 @pytest.mark.parametrize("scope", ["neuron", "global"])

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
-from polylens.inputs.mixture import GaussianMixture
+from polylens.inputs.model import InputModel
 
 # Eigenvalues of a covariance below this share of the largest are rounding.
 RANK_TOLERANCE = 1e-12
 
-MetricLike = str | Tensor | Gaussian | GaussianMixture | None
+MetricLike = str | Tensor | InputModel | None
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,8 @@ class Metric:
 
 def gaussian_of(inputs: Any) -> Gaussian | None:
     """Mean and covariance of an input model where it has them, else None."""
-    if isinstance(inputs, GaussianMixture):
-        return inputs.gaussian()
-    return inputs if isinstance(inputs, Gaussian) else None
+    moments = inputs.mean_and_cov() if isinstance(inputs, InputModel) else None
+    return None if moments is None else Gaussian.trusted(*moments)
 
 
 def metric_of(polynomial: Any, metric: MetricLike) -> Metric:

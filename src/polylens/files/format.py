@@ -22,6 +22,9 @@ from torch import Tensor
 
 from polylens.errors import ArtifactError
 
+# What JSON and safetensors hold exactly of one thing, and its inverse finds again.
+Record = tuple[dict[str, Any], dict[str, Tensor]]
+
 SCHEMA = 1
 KEY = "polylens"
 BLANK = b"0" * 64

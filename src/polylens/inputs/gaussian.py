@@ -1,4 +1,4 @@
-"""Models of what flows into an MLP."""
+"""A Gaussian as the model of a layer's inputs."""
 
 import warnings
 from collections.abc import Iterable
@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from polylens.errors import InvalidInputError, NumericalWarning
+from polylens.files.format import Record
+from polylens.inputs.model import Fitted, InputModel
 
 
-@dataclass(frozen=True)
-class Gaussian:
+@dataclass(frozen=True, eq=False, repr=False)
+class Gaussian(InputModel):
     """x ~ N(mean, cov), in float64.
 
     Args:
@@ -94,6 +96,20 @@ class Gaussian:
         if torch.device(device) == self.device:
             return self
         return Gaussian.trusted(self.mean.to(device), self.cov.to(device))
+
+    def mean_and_cov(self) -> tuple[Tensor, Tensor]:
+        return self.mean, self.cov
+
+    def r2(self, polynomial: Fitted) -> Tensor:
+        """In closed form: what is fitted to a Gaussian is the optimum of every degree."""
+        return polynomial.optimum_r2(self)
+
+    def record(self) -> Record:
+        return {"model": "Gaussian"}, {"mean": self.mean, "cov": self.cov}
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> "Gaussian":
+        return cls(**tensors)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """[n, d_in] draws in float64; exact on the support of a singular covariance."""

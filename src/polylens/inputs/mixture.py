@@ -6,18 +6,21 @@ import torch
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
+from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.model import Fitted, InputModel
 
 
-@dataclass(frozen=True)
-class GaussianMixture:
+@dataclass(frozen=True, eq=False, repr=False)
+class GaussianMixture(InputModel):
     """x ~ sum_j weights[j] N(means[j], covs[j]), in float64.
 
     Args:
         weights: [k], non-negative, summing to one.
         means: [k, d_in].
-        covs: [k, d_in, d_in], one shared [d_in, d_in], or diagonals [k, d_in]. Any rank. Where
-            k = d_in, a symmetric matrix of non-negative entries could be either, and is refused.
+        covs: [k, d_in, d_in], one [1, d_in, d_in] that all share, or diagonals [k, d_in]. Any
+            rank. Where k = d_in, diagonals are torch.diag_embed of them: a [d_in, d_in] could be
+            one matrix, too.
 
     Raises:
         InvalidInputError: weights that are no distribution, sizes that do not fit, NaN, a
@@ -48,17 +51,18 @@ class GaussianMixture:
             )
         k, d = means.shape
         shape = tuple(covs.shape)
-        if shape not in ((k, d, d), (d, d), (k, d)):
+        if shape not in ((k, d, d), (1, d, d), (k, d)) or k == d > 1 == len(shape) - 1:
+            square = "; a shared one is covs[None], diagonals are torch.diag_embed(covs)"
             raise InvalidInputError(
-                f"covs must be [{k}, {d}, {d}], a shared [{d}, {d}] or diagonals [{k}, {d}] to "
-                f"fit means [{k}, {d}]; got {shape}"
+                f"covs must be [{k}, {d}, {d}], one that all share [1, {d}, {d}], or diagonals "
+                f"[{k}, {d}] where k is not d_in, to fit means [{k}, {d}]; got {list(shape)}"
+                f"{square if shape == (d, d) else ''}"
             )
-        if k == d and d > 1 and shape == (d, d) and _is_shared(covs):
-            covs = covs.expand(k, d, d)
         object.__setattr__(self, "weights", weights / total)
         object.__setattr__(self, "means", means)
         object.__setattr__(self, "covs", covs)
-        for j, component in enumerate(self.components[:1] if self._shared else self.components):
+        shared = shape == (1, d, d)
+        for j, component in enumerate(self.components[:1] if shared else self.components):
             try:
                 Gaussian(component.mean, component.cov)
             except InvalidInputError as error:
@@ -76,13 +80,8 @@ class GaussianMixture:
         return mixture
 
     @property
-    def _shared(self) -> bool:
-        """Whether covs is one covariance; k = d of them are expanded on construction."""
-        return self.covs.shape == (self.d_in, self.d_in) and len(self.means) != self.d_in
-
-    @property
     def components(self) -> tuple[Gaussian, ...]:
-        covs = [self.covs] * len(self.means) if self._shared else self.covs
+        covs = self.covs.expand(len(self.means), *self.covs.shape[1:])
         return tuple(Gaussian.trusted(m, c) for m, c in zip(self.means, covs, strict=True))
 
     @classmethod
@@ -176,6 +175,28 @@ class GaussianMixture:
             cov = cov + weight * (torch.diag(within) if within.dim() == 1 else within)
         return Gaussian(mean, (cov + cov.T) / 2)
 
+    def mean_and_cov(self) -> tuple[Tensor, Tensor]:
+        single = self.gaussian()
+        return single.mean, single.cov
+
+    def r2(self, polynomial: Fitted) -> Tensor:
+        """In closed form, component by component."""
+        here = self.to(polynomial.weights.device)
+        return polynomial.r2_under(here.weighted_components())
+
+    def record(self) -> Record:
+        tensors = {"weights": self.weights, "means": self.means, "covs": self.covs}
+        return {"model": "GaussianMixture"}, tensors
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, Tensor]) -> "GaussianMixture":
+        k, d = tensors["means"].shape
+        if tensors["covs"].shape == (d, d):  # 0.1 wrote a shared one like this, and any diagonals
+            covs = tensors["covs"]
+            tensors = {**tensors, "covs": torch.diag_embed(covs) if k == d > 1 else covs[None]}
+        cls(**tensors)  # which divides the weights by their sum; it is 1 to rounding already
+        return cls.trusted(**{name: tensor.double() for name, tensor in tensors.items()})
+
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """[n, d_in] draws in float64, components in random order."""
         chosen = torch.multinomial(self.weights, n, replacement=True, generator=generator)
@@ -192,16 +213,3 @@ class GaussianMixture:
     def __repr__(self) -> str:
         k = len(self.weights)
         return f"GaussianMixture({k} components, d_in={self.d_in}, {self.device})"
-
-
-def _is_shared(covs: Tensor) -> bool:
-    """Whether a [d, d] given for d components is one covariance, or d diagonals."""
-    if not torch.allclose(covs, covs.T, rtol=1e-8, atol=0.0):
-        return False
-    if (covs < 0).any() or not (covs - torch.diag(covs.diagonal())).any():
-        return True
-    d = len(covs)
-    raise InvalidInputError(
-        f"covs [{d}, {d}] with {d} components could be one shared covariance or diagonals; pass "
-        f"covs.expand({d}, {d}, {d}) for the first, torch.diag_embed(covs) for the second"
-    )

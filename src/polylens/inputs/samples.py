@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
+from polylens.inputs.model import Fitted, InputModel
+from polylens.inputs.residuals import ResidualSums
 
 # Rows of a tensor handed out at a time.
 ROWS = 1024
@@ -14,8 +16,8 @@ ROWS = 1024
 Batch = Tensor | tuple[Tensor, Tensor]
 
 
-class Samples:
-    """The inputs themselves as the input model.
+class Samples(InputModel):
+    """The inputs themselves as the input model. Data, so files do not keep them.
 
     Args:
         x: a tensor [..., d_in]; an iterable of such batches; or a callable that returns a fresh
@@ -81,6 +83,14 @@ class Samples:
                 yield x.to(device, dtype), None if weights is None else weights.to(device)
         if empty:
             raise InvalidInputError("no samples: the iterator is empty, nothing to fit to")
+
+    @torch.no_grad()
+    def r2(self, polynomial: Fitted) -> Tensor:
+        """Over the samples, streamed once more."""
+        layer, sums = polynomial.weights, ResidualSums()
+        for x, sample_weights in self.batches(layer.dtype, layer.device):
+            sums.update(layer(x), polynomial.all_degrees(x), sample_weights)
+        return sums.shares()
 
     def _raw(self) -> Iterable[Any]:
         if not isinstance(self._x, Tensor):

@@ -8,14 +8,11 @@ from torch import Tensor, nn
 
 from polylens.errors import InvalidInputError
 from polylens.files import format as storage
+from polylens.files.format import Record
+from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.model import InputModel, from_record
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.polynomials.records import (
-    Record,
-    inputs_of,
-    inputs_record,
-    weights_of,
-    weights_record,
-)
+from polylens.polynomials.records import weights_of, weights_record
 
 Self = TypeVar("Self", bound="Approximation")
 
@@ -23,13 +20,15 @@ Self = TypeVar("Self", bound="Approximation")
 class Approximation(nn.Module):
     """A polynomial that approximates a layer under a model of its inputs.
 
-    Subclasses say what they consist of (`_record`, `_of`) and how well they do (`_measure_r2`).
+    Subclasses say what they consist of (`_record`, `_of`) and, where they have
+    closed forms of it, how well they do (`optimum_r2`, `r2_under`).
     """
 
     kind: ClassVar[str]
     degree: int
     d_out: int
-    inputs: Any
+    weights: MLPWeights | GLUWeights | None
+    inputs: InputModel | None
     _r2: Tensor | None = None
 
     @property
@@ -46,8 +45,22 @@ class Approximation(nn.Module):
                 loaded from a file, where samples are not kept.
         """
         if self._r2 is None:
-            self._r2 = self._measure_r2()
+            if self.weights is None or not isinstance(self.inputs, InputModel):
+                raise InvalidInputError(
+                    "R2 needs the layer and the input model that the polynomial was fitted to, and "
+                    "this one has none: a part has none, and samples are not saved (read r2 before "
+                    "you save, then it is). Fit again, or measure R2 on data"
+                )
+            self._r2 = self.inputs.r2(self)
         return self._r2
+
+    def optimum_r2(self, gaussian: Gaussian) -> Tensor:
+        """`r2` of the optimum of every degree under a Gaussian, in closed form."""
+        raise InvalidInputError(f"a {self.kind} has no closed form of R2 under a Gaussian")
+
+    def r2_under(self, components: list[tuple[float, Gaussian]]) -> Tensor:
+        """`r2` under a mixture of these (weight, component), in closed form."""
+        raise InvalidInputError(f"a {self.kind} has no closed form of R2 under a mixture")
 
     def unclipped(self: Self) -> Self:
         """The polynomial that the coefficients are of, where evaluation clips preactivations."""
@@ -81,9 +94,6 @@ class Approximation(nn.Module):
         loaded._r2 = tensors.get("r2")
         return loaded
 
-    def _measure_r2(self) -> Tensor:
-        raise NotImplementedError
-
     def _record(self) -> Record:
         raise NotImplementedError
 
@@ -107,18 +117,18 @@ class Approximation(nn.Module):
         return u
 
 
-def context_record(weights: MLPWeights | GLUWeights | None, inputs: Any) -> Record:
+def context_record(weights: MLPWeights | GLUWeights | None, inputs: InputModel | None) -> Record:
     """The layer and the input model that an approximation belongs to."""
     layer, layer_tensors = weights_record(weights) if weights is not None else (None, {})
-    model, model_tensors = inputs_record(inputs)
+    model, model_tensors = ({"model": None}, {}) if inputs is None else inputs.record()
     tensors = storage.prefixed(layer_tensors, "layer.") | storage.prefixed(model_tensors, "inputs.")
     return {"layer": layer, "inputs": model}, tensors
 
 
 def context_of(
     metadata: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[MLPWeights | GLUWeights | None, Any]:
+) -> tuple[MLPWeights | GLUWeights | None, InputModel | None]:
     """Inverse of `context_record`."""
     layer = metadata["layer"]
     weights = weights_of(layer, storage.within(tensors, "layer.")) if layer is not None else None
-    return weights, inputs_of(metadata["inputs"], storage.within(tensors, "inputs."))
+    return weights, from_record(metadata["inputs"], storage.within(tensors, "inputs."))

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from polylens.checks import check_degree
 from polylens.errors import InvalidInputError
+from polylens.files.format import Record
+from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.residuals import share_explained
 from polylens.polynomials.base import Approximation, context_of, context_record
-from polylens.polynomials.explained_variance import total_variance
+from polylens.polynomials.explained_variance import variance_under
 from polylens.polynomials.quadratic_form import QuadraticForm
-from polylens.polynomials.records import Record
 
 
 class DensePolynomial(Approximation):
@@ -155,12 +156,12 @@ class DensePolynomial(Approximation):
         values, vectors = torch.linalg.eigh(torch.tensordot(u, self.T2_2, dims=1))
         return QuadraticForm(self.whiten @ vectors, values, None, None)
 
-    def _measure_r2(self) -> Tensor:
-        if self.weights is None or self.inputs is None:
-            raise InvalidInputError(
-                "R2 needs the layer and the input model, and this polynomial has none"
-            )
-        total = total_variance(self.weights, self.inputs)
+    def optimum_r2(self, gaussian: Gaussian) -> Tensor:
+        return self.r2_under([(1.0, gaussian)])
+
+    def r2_under(self, components: list[tuple[float, Gaussian]]) -> Tensor:
+        assert self.weights is not None
+        total = variance_under(self.weights, components)
         mean_square = float(self.T0_0.square().sum())
         return share_explained(total - self.explained, total, mean_square)
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,15 +30,15 @@ from polylens.activations.hermite import (
 )
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
-from polylens.inputs.mixture import GaussianMixture
-from polylens.inputs.residuals import ResidualSums, is_constant, share_explained
-from polylens.inputs.samples import Samples
+from polylens.inputs.residuals import is_constant, share_explained
 from polylens.normal_forms.preactivation import Preactivations, branches, preactivation_moments
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 
 BLOCK = 1024
 # Panels on which GELU, whose coefficients need none, is smooth.
 GELU_PANELS = (-12.0, -3.0, 3.0, 12.0)
+# The weights and components of a mixture, on the layer's device.
+Components = list[tuple[float, Gaussian]]
 
 
 @dataclass(frozen=True)
@@ -113,47 +113,50 @@ def explained_variance(
     return ExplainedVariance(per_degree, total, error, per_degree.cumsum(0) / total)
 
 
-def r2(polynomial: Any) -> Tensor:
-    """[degree + 1] share of variance explained under the polynomial's own input model.
+@torch.no_grad()
+def r2_under(
+    weights: MLPWeights | GLUWeights,
+    components: Components,
+    m: Tensor,
+    s: Tensor,
+    P: Tensor,
+    Q: Tensor | None,
+) -> Tensor:
+    """[degree + 1] R2 of a factored polynomial (its m, s, P, Q) under a mixture.
 
-    Closed form under a Gaussian and, component by component, under a mixture; over the samples
-    under Samples. Of a constant output it is 1.
+    1 - error / variance; the variance is the error of degree 0.
     """
-    inputs, weights, degree = polynomial.inputs, polynomial.weights, polynomial.degree
-    if isinstance(inputs, Gaussian):
-        return explained_variance(weights, inputs, degree).r2
-    if isinstance(inputs, GaussianMixture):
-        return mixture_r2(polynomial)
-    if isinstance(inputs, Samples):
-        return samples_r2(polynomial)
-    raise InvalidInputError(
-        "R2 needs the input model that the polynomial was fitted to, and this one has "
-        f"{'none' if inputs is None else type(inputs).__name__}: a part has none, and samples are "
-        "not saved (read r2 before you save, then it is). Fit again, or measure R2 on data"
-    )
+    mse = error_under(weights, components, m, s, P, Q)
+    mean = P[0, 0] @ weights.W_out.double()
+    mean = mean if weights.b_out is None else mean + weights.b_out.double()
+    return share_explained(mse, mse[0], mean.square().sum())
 
 
 @torch.no_grad()
-def mixture_mse(polynomial: Any) -> Tensor:
-    """[degree + 1] mean squared error of a factored polynomial under its mixture.
+def error_under(
+    weights: MLPWeights | GLUWeights,
+    components: Components,
+    m: Tensor,
+    s: Tensor,
+    P: Tensor,
+    Q: Tensor | None,
+) -> Tensor:
+    """[degree + 1] mean squared error of a factored polynomial under a mixture.
 
     In every component the error of each neuron is again a Hermite series.
     """
-    weights, n = polynomial.weights, polynomial.degree
-    mixture = polynomial.inputs.to(weights.device)
-    inverse = torch.where(polynomial.s > 0, 1 / polynomial.s, 0.0)
+    n = len(P) - 1
+    inverse = torch.where(s > 0, 1 / s, 0.0)
     total = torch.zeros(n + 1, dtype=torch.float64, device=weights.device)
-    for weight, component in mixture.weighted_components():
+    for weight, component in components:
         moments = preactivation_moments(component, weights, linear_variance=True)
         series = _series(weights, moments)
-        basis = hermite_change_of_variable(
-            (moments.m - polynomial.m) * inverse, moments.s * inverse, n
-        )
+        basis = hermite_change_of_variable((moments.m - m) * inverse, moments.s * inverse, n)
         factorial = factorials(n + 1, series.e)
         e, c = (v.expand(n + 1, *v.shape).clone() for v in (series.e, series.c))
-        e[:, : n + 1] -= factorial * torch.einsum("nkh,kjh->njh", polynomial.P, basis)
-        if polynomial.Q is not None and n:
-            gate = torch.einsum("nkh,kjh->njh", polynomial.Q, basis[:n, :n]) * factorial[:n]
+        e[:, : n + 1] -= factorial * torch.einsum("nkh,kjh->njh", P, basis)
+        if Q is not None and n:
+            gate = torch.einsum("nkh,kjh->njh", Q, basis[:n, :n]) * factorial[:n]
             padded = torch.cat([gate, torch.zeros_like(e[:, :2])], dim=1)
             for k in range(n + 1):
                 e[k, : n + 1] -= times_linear(padded[k], moments.z_mean, moments.a)
@@ -163,20 +166,14 @@ def mixture_mse(polynomial: Any) -> Tensor:
     return total.clamp(min=0)
 
 
-def mixture_r2(polynomial: Any) -> Tensor:
-    """1 - error / variance; the variance is the error of degree 0."""
-    mse = mixture_mse(polynomial)
-    return share_explained(mse, mse[0], _mean_square(polynomial))
-
-
 @torch.no_grad()
-def total_variance(weights: MLPWeights | GLUWeights, mixture: GaussianMixture) -> float:
+def variance_under(weights: MLPWeights | GLUWeights, components: Components) -> float:
     """Variance of the layer's output under a mixture, summed over output directions.
 
     That within the components and that of their means.
     """
     W_out, within, means, shares = weights.W_out.double(), 0.0, [], []
-    for weight, component in mixture.to(weights.device).weighted_components():
+    for weight, component in components:
         moments = preactivation_moments(component, weights, linear_variance=True)
         series = _series(weights, moments)
         parts, tail, _ = _sum_over_pairs(
@@ -188,21 +185,6 @@ def total_variance(weights: MLPWeights | GLUWeights, mixture: GaussianMixture) -
     mean, share = torch.stack(means), W_out.new_tensor(shares)
     between = share @ (mean - share @ mean).square().sum(1)
     return within + float(between)
-
-
-@torch.no_grad()
-def samples_r2(polynomial: Any) -> Tensor:
-    """R2 over the samples that the polynomial was fitted to, streamed once more."""
-    weights, sums = polynomial.weights, ResidualSums()
-    for x, sample_weights in polynomial.inputs.batches(weights.dtype, weights.device):
-        sums.update(weights(x), polynomial.all_degrees(x), sample_weights)
-    return sums.shares()
-
-
-def _mean_square(polynomial: Any) -> float:
-    mean = polynomial.P[0, 0] @ polynomial.W_out.double()
-    b_out = polynomial.b_out
-    return float((mean if b_out is None else mean + b_out.double()).square().sum())
 
 
 class _Series(NamedTuple):

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from polylens.activations.hermite import hermite_to_monomial
 from polylens.checks import check_degree
 from polylens.errors import InvalidInputError
+from polylens.files.format import Record
+from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights, Sized
 from polylens.polynomials.base import Approximation, context_of, context_record
 from polylens.polynomials.ends import ends_of
 from polylens.polynomials.evaluation import Coefficients, Ends, Growth, evaluate
-from polylens.polynomials.explained_variance import r2
+from polylens.polynomials.explained_variance import explained_variance, r2_under
 from polylens.polynomials.monomials import expanded_about, outer_powers
 from polylens.polynomials.quadratic_form import QuadraticForm
-from polylens.polynomials.records import Record
 
 _COEFFICIENTS = ("m", "s", "P", "Q", "y_range")
 
@@ -99,8 +100,11 @@ class Polynomial(Sized, Approximation):
             del roles["W_gate"], roles["b_gate"]
         return self.weights_type(act=self.act, **roles)
 
-    def _measure_r2(self) -> Tensor:
-        return r2(self)
+    def optimum_r2(self, gaussian: Gaussian) -> Tensor:
+        return explained_variance(self.weights, gaussian, self.degree).r2
+
+    def r2_under(self, components: list[tuple[float, Gaussian]]) -> Tensor:
+        return r2_under(self.weights, components, self.m, self.s, self.P, self.Q)
 
     def _record(self) -> Record:
         metadata, tensors = context_record(self.weights, self.inputs)

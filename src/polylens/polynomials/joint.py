@@ -8,13 +8,12 @@ from torch import Tensor
 from polylens.activations.hermite import hermite_polynomials
 from polylens.checks import check_degree
 from polylens.files import format as storage
+from polylens.files.format import Record
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.base import Approximation
 from polylens.polynomials.evaluation import gained
-from polylens.polynomials.explained_variance import r2
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.quadratic_form import QuadraticForm
-from polylens.polynomials.records import Record
 
 
 class JointPolynomial(Approximation):
@@ -158,9 +157,6 @@ class JointPolynomial(Approximation):
         W, _, V, _ = self.base._activated_first()
         q = None if V is None else readout[self.base.d_mlp :] * inverse
         return QuadraticForm(W, readout[: self.base.d_mlp] * inverse**2, V, q)
-
-    def _measure_r2(self) -> Tensor:
-        return r2(self)
 
     def _record(self) -> Record:
         metadata, tensors = self.base._record()

@@ -1,4 +1,4 @@
-"""What layers, activations and input models consist of, as metadata and tensors.
+"""What layers and activations consist of, as metadata and tensors.
 
 Every `*_record` gives (metadata, tensors) that JSON and safetensors hold exactly; every
 `*_of` is its inverse, bit for bit.
@@ -12,12 +12,9 @@ from torch import Tensor
 
 from polylens.activations.activation import FAMILIES, Activation, activation
 from polylens.errors import ArtifactError, UnsupportedActivation
-from polylens.files.format import prefixed, within
-from polylens.inputs.gaussian import Gaussian
-from polylens.inputs.mixture import GaussianMixture
+from polylens.files.format import Record, prefixed, within
 from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights
 
-Record = tuple[dict[str, Any], dict[str, Tensor]]
 # Where an activation is evaluated to recognise it, and the rounding that libraries differ by.
 PROBE, ROUNDING = torch.linspace(-5.0, 5.0, 41, dtype=torch.float64), 1e-12
 
@@ -65,24 +62,3 @@ def weights_of(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> MLPWeigh
     act = activation_of(metadata["activation"], within(tensors, "activation."))
     roles = {name: tensors[name] for name in ROLES if name in tensors}
     return (GLUWeights if metadata["form"] == "glu" else MLPWeights)(act=act, **roles)
-
-
-def inputs_record(inputs: Any) -> Record:
-    """A Gaussian or a mixture; samples are data, and not kept."""
-    if isinstance(inputs, Gaussian):
-        return {"model": "Gaussian"}, {"mean": inputs.mean, "cov": inputs.cov}
-    if isinstance(inputs, GaussianMixture):
-        tensors = {"weights": inputs.weights, "means": inputs.means, "covs": inputs.covs}
-        return {"model": "GaussianMixture"}, tensors
-    return {"model": None}, {}
-
-
-def inputs_of(
-    metadata: dict[str, Any], tensors: dict[str, Tensor]
-) -> Gaussian | GaussianMixture | None:
-    """The input model of a record, None where it was not kept."""
-    if metadata["model"] == "Gaussian":
-        return Gaussian.trusted(**tensors)
-    if metadata["model"] == "GaussianMixture":
-        return GaussianMixture.trusted(**tensors)
-    return None
