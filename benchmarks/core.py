@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import polylens
-from polylens import Gaussian, GaussianMixture, GLUWeights, MLPWeights, fit
+from polylens import Gaussian, GaussianMixture, GLUWeights, MLPWeights, fit, fit_global
 from polylens.drawing import COLOURS, FONT, MARKERS
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ def mixture(args: argparse.Namespace, problem: str, tolerance: str) -> dict:
     inputs = {"natural": natural_images, "digits": digits}[problem](28).to(args.device)
     layer = random_layer("mlp", 784, 512, 10).to(args.device)
     with Measured(args) as measured:
-        best = fit(layer, inputs, 2, "global", tolerance=float(tolerance))
+        best = fit_global(layer, inputs, 2, tolerance=float(tolerance))
     assert isinstance(best, polylens.DensePolynomial)
     what = (
         f"{problem}, support {best.whiten.shape[1]}, to {tolerance}: {best.iterations} iterations"

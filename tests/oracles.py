@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 
 from polylens.activations.activation import Activation
+from polylens.fitting.fit import fit, fit_joint
+from polylens.fitting.global_optimum.fit import fit_global
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.mixture import GaussianMixture
 from polylens.inputs.samples import Samples
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.dense import DensePolynomial
+
+# By what they are the optimum over.
+FITS = {"neuron": fit, "joint": fit_joint, "global": fit_global}
 
 ACTIVATIONS = ("relu", "gelu", "silu", "tanh", "hardswish")
 # y - y^2 / 2, and 1 + y - y^3 / 5: activations that are polynomials

@@ -17,6 +17,7 @@ from polylens.inputs.samples import Samples
 from tests.oracles import (
     ACTIVATIONS,
     CUBIC,
+    FITS,
     QUADRATIC,
     assert_r2,
     assert_same_function,
@@ -43,7 +44,7 @@ fits = pytest.mark.parametrize(
         ("mixture", "neuron"),
         ("mixture", "global"),
         ("samples", "neuron"),
-        ("samples", "global"),
+        ("samples", "joint"),
     ],
 )
 
@@ -66,7 +67,7 @@ def test_linear_in_the_activation(seed, kind, model, slope, degree):
 def test_exact_for_polynomial_activations(model, scope, seed, kind, act):
     layer, inputs = random_layer(seed, kind, act, d_in=2), input_model(model, seed, 2)
     degree = (2 if act is QUADRATIC else 3) + (kind == "glu")
-    poly = fit(layer, inputs, degree, scope)
+    poly = FITS[scope](layer, inputs, degree)
     x = draws(inputs, 100, seed)
     torch.testing.assert_close(poly(x), layer(x), rtol=1e-6, atol=1e-6)
     assert abs(float(poly.r2[-1]) - 1) < 1e-9
@@ -77,15 +78,15 @@ def test_exact_for_polynomial_activations(model, scope, seed, kind, act):
 @law
 def test_r2_never_falls_and_truncation_is_refitting(model, scope, seed, kind, act):
     layer, inputs = random_layer(seed, kind, act, d_in=2), input_model(model, seed, 2)
-    poly = fit(layer, inputs, 4, scope)
+    poly = FITS[scope](layer, inputs, 4)
     assert (poly.r2.diff() > -1e-9).all()
     assert -1e-9 < poly.r2[0] < 1e-9
     assert poly.r2[-1] <= 1 + 1e-9
     x = draws(inputs, 50, seed)
     for degree in range(5):
-        again = fit(layer, inputs, degree, scope)
+        again = FITS[scope](layer, inputs, degree)
         assert poly.truncate(degree).degree == degree
-        tolerance = 1e-4 if (model, scope) == ("samples", "global") else 1e-7
+        tolerance = 1e-4 if (model, scope) == ("samples", "joint") else 1e-7
         assert_same_function(poly.truncate(degree), again, x, tolerance)
 
 
@@ -97,7 +98,7 @@ def test_residual_is_uncorrelated_with_monomials(seed, kind, act):
         (random_gaussian(seed, 3), "neuron"),
         (random_mixture(seed, 3), "global"),
     ):
-        poly = fit(layer, inputs, 2, scope)
+        poly = FITS[scope](layer, inputs, 2)
         x = draws(inputs, 6_000, seed)
         assert_uncorrelated(layer(x) - poly(x), monomials(x, 2))
 
@@ -133,8 +134,8 @@ def test_order_of_neurons_does_not_matter(model, scope, seed, kind):
     if kind == "glu":
         changes |= {"W_gate": layer.W_gate[:, order], "b_gate": layer.b_gate[order]}
     permuted = replace(layer, **changes)
-    a, b = (fit(w, inputs, 3, scope) for w in (layer, permuted))
-    tolerance = 1e-4 if (model, scope) == ("samples", "global") else 1e-9
+    a, b = (FITS[scope](w, inputs, 3) for w in (layer, permuted))
+    tolerance = 1e-4 if (model, scope) == ("samples", "joint") else 1e-9
     assert_same_function(a, b, draws(inputs, 50, seed), tolerance)
     torch.testing.assert_close(a.r2, b.r2, rtol=1e-6, atol=1e-8)
 
@@ -182,9 +183,8 @@ def test_scopes_coincide_for_a_gaussian(seed, kind, act):
     one = GaussianMixture(torch.ones(1), inputs.mean[None], inputs.cov[None])
     poly = fit(layer, inputs, 3)
     x = inputs.sample(50, generator(seed))
-    assert_same_function(fit(layer, inputs, 3, "global"), poly, x, 1e-12)
     for scope in ("neuron", "global"):
-        mixture = fit(layer, one, 3, scope)
+        mixture = FITS[scope](layer, one, 3)
         assert_same_function(mixture, poly, x, 1e-8)
         torch.testing.assert_close(mixture.r2, poly.r2, rtol=0, atol=1e-3)
 
@@ -196,7 +196,7 @@ def test_within_the_interval_of_least_squares(kind, act):
     for inputs, scope in ((random_gaussian(3, 3), "neuron"), (random_mixture(3, 3), "global")):
         x, at = inputs.sample(5_000, generator(1)), inputs.sample(8, generator(2))
         for degree in (1, 2, 3):
-            poly = fit(layer, inputs, degree, scope)
+            poly = FITS[scope](layer, inputs, degree)
             assert_within_confidence(poly(at), x, layer(x), degree, at)
 
 
@@ -216,7 +216,7 @@ def test_dense_equals_factored(kind):
 @pytest.mark.parametrize("kind", ["mlp", "glu"])
 def test_linear_and_quadratic_parts_are_those_of_the_function(model, scope, kind):
     layer, inputs = random_layer(1, kind, "silu", d_in=3), input_model(model, 1, 3)
-    poly = fit(layer, inputs, 2, scope)
+    poly = FITS[scope](layer, inputs, 2)
     x = draws(inputs, 20, 0)
     beta, alpha = poly.linear()
     torch.testing.assert_close(x @ beta + alpha, poly.truncate(1)(x))
@@ -230,14 +230,14 @@ def test_linear_and_quadratic_parts_are_those_of_the_function(model, scope, kind
 @fits
 def test_module_behaviour(model, scope):
     layer, inputs = random_layer(1, "glu", "silu", d_in=3), input_model(model, 1, 3)
-    poly = fit(layer, inputs, 3, scope)
+    poly = FITS[scope](layer, inputs, 3)
     x = draws(inputs, 24, 0)[:24]
     torch.testing.assert_close(poly(x.reshape(2, 3, 4, 3)).reshape(24, 3), poly(x))
     torch.testing.assert_close(copy.deepcopy(poly)(x), poly(x), rtol=0, atol=0)
     buffer = io.BytesIO()
     torch.save(poly.state_dict(), buffer)
     buffer.seek(0)
-    other = fit(layer, input_model(model, 2, 3), 3, scope)
+    other = FITS[scope](layer, input_model(model, 2, 3), 3)
     if model != "mixture" or scope != "global":
         other.load_state_dict(torch.load(buffer))
         torch.testing.assert_close(other(x), poly(x), rtol=0, atol=0)
@@ -252,7 +252,7 @@ def test_module_behaviour(model, scope):
 @pytest.mark.parametrize("kind", ["mlp", "glu"])
 def test_r2_agrees_with_draws(model, scope, kind):
     layer, inputs = random_layer(5, kind, "gelu", d_in=3), input_model(model, 5, 3)
-    poly = fit(layer, inputs, 3, scope)
+    poly = FITS[scope](layer, inputs, 3)
     assert_r2(poly, draws(inputs, 20_000, 0), slack=1e-3)
 
 

@@ -119,7 +119,7 @@ def test_a_dropped_lens_is_still_found():
         (dict(tokens=TOKENS[:0]), "empty"),
         (dict(tokens=TOKENS[0]), r"tokens\[None\]"),
         (dict(tokens=TOKENS, inputs="norm"), "not both"),
-        (dict(tokens=None, inputs="data"), "'norm'"),
+        (dict(tokens=None, inputs="data"), "'data' is unknown"),
         (dict(tokens=None, inputs={0: Gaussian.standard(128)}), r"layers \[1, 2, 3\]"),
         (dict(tokens=None, inputs=Gaussian.standard(7)), "layer 0.*128 features"),
         (dict(layers=4), r"no layer 4; there are \[0, 1, 2, 3\]"),

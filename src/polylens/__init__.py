@@ -28,7 +28,9 @@ from polylens.errors import (
     UnsupportedActivation,
     UnsupportedModel,
 )
-from polylens.fitting.fit import fit
+from polylens.fitting.estimator import Estimator
+from polylens.fitting.fit import fit, fit_joint
+from polylens.fitting.global_optimum.fit import fit_global
 from polylens.hosts.base import MLPSite
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.mixture import GaussianMixture
@@ -52,6 +54,7 @@ __all__ = [
     "AttachmentError",
     "ConvergenceError",
     "DensePolynomial",
+    "Estimator",
     "ExplainedVariance",
     "GLUWeights",
     "Gaussian",
@@ -80,6 +83,8 @@ __all__ = [
     "explained_variance",
     "find_mlps",
     "fit",
+    "fit_global",
+    "fit_joint",
     "known_activations",
     "load",
     "load_exported",

@@ -15,15 +15,14 @@ from polylens.calibration.sampling import sampled
 from polylens.calibration.streams import Calibration
 from polylens.checks import check_layers, labelled
 from polylens.errors import ArtifactError, AttachmentError, InvalidInputError, UnsupportedModel
-from polylens.fitting.estimators import check_clip, estimator
-from polylens.fitting.fit import fit, require_degree
+from polylens.fitting.estimator import require_degree
+from polylens.fitting.fit import estimator, fit
 from polylens.hosts import host_for
 from polylens.hosts.base import Host, Layer, MLPSite
 from polylens.hosts.passage import require_free
 from polylens.inputs.gaussian import Gaussian
 from polylens.installed.emitter import Fitted
 from polylens.lens import Lens, attached
-from polylens.polynomials.ends import Clip
 from polylens.report.report import Report
 from polylens.saving import lens_file as artifact
 from polylens.saving.checkpoint import Checkpoint, identity
@@ -57,7 +56,7 @@ def attach(
     inputs: Gaussian | Mapping[Layer, Gaussian] | str | None = None,
     calibration: str = "true",
     weighting: str | None = None,
-    clip: Clip | None = None,
+    clip: bool | float | None = None,
     degree: int = 2,
     layers: Iterable[Layer] | int | None = None,
     attention_mask: Tensor | None = None,
@@ -89,8 +88,7 @@ def attach(
             from `polylens.sample_tokens` serve "sequential" better than either. For a model that
             reads no token ids, the floats [batch, ...] it reads: images, features.
         inputs: "gaussian": the Gaussian with the moments of the inputs, whose optimum is in
-            closed form the one over all polynomials (default); "mixture": a Gaussian for each of
-            eight clusters of them, neuron by neuron; "samples": least squares over
+            closed form the one over all polynomials (default); "samples": least squares over
             the inputs themselves, neuron by neuron, which heavier tails than a Gaussian's do
             not mislead (default for "sequential"); "joint": the same with the features of all
             neurons for every output, closer and dearer. Without tokens: "norm", the data-free model
@@ -102,12 +100,12 @@ def attach(
             that rare huge outputs, which decide equal squares, matter less than their size.
         clip: where a neuron's polynomial ends; beyond, its preactivation follows the asymptote
             of the activation, which is 0 or y for SiLU and GELU (see `Polynomial.clipped`).
-            True (default for "gaussian" and "mixture" in "sequential"): at the ends of the range
+            True (default for "gaussian" in "sequential"): at the ends of the range
             that calibration saw: far outside, a polynomial grows without bound. A share, 0.05
             (default for "samples" and "joint"): also, for no more than that share of the layer's
             preactivations, further inside, at the neurons and on the sides where it pays most;
             the fit knows, and what it spent on following them goes into the rest. False (default
-            for "gaussian" and "mixture" on the true stream): polynomials everywhere.
+            for "gaussian" on the true stream): polynomials everywhere.
         degree: fitted degree, 0 ... 12; lower ones come with it.
         layers: which layers; all that can be read by default.
         attention_mask: [batch, pos], 0 at padding, which is left out.
@@ -176,10 +174,11 @@ def attach(
             "inputs= says what they are. Give tokens, or neither of these"
         )
     weighting = ("output" if sequential else "equal") if weighting is None else weighting
-    if clip is None:
-        clip = kind is not None and kind.default_clip[calibration]
+    tails = (0.0 if clip else None) if isinstance(clip, bool) else clip
     if kind is not None:
-        check_clip(kind, clip)
+        stream = "replaced" if sequential else "true"
+        tails = kind.default_tails[stream] if clip is None else tails
+        kind.check_tails(tails)
     host, found, refused = _read(model, example_inputs)
     streams.require_deterministic(host.module)
     sites = {site.layer: site for site in found}
@@ -197,7 +196,7 @@ def attach(
             attention_mask,
             exclude_first=exclude_first,
             weighting=weighting,
-            clip=clip,
+            tails=tails,
             batch_size=batch_size,
             progress=progress,
         )

@@ -1,12 +1,59 @@
-"""Which layers, which degree and how many a user asked for: checked once, said once."""
+"""Which layers, degree and options a user asked for: checked once, said once."""
 
-from collections.abc import Collection, Iterable, Mapping
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from polylens.errors import InvalidInputError, UnsupportedModel
 
 if TYPE_CHECKING:
     from polylens.hosts.base import Layer
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def renamed(**hints: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function answer to options that it no longer has with an error that names the new.
+
+    Options by position that are given by name only get a readable error, too.
+
+    Args:
+        hints: for each old name what to use instead.
+    """
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        parameters = inspect.signature(function).parameters.values()
+        by_name = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+        by_position = [
+            p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        ]
+        any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        name = function.__qualname__
+        own = by_position[1:] if by_position[:1] in (["self"], ["cls"]) else by_position
+
+        @wraps(function)
+        def called(*args: P.args, **kwargs: P.kwargs) -> R:
+            for old in hints.keys() & kwargs.keys():
+                raise InvalidInputError(f"{name}() no longer takes {old}=; use {hints[old]}")
+            if len(args) > len(by_position) and not any_number:
+                extra = args[len(by_position) :]
+                raise InvalidInputError(
+                    f"{name}() takes {', '.join(own) or 'nothing'} by position; give "
+                    f"{', '.join(f'{each}=' for each in by_name) or 'nothing else'} by name (got "
+                    f"{', '.join(map(_brief, extra))})"
+                )
+            return function(*args, **kwargs)
+
+        return called
+
+    return decorated
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"a {type(value).__name__}"
 
 
 def check_degree(degree: int, fitted: int, remedy: str) -> int:

@@ -112,7 +112,7 @@ def test_globally_fitted_polynomials_open_the_same_way(u, kind):
     x = torch.randn(600, D_IN, dtype=torch.float64)
     mixture = polylens.GaussianMixture.from_labels(x, torch.arange(600) % 2)
     inputs = mixture if kind == "mixture" else Samples(x)
-    polynomial = polylens.fit(layer("mlp"), inputs, 2, scope="global")
+    polynomial = polylens.fit_global(layer("mlp"), inputs, 2)
     restricted = analysis.eigenfeatures(polynomial, u, D_IN).restricted()
     torch.testing.assert_close(restricted(x), polynomial(x) @ u, **EXACT)
     found = analysis.interactions(polynomial, x[:4], u)

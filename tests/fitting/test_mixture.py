@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.oracles import (
+    FITS,
     assert_r2,
     assert_same_function,
     generator,
@@ -57,7 +58,7 @@ def test_shared_and_diagonal_covariances():
     layer = random_layer(0, "glu", d_in=3)
     for a, b in ((shared, same), (diagonal, dense)):
         for scope in ("neuron", "global"):
-            fits = (fit(layer, mixture, 2, scope) for mixture in (a, b))
+            fits = (FITS[scope](layer, mixture, 2) for mixture in (a, b))
             assert_same_function(*fits, full.sample(30, generator(0)))
 
 
@@ -99,7 +100,7 @@ def test_global_beats_neuron_beats_single_gaussian(kind):
     def error(poly):
         return float((poly(x) - layer(x)).square().sum(1).mean())
 
-    global_, neuron = fit(layer, mixture, 2, "global"), fit(layer, mixture, 2)
+    global_, neuron = fit_global(layer, mixture, 2), fit(layer, mixture, 2)
     assert error(global_) < error(neuron) < error(fit(layer, mixture.gaussian(), 2))
     assert (global_.r2[1:] > neuron.r2[1:]).all()
 
@@ -107,10 +108,10 @@ def test_global_beats_neuron_beats_single_gaussian(kind):
 @both
 def test_conjugate_gradients_equal_normal_equations(kind, monkeypatch):
     layer, mixture = random_layer(3, kind, "gelu", d_in=5), random_mixture(3, 5)
-    direct = fit(layer, mixture, 2, "global")
+    direct = fit_global(layer, mixture, 2)
     assert direct.iterations is None
     monkeypatch.setattr(normal_equations, "MAX_FEATURES", 0)
-    iterative = fit(layer, mixture, 2, "global", tolerance=1e-11)
+    iterative = fit_global(layer, mixture, 2, tolerance=1e-11)
     assert iterative.residual <= 1e-11
     assert 0 < iterative.iterations < 100
     assert_same_function(iterative, direct, mixture.sample(50, generator(0)), 1e-8)
@@ -125,9 +126,9 @@ def test_conjugate_gradients_on_deficient_supports(conjugate_gradients, monkeypa
     means = torch.randn(3, 4, generator=g, dtype=torch.float64) @ plane
     mixture = GaussianMixture(torch.ones(3) / 3, means, factors.mT @ factors)
     layer = random_layer(0, "glu", d_in=9)
-    iterative = fit(layer, mixture, 2, "global", tolerance=1e-10)
+    iterative = fit_global(layer, mixture, 2, tolerance=1e-10)
     monkeypatch.setattr(normal_equations, "MAX_FEATURES", 1000)
-    direct = fit(layer, mixture, 2, "global")
+    direct = fit_global(layer, mixture, 2)
     # the support is where the two must agree
     assert_same_function(iterative, direct, mixture.sample(50, generator(0)), 1e-6)
 
@@ -216,8 +217,8 @@ def test_chosen_outputs_are_those_of_all(solver, monkeypatch):
     layer, mixture = random_layer(0), random_mixture(0)
     U = torch.randn(3, 2, generator=generator(0), dtype=torch.float64)
     x = mixture.sample(20, generator(0))
-    every = fit(layer, mixture, 2, "global", tolerance=1e-11)
-    chosen = fit(layer, mixture, 2, "global", outputs=U, tolerance=1e-11)
+    every = fit_global(layer, mixture, 2, tolerance=1e-11)
+    chosen = fit_global(layer, mixture, 2, outputs=U, tolerance=1e-11)
     assert chosen.d_out == 2
     torch.testing.assert_close(chosen(x), every(x) @ U)
 
@@ -236,7 +237,7 @@ def test_zero_weights_duplicates_and_dead_neurons(kind):
     )
     x = one.sample(30, generator(0))
     for scope in ("neuron", "global"):
-        assert_same_function(fit(layer, mixture, 3, scope), fit(layer, one, 3), x)
+        assert_same_function(FITS[scope](layer, mixture, 3), fit(layer, one, 3), x)
 
 
 @both
@@ -247,12 +248,12 @@ def test_one_feature_and_point_masses(kind):
     )
     x = points.means
     for scope in ("neuron", "global"):
-        poly = fit(layer, points, 2, scope)
+        poly = FITS[scope](layer, points, 2)
         torch.testing.assert_close(poly(x), layer(x), rtol=1e-6, atol=1e-6)
         assert float(poly.r2[-1]) == pytest.approx(1, abs=1e-9)
     constant = GaussianMixture(torch.ones(1), x[:1], torch.zeros(1, 1))
     for scope in ("neuron", "global"):
-        poly = fit(layer, constant, 2, scope)
+        poly = FITS[scope](layer, constant, 2)
         torch.testing.assert_close(poly(x[:1]), layer(x[:1]))
         assert poly.r2.tolist() == [1, 1, 1]
 
@@ -294,17 +295,22 @@ def test_bad_requests():
     with pytest.raises(InvalidInputError, match="reads 4 features"):
         fit(layer, random_mixture(0, 5), 2)
     with pytest.raises(InvalidInputError, match=r"finite columns \[3, k\]"):
-        fit(layer, mixture, 2, "global", outputs=torch.ones(4, 1))
-    with pytest.raises(InvalidInputError, match="outputs= is for"):
+        fit_global(layer, mixture, 2, outputs=torch.ones(4, 1))
+    with pytest.raises(InvalidInputError, match="fit_global"):
         fit(layer, mixture, 2, outputs=torch.ones(3, 1))
     with pytest.raises(InvalidInputError, match="tolerance"):
-        fit(layer, mixture, 2, "global", tolerance=0.0)
+        fit_global(layer, mixture, 2, tolerance=0.0)
     with pytest.raises(InvalidInputError, match="monomials"):
-        fit(random_layer(0, d_in=30), random_mixture(0, 30), 3, "global")
+        fit_global(random_layer(0, d_in=30), random_mixture(0, 30), 3)
     with pytest.raises(InvalidInputError, match="degree must be"):
         fit(layer, mixture, 13)
-    with pytest.raises(InvalidInputError, match="scope"):
-        fit(layer, mixture, 2, "local")
+    with pytest.raises(InvalidInputError, match="weights, inputs, degree by position; give tails="):
+        fit(layer, mixture, 2, "global")
+    with pytest.raises(InvalidInputError, match=r"scope=; use fit_joint.* or fit_global"):
+        fit(layer, mixture, 2, scope="global")
+    for other in (mixture.gaussian(), Samples(mixture.means)):
+        with pytest.raises(InvalidInputError, match="must be GaussianMixture"):
+            fit_global(layer, other, 2)
     with pytest.raises(InvalidInputError, match="kmeans"):
         GaussianMixture.from_samples(torch.randn(9, 2), 2, method="magic")
     with pytest.raises(InvalidInputError, match="1 <= k <= n"):

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.oracles import assert_same_function, generator, random_layer, random_mixture
+from tests.oracles import FITS, assert_same_function, generator, random_layer, random_mixture
 
 from polylens import InvalidInputError, NumericalWarning
-from polylens.fitting.fit import fit
+from polylens.fitting.fit import fit, fit_joint
 from polylens.fitting.neuron_gram import NeuronGram
 from polylens.inputs.samples import Samples
 from polylens.polynomials.joint import features
@@ -70,8 +70,8 @@ def test_weights_are_repetitions():
         assert_same_function(poly, repeated, x[:50])
         torch.testing.assert_close(poly.r2, repeated.r2)
     assert_same_function(
-        fit(layer, Samples(x, torch.full((500,), 0.5)), 2, "global"),
-        fit(layer, Samples(x), 2, "global"),
+        fit_joint(layer, Samples(x, torch.full((500,), 0.5)), 2),
+        fit_joint(layer, Samples(x), 2),
         x[:50],
         1e-6,
     )
@@ -90,7 +90,7 @@ def test_gram_of_a_model_stream_in_its_own_dtype():
 def test_joint_fit_is_at_least_as_good(kind):
     x, fresh = heavy(n=8000).chunk(2)
     layer = random_layer(1, kind, "silu", d_mlp=8)
-    neuron, joint = (fit(layer, Samples(x), 3, scope) for scope in ("neuron", "global"))
+    neuron, joint = (FITS[scope](layer, Samples(x), 3) for scope in ("neuron", "joint"))
     assert (joint.r2 > neuron.r2 - 1e-9).all()
     assert joint.r2[2] > neuron.r2[2] + 1e-3
     error = [(p.all_degrees(fresh)[2] - layer(fresh)).square().mean() for p in (neuron, joint)]
@@ -101,7 +101,7 @@ def test_joint_fit_is_at_least_as_good(kind):
         phi = features(joint.base, joint.center, joint.z_mean, fresh, n)[0]
         apart = joint.base.truncate(n)(fresh) + phi @ getattr(joint, f"D{n}")
         torch.testing.assert_close(joint.all_degrees(fresh)[n], apart)
-    half = fit(layer.to(torch.bfloat16), Samples(x), 3, "global")
+    half = fit_joint(layer.to(torch.bfloat16), Samples(x), 3)
     assert half(fresh.bfloat16()).dtype == torch.bfloat16
     assert half.r2[3] > 0.9 * joint.r2[3]
     torch.testing.assert_close(joint.truncate(2)(x), joint.all_degrees(x)[2])
@@ -113,7 +113,7 @@ def test_the_joint_fit_solves_its_ridge_regression(kind):
     layer, x = random_layer(2, kind, "silu", d_mlp=6), heavy(n=5000)
     w = torch.rand(len(x), generator=torch.Generator().manual_seed(0)).double()
     batches = [(x[:700], w[:700]), (x[700:701], w[700:701]), (x[701:], w[701:])]
-    joint = fit(layer, Samples(iter(batches)), 3, "global")
+    joint = fit_joint(layer, Samples(iter(batches)), 3)
     for n in range(4):
         phi = features(joint.base, joint.center, joint.z_mean, x, n)[0]
         left = layer(x) - joint.base.truncate(n)(x)
@@ -198,7 +198,7 @@ def test_bad_samples(samples, message):
 
 def test_iterators_are_used_once():
     layer = random_layer(0)
-    jointly = (fit(layer, Samples(x), 2, "global") for x in (iter([heavy()]), [heavy()]))
+    jointly = (fit_joint(layer, Samples(x), 2) for x in (iter([heavy()]), [heavy()]))
     assert torch.equal(*(poly(heavy()) for poly in jointly))
     poly = fit(layer, Samples(iter([heavy()])), 2)
     with pytest.raises(InvalidInputError, match="used up"):

@@ -14,10 +14,10 @@ from tests.polynomials.test_factored import D_IN, LAYERS, randn
 
 import polylens
 import polylens.analysis
-from polylens import Gaussian, InvalidInputError, Samples, fit
+from polylens import Gaussian, InvalidInputError, Samples, fit, fit_joint
 from polylens.calibration.streams import visiting_order
 from polylens.fitting import tails
-from polylens.fitting.joint_gram import JointGram
+from polylens.fitting.joint import JointGram
 from polylens.fitting.neuron_gram import NeuronGram
 from polylens.hosts.nnsight.inline import InlinePolynomial
 from polylens.polynomials.ends import PreactivationRange, ends_of
@@ -196,7 +196,7 @@ def test_an_exported_model_is_clipped_too(tmp_path):
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_joint_polynomial_clips_what_is_not_linear(layer):
     weights, X = LAYERS[layer](), randn(400, D_IN) ** 3
-    joint = fit(weights, Samples(X), 2, "global")
+    joint = fit_joint(weights, Samples(X), 2)
     assert float(joint.ridge[2]) < float("inf")
     y, _ = preactivations(weights, X)
     expected = joint(X)
@@ -387,7 +387,7 @@ def test_a_rare_huge_preactivation_does_not_bend_a_fit_to_samples_with_tails(lay
         return left.sum() / (true - true.mean(0)).square().sum(), left[1:100].mean()
 
     free, ended, tailed = (
-        error(fit(weights, Samples(X), 2, clip=clip)) for clip in (False, True, 0.03)
+        error(fit(weights, Samples(X), 2, tails=share)) for share in (None, 0.0, 0.03)
     )
     assert tailed[0] < 0.01
     assert tailed[1] < 0.2 * min(ended[1], free[1])
@@ -408,15 +408,15 @@ def test_a_huge_preactivation_among_those_that_decide_is_beyond_the_end_of_its_n
     def error(poly):
         return float((poly.neurons(y, z)[:, 3] - true).norm() / true.norm())
 
-    assert error(fit(weights, Samples(X), 3, clip=0.01)) < 0.001
+    assert error(fit(weights, Samples(X), 3, tails=0.01)) < 0.001
     assert error(fit(weights, Samples(X), 3)) > 0.1
 
 
 def test_samples_that_can_be_read_once_or_twice_are_fitted_alike():
     weights, X = LAYERS["glu"](), randn(3000, D_IN, seed=6)
-    poly = fit(weights, Samples(X), 2, clip=0.05)
-    again = fit(weights, Samples(lambda: iter(X.split(700))), 2, clip=0.05)
-    once = fit(weights, Samples(iter(X.split(700))), 2, clip=0.05)
+    poly = fit(weights, Samples(X), 2, tails=0.05)
+    again = fit(weights, Samples(lambda: iter(X.split(700))), 2, tails=0.05)
+    once = fit(weights, Samples(iter(X.split(700))), 2, tails=0.05)
     assert torch.allclose(again(X), poly(X))
     y, _ = preactivations(weights, X)
     for each in (poly, once):
@@ -426,18 +426,18 @@ def test_samples_that_can_be_read_once_or_twice_are_fitted_alike():
         assert float(error) == pytest.approx(1, abs=0.1)
     ones = torch.ones(700, dtype=torch.float64)
     mixed = [(X[:700], ones), X[700:1000], (X[1000:1700], ones), X[1700:]]
-    assert torch.allclose(fit(weights, Samples(iter(mixed)), 2, clip=0.05)(X), once(X))
-    few = fit(weights, Samples(X[:20]), 2, clip=0.05)
+    assert torch.allclose(fit(weights, Samples(iter(mixed)), 2, tails=0.05)(X), once(X))
+    few = fit(weights, Samples(X[:20]), 2, tails=0.05)
     assert torch.allclose(few.y_range, tail_ends(weights, X[:20], 0, 0))
 
 
-@pytest.mark.parametrize("clip", [0.5, 0, -0.1, 1, "yes", float("nan")])
-def test_a_clip_that_is_none_is_refused(clip):
+@pytest.mark.parametrize("share", [0.5, 0, -0.1, 1, "yes", float("nan"), True])
+def test_tails_that_are_none_are_refused(share):
     weights = LAYERS["mlp"]()
-    with pytest.raises(InvalidInputError, match="clip="):
-        fit(weights, Samples(X), 2, clip=clip)
+    with pytest.raises(InvalidInputError, match="tails="):
+        fit(weights, Samples(X), 2, tails=share)
     with pytest.raises(InvalidInputError, match="for Samples: a Gaussian"):
-        fit(weights, Gaussian.standard(D_IN), 2, clip=0.1)
+        fit(weights, Gaussian.standard(D_IN), 2, tails=0.1)
 
 
 def test_tails_need_enough_inputs_and_a_degree():
@@ -470,7 +470,7 @@ def test_attach_fits_with_tails_of_what_it_sees(calibration, inputs):
 def test_analyses_are_of_the_polynomial_without_its_range(layer):
     weights = LAYERS[layer]()
     per_neuron = fit(weights, Gaussian.standard(D_IN), 2)
-    jointly = fit(weights, Samples(randn(400, D_IN) ** 3), 2, "global")
+    jointly = fit_joint(weights, Samples(randn(400, D_IN) ** 3), 2)
     u, writers = randn(weights.d_out, seed=3), randn(4, D_IN, seed=4)
     for poly in (per_neuron, jointly):
         far = torch.stack(

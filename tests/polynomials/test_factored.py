@@ -222,7 +222,7 @@ def test_gaussian_from_samples_streams():
         (lambda: fit(mlp(), gaussian(), 13), r"0 \.\.\. 12"),
         (lambda: fit(mlp(), gaussian(), 1.0), "integer"),
         (lambda: fit(mlp(), Gaussian.standard(3), 1), "reads 5 features"),
-        (lambda: fit(mlp(), gaussian(), 1, scope="layer"), "scope"),
+        (lambda: fit(mlp(), gaussian(), 1, scope="layer"), "fit_joint"),
         (lambda: fit(mlp(), gaussian(), 2).truncate(3), "fitted to degree 2"),
         (lambda: fit(mlp(), gaussian(), 1).quadratic_form(randn(D_OUT)), "at least 2"),
         (lambda: fit(mlp(), gaussian(), 2).quadratic_form(randn(3)), r"shape \(4,\)"),

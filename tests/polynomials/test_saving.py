@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from tests.oracles import generator, input_model, random_gaussian, random_layer
+from tests.oracles import FITS, generator, input_model, random_gaussian, random_layer
 
 import polylens
-from polylens import ArtifactError, Gaussian, GaussianMixture, InvalidInputError, Polynomial, fit
+from polylens import (
+    ArtifactError,
+    Gaussian,
+    GaussianMixture,
+    InvalidInputError,
+    Polynomial,
+    fit,
+    fit_global,
+)
 from polylens.activations.activation import _REGISTRY, elu, leaky_relu, swish, xielu
 from polylens.inputs.model import from_record
 
@@ -18,12 +26,12 @@ ACTS = {
     "elu": elu(0.7, 1 / 7),
     "xielu": xielu(0.8, 0.81, 0.5, -1e-6),
 }
-FITS = [
+CASES = [
     ("gaussian", "neuron"),
     ("mixture", "neuron"),
     ("samples", "neuron"),
     ("mixture", "global"),
-    ("samples", "global"),
+    ("samples", "joint"),
 ]
 X = torch.randn(7, 4, dtype=torch.float64, generator=generator(5))
 
@@ -47,12 +55,12 @@ def reload(polynomial, path):
     return type(polynomial).load(path)
 
 
-@pytest.mark.parametrize(("inputs", "scope"), FITS)
+@pytest.mark.parametrize(("inputs", "scope"), CASES)
 @pytest.mark.parametrize("kind", ["mlp", "glu"])
 @pytest.mark.parametrize("biases", [True, False])
 def test_save_and_load_are_the_identity(inputs, scope, kind, biases, tmp_path):
     layer = random_layer(3, kind, "silu", biases=biases)
-    saved = fit(layer, input_model(inputs, 1), 3, scope)
+    saved = FITS[scope](layer, input_model(inputs, 1), 3)
     loaded = reload(saved, tmp_path / "x")
     assert_identical(loaded, saved)
     assert torch.equal(loaded.all_degrees(X), saved.all_degrees(X))
@@ -81,7 +89,7 @@ def test_dtypes_and_parts(dtype, tmp_path):
     saved = fit(random_layer(3, "glu", "silu").to(dtype), random_gaussian(1), 3)
     assert_identical(reload(saved, tmp_path / "x"), saved)
     assert_identical(reload(saved.part(2), tmp_path / "x"), saved.part(2))
-    mixture = fit(random_layer(3).to(dtype), input_model("mixture", 1), 2, "global")
+    mixture = fit_global(random_layer(3).to(dtype), input_model("mixture", 1), 2)
     loaded = reload(mixture, tmp_path / "x")
     assert loaded.dtype == dtype
     assert torch.equal(loaded(X), mixture(X))
@@ -132,9 +140,9 @@ def test_forged_input_models_are_refused():
             from_record({"model": name}, tensors)
 
 
-@pytest.mark.parametrize("scope", ["neuron", "global"])
+@pytest.mark.parametrize("scope", ["neuron", "joint"])
 def test_samples_are_not_saved_but_their_r2_is_if_read(scope, tmp_path):
-    saved = fit(random_layer(3), input_model("samples", 1), 2, scope)
+    saved = FITS[scope](random_layer(3), input_model("samples", 1), 2)
     with pytest.raises(InvalidInputError, match="samples are not saved"):
         _ = reload(saved, tmp_path / "x").r2
     r2 = saved.r2
@@ -176,7 +184,7 @@ def test_any_damage_of_a_saved_polynomial_is_refused(tmp_path):
 
 
 def test_another_form_is_refused(tmp_path):
-    fit(random_layer(3), input_model("mixture", 1), 2, "global").save(tmp_path / "x")
+    fit_global(random_layer(3), input_model("mixture", 1), 2).save(tmp_path / "x")
     with pytest.raises(ArtifactError, match="holds a dense polynomial, not a polynomial"):
         Polynomial.load(tmp_path / "x")
 

@@ -63,10 +63,9 @@ def half(tmp_path_factory):
     [
         {"inputs": "samples", "attention_mask": MASK},
         {"inputs": "gaussian"},
-        {"inputs": "mixture"},
         {"inputs": "joint"},
     ],
-    ids=["samples", "gaussian", "mixture", "joint"],
+    ids=["samples", "gaussian", "joint"],
 )
 def test_it_goes_on_to_the_same_file(after, options, tmp_path, monkeypatch):
     model = small()

@@ -15,11 +15,10 @@ from polylens.calibration.offload import Store
 from polylens.calibration.tokens import batches, counted, kept_rows, rows, validate_inputs
 from polylens.checks import label
 from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
-from polylens.fitting.estimators import Estimator
+from polylens.fitting.estimator import Estimator
 from polylens.hosts.base import Host, Layer, MLPSite, Norm
 from polylens.inputs.gaussian import Gaussian
 from polylens.installed.emitter import Fitted, keep_first
-from polylens.polynomials.ends import Clip
 
 FEW_TOKENS = 64
 WEIGHTINGS = {"equal": "", "output": "weighted by 1 / |output|"}
@@ -36,7 +35,7 @@ class Calibration:
         steps: (inputs, attention mask) of each batch.
         exclude_first: leave out position 0, and keep it true where a polynomial flows on.
         weighting: of the inputs, "equal" or "output".
-        clip: where the polynomials end, see `polylens.polynomials.ends.Clip`.
+        tails: where the polynomials end, see `Estimator`.
         progress: show a progress bar.
     """
 
@@ -44,7 +43,7 @@ class Calibration:
     steps: Sequence[Step]
     exclude_first: bool
     weighting: str
-    clip: Clip
+    tails: float | None
     progress: bool
 
     @classmethod
@@ -56,7 +55,7 @@ class Calibration:
         *,
         exclude_first: bool,
         weighting: str,
-        clip: Clip,
+        tails: float | None,
         batch_size: int,
         progress: bool,
     ) -> "Calibration":
@@ -72,7 +71,7 @@ class Calibration:
         tokens, mask = validate_inputs(tokens, attention_mask, reads_tokens=host.reads_tokens)
         order = visiting_order(len(tokens)).to(tokens.device)
         steps = list(batches(tokens[order], None if mask is None else mask[order], batch_size))
-        return cls(host, steps, exclude_first, weighting, clip, progress)
+        return cls(host, steps, exclude_first, weighting, tails, progress)
 
     def describe(self, origin: str) -> list[str]:
         """How many inputs there are, of which origin, and what was left out."""
@@ -83,11 +82,11 @@ class Calibration:
         options = {
             "position 0 excluded": self.exclude_first,
             WEIGHTINGS[self.weighting]: self.weighting != "equal",
-            "asymptotes beyond the preactivations seen": bool(self.clip),
+            "asymptotes beyond the preactivations seen": self.tails is not None,
         }
         described = [text for text, true in options.items() if true]
-        if not isinstance(self.clip, bool):
-            described[-1] += f" and in tails of {self.clip:.3g}"
+        if self.tails:
+            described[-1] += f" and in tails of {self.tails:.3g}"
         return [f"{count} {origin}", *described]
 
     def kept(self, i: int) -> Tensor | None:
@@ -124,8 +123,8 @@ def on_true_stream(
     Raises:
         InvalidInputError: NaN activations (which layer, how many).
     """
-    clip = calibration.clip
-    estimators = {layer: kind(site, degree, clip) for layer, site in sites.items()}
+    tails = calibration.tails
+    estimators = {layer: kind(site.weights(), degree, tails) for layer, site in sites.items()}
 
     def see(layer: Layer, x: Tensor, y: Tensor, kept: Tensor | None) -> None:
         estimators[layer].update(rows(x, kept), calibration.sample_weights(rows(y, kept)))
@@ -141,7 +140,7 @@ def on_true_stream(
             )
             continue
         with naming(layer, site):
-            yield layer, seen.polynomial()
+            yield layer, seen.solve()
 
 
 class Saved(Protocol):
@@ -191,12 +190,12 @@ def on_replaced_stream(
 
         def visit(layer: Layer, arrivals: Arrivals) -> Flow:
             with naming(layer, sites[layer]):
-                seen = kind(sites[layer], degree, calibration.clip)
+                seen = kind(sites[layer].weights(), degree, calibration.tails)
                 for i, x, y in arrivals:
                     kept = calibration.kept(i)
                     seen.update(rows(x, kept), calibration.sample_weights(rows(y, kept)))
                     bar.update()
-                found[layer] = seen.polynomial()
+                found[layer] = seen.solve()
                 if saved is not None:
                     saved.add(layer, found[layer])
             return flow(found[layer])

@@ -1,142 +1,140 @@
-"""`fit`: the least-squares polynomial of a layer, whatever the model of its inputs."""
+"""`fit` and `fit_joint`: the least-squares polynomial of a layer under a model of its inputs."""
 
-from typing import Any, Literal, overload
+from functools import partial
+from typing import TypeVar
 
-from torch import Tensor
+import torch
 
-from polylens.activations.activation import MAX_DEGREE
+from polylens.checks import renamed
 from polylens.errors import InvalidInputError
-from polylens.fitting.gaussian import fit_gaussian
-from polylens.fitting.global_optimum.fit import fit_global
+from polylens.fitting.estimator import Estimator, require_fit
+from polylens.fitting.gaussian import GaussianEstimator, fit_gaussian
+from polylens.fitting.joint import JointEstimator
 from polylens.fitting.mixture import fit_mixture
-from polylens.fitting.samples import fit_joint, fit_samples
+from polylens.fitting.samples import SamplesEstimator
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.mixture import GaussianMixture
 from polylens.inputs.samples import Samples
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.polynomials.dense import DensePolynomial
-from polylens.polynomials.ends import Clip, require_clip
+from polylens.polynomials.ends import require_tails
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
 
-
-@overload
-def fit(
-    weights: MLPWeights | GLUWeights,
-    inputs: Gaussian,
-    degree: int,
-    scope: str = "neuron",
-    *,
-    outputs: None = None,
-    tolerance: float = 1e-8,
-    clip: Clip = False,
-) -> Polynomial: ...
+ESTIMATORS: dict[str, type[Estimator]] = {
+    "gaussian": GaussianEstimator,
+    "samples": SamplesEstimator,
+    "joint": JointEstimator,
+}
+E = TypeVar("E", bound=Estimator)
+_GLOBAL = "fit_global(weights, mixture, degree, *, outputs=None, tolerance=1e-8)"
+_CLIP = "tails=None (was False), tails=0.0 (was True) or a share such as tails=0.05"
 
 
-@overload
-def fit(
-    weights: MLPWeights | GLUWeights,
-    inputs: Gaussian | GaussianMixture | Samples,
-    degree: int,
-    scope: Literal["neuron"] = "neuron",
-    *,
-    outputs: None = None,
-    tolerance: float = 1e-8,
-    clip: Clip = False,
-) -> Polynomial: ...
+def estimator(kind: str | type[Estimator]) -> type[Estimator]:
+    """The estimator of this name, or itself; InvalidInputError lists those there are."""
+    if isinstance(kind, type) and issubclass(kind, Estimator):
+        return kind
+    if kind not in ESTIMATORS:
+        hint = "; under a mixture there is polylens.fit" if kind == "mixture" else ""
+        raise InvalidInputError(
+            f"estimator={kind!r} is unknown; there are {', '.join(map(repr, ESTIMATORS))}, and "
+            f"any subclass of Estimator{hint}"
+        )
+    return ESTIMATORS[kind]
 
 
-@overload
-def fit(
-    weights: MLPWeights | GLUWeights,
-    inputs: Gaussian | GaussianMixture | Samples,
-    degree: int,
-    scope: str = "neuron",
-    *,
-    outputs: Tensor | None = None,
-    tolerance: float = 1e-8,
-    clip: Clip = False,
-) -> Polynomial | DensePolynomial | JointPolynomial: ...
-
-
+@renamed(
+    scope=f'fit_joint(weights, samples, degree) or {_GLOBAL} for what was "global"',
+    clip=_CLIP,
+    outputs=_GLOBAL,
+    tolerance=_GLOBAL,
+)
 def fit(
     weights: MLPWeights | GLUWeights,
     inputs: Gaussian | GaussianMixture | Samples,
-    degree: int,
-    scope: str = "neuron",
+    degree: int = 3,
     *,
-    outputs: Tensor | None = None,
-    tolerance: float = 1e-8,
-    clip: Clip = False,
-) -> Polynomial | DensePolynomial | JointPolynomial:
-    """The polynomial of given degree closest to the layer in mean squared error.
+    tails: float | None = None,
+) -> Polynomial:
+    """The polynomial of given degree, neuron by neuron, closest to the layer in mean square.
 
-    scope="neuron": the best P_i(y_i) + z_i Q_i(y_i) for every neuron, f_n = h W_out + b_out.
-    Closed form under a Gaussian or a mixture, streamed Gram systems for samples; any size;
-    factored. Under a Gaussian it is the optimum over *all* polynomials of degree <= n in x.
+    The best P_i(y_i) + z_i Q_i(y_i) for every neuron, f_n = h W_out + b_out: in closed form
+    under a Gaussian or a mixture, from streamed Gram systems for samples; any size; factored.
+    Under a Gaussian it is the optimum over *all* polynomials of degree <= n in x; under a mixture
+    that is `fit_global`, and over the features of all neurons on samples `fit_joint`.
 
-    scope="global": the optimum over all polynomials of degree <= n in x under a mixture (a
-    DensePolynomial; degree 1 at any size, degree 2 by conjugate gradients, more where the
-    monomials are few), and for samples over the span of all neurons' features (a
-    JointPolynomial). For a Gaussian the two scopes coincide.
+    Samples that can be read twice are (moments and which of them decide the tails, then normal
+    equations); memory is independent of their number.
 
     Args:
         weights: the layer.
         inputs: the distribution of its inputs, on any device.
         degree: 0 ... 12. Lower optima are read off the result with `truncate`.
-        scope: "neuron" or "global".
-        outputs: [d_out, k] output directions; global fits under a mixture only. None is all.
-        tolerance: relative residual at which conjugate gradients stop.
-        clip: of Samples: False for polynomials everywhere; True for ends at the lowest and
+        tails: of Samples: None for polynomials everywhere; 0.0 for ends at the lowest and
             highest preactivation of every neuron, beyond which it follows the asymptote of the
-            activation (`Polynomial.clipped`); a share, such as 0.05, to let so much of the
+            activation (`Polynomial.with_ends`); a share, such as 0.05, to let so much of the
             layer's preactivations lie beyond, at the neurons and on the sides where it lowers
             the error most. Rare huge preactivations then do not bend the rest.
 
     Raises:
-        InvalidInputError: degree or scope out of range, inputs of another size or type.
-        ConvergenceError: conjugate gradients did not reach the tolerance.
+        InvalidInputError: degree or tails out of range, inputs of another size or type, no
+            samples, NaN.
     """
-    if scope not in ("neuron", "global"):
-        raise InvalidInputError(f"scope must be 'neuron' or 'global', got {scope!r}")
-    require_degree(degree)
-    if not isinstance(inputs, (Gaussian, GaussianMixture, Samples)):
+    kinds = (Gaussian, GaussianMixture, Samples)
+    remedy = "for a tensor x pass Gaussian.from_samples(x) or Samples(x)"
+    require_fit(weights, inputs, degree, kinds, remedy)
+    require_tails(tails)
+    if isinstance(inputs, Samples):
+        poly = _seen(SamplesEstimator(weights, degree, tails), inputs, torch.float64).solve()
+        assert isinstance(poly, Polynomial)
+        poly.inputs = inputs
+        return poly
+    if tails is not None:
         raise InvalidInputError(
-            "inputs must be a Gaussian, GaussianMixture or Samples, got "
-            f"{type(inputs).__name__}; for a tensor x pass Gaussian.from_samples(x) or Samples(x)"
+            f"tails={tails!r} is for Samples: a {type(inputs).__name__} has no lowest and highest "
+            "preactivation; use with_ends(ends) on the fit"
         )
-    d_in: int | None = inputs.d_in
-    if d_in is not None and d_in != weights.d_in:
-        raise InvalidInputError(
-            f"the layer reads {weights.d_in} features, the input model has {d_in}"
-        )
-    if outputs is not None and not (isinstance(inputs, GaussianMixture) and scope == "global"):
-        raise InvalidInputError(
-            "outputs= is for scope='global' under a GaussianMixture; every other fit gives all "
-            "output directions at once"
-        )
-    require_clip(clip)
-    if clip and not isinstance(inputs, Samples):
-        raise InvalidInputError(
-            f"clip={clip!r} is for Samples: a {type(inputs).__name__} has no lowest and highest "
-            "preactivation; use clipped(y_range) on the fit"
-        )
-    options: dict[str, Any] = {"outputs": outputs, "tolerance": tolerance}
     if isinstance(inputs, Gaussian):
         return fit_gaussian(weights, inputs, degree)
-    if isinstance(inputs, GaussianMixture):
-        if scope == "neuron":
-            return fit_mixture(weights, inputs, degree)
-        return fit_global(weights, inputs, degree, **options)
-    if scope == "neuron":
-        return fit_samples(weights, inputs, degree, clip)
-    return fit_joint(weights, inputs, degree, clip)
+    return fit_mixture(weights, inputs, degree)
 
 
-def require_degree(degree: int) -> None:
-    """InvalidInputError for a degree that cannot be fitted."""
-    if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= MAX_DEGREE:
-        raise InvalidInputError(
-            f"degree must be an integer in 0 ... {MAX_DEGREE} (beyond, He_k and k! cancel more "
-            f"digits than float64 has), got {degree!r}"
-        )
+@renamed(clip=_CLIP)
+def fit_joint(
+    weights: MLPWeights | GLUWeights,
+    samples: Samples,
+    degree: int = 3,
+    *,
+    tails: float | None = None,
+) -> JointPolynomial:
+    """Least squares over samples with the features of all neurons for every output.
+
+    With a ridge towards the per-neuron fit; see `JointGram`. One pass over the samples; with a
+    share of tails two where they can be read twice.
+
+    Args:
+        weights: the layer.
+        samples: its inputs.
+        degree, tails: as in `fit`.
+
+    Raises:
+        InvalidInputError: as `fit`, or too many features (the size).
+    """
+    remedy = "under a Gaussian fit() is the optimum, under a mixture fit_global()"
+    require_fit(weights, samples, degree, Samples, remedy)
+    dtype = torch.promote_types(weights.dtype, torch.float32)
+    poly = _seen(JointEstimator(weights, degree, tails), samples, dtype).solve()
+    assert isinstance(poly, JointPolynomial)
+    poly.base.inputs = samples
+    return poly
+
+
+def _seen(estimator: E, samples: Samples, dtype: torch.dtype) -> E:
+    """The estimator after all samples."""
+    weights = estimator.weights
+    batches = partial(samples.batches, dtype, weights.device, weights.d_in)
+    if samples.reiterable:
+        estimator.prepare(batches)
+    for x, w in batches():
+        estimator.update(x, w)
+    return estimator

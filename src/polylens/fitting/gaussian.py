@@ -1,14 +1,53 @@
 """The closed-form least-squares polynomial of an MLP or GLU under Gaussian inputs."""
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from polylens.inputs.gaussian import Gaussian
+from polylens.errors import InvalidInputError
+from polylens.fitting.estimator import Estimator
+from polylens.inputs.gaussian import Gaussian, Moments
 from polylens.normal_forms.preactivation import preactivation_moments
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
+
+
+class GaussianEstimator(Estimator):
+    """Under the Gaussian with the mean and covariance of the inputs, in closed form."""
+
+    name = "Gaussian"
+    default_tails: ClassVar[Mapping[str, float | None]] = {"true": None, "replaced": 0.0}
+
+    def __init__(
+        self, weights: MLPWeights | GLUWeights, degree: int, tails: float | None = None
+    ) -> None:
+        super().__init__(weights, degree, tails)
+        self._moments = Moments()
+        self._range = None if tails is None else PreactivationRange(weights)
+
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        self.count += len(x)
+        self._moments.update(x, sample_weights)
+        if self._range is not None:
+            self._range.update(x)
+
+    def solve(self) -> Polynomial:
+        fitted = fit_gaussian(self.weights, self._moments.gaussian("the inputs"), self.degree)
+        return fitted if self._range is None else fitted.clipped(self._range.ends)
+
+    @classmethod
+    def check_tails(cls, tails: float | None) -> None:
+        super().check_tails(tails)
+        if tails:
+            raise InvalidInputError(
+                f"tails={tails!r} is for fits to the inputs themselves, which know of it; under "
+                "a Gaussian there is a closed form without: give None or 0.0, or "
+                'estimator="samples"'
+            )
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ def fit_mixture(
     variables, He_k(t) is a short one too, and both are orthogonal systems: the normal equations
     of the mixture are those of a least-squares problem with k (2 n + 1) rows per neuron. It is
     solved by orthogonalisation, for every degree at once. Not the optimum over polynomials in
-    x, which is scope="global".
+    x, which is `fit_global`.
 
     Cost: one product cov @ W per component, and O(k n^3) per neuron.
     """

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,7 +138,7 @@ class NeuronGram:
         return out
 
     @torch.no_grad()
-    def solve(self, degree: int | None = None, inputs: Any = None) -> Polynomial:
+    def solve(self, degree: int | None = None) -> Polynomial:
         """The least-squares Polynomial of the samples so far, for every degree up to `degree`.
 
         Where features are collinear (fewer samples than features, a linear branch that is a
@@ -179,7 +178,7 @@ class NeuronGram:
         else:
             P, Q = solutions.transpose(1, 2).contiguous(), None
         ridge = RIDGE if collinear else 0.0
-        return Polynomial(self.weights, m, s, P, Q, inputs=inputs, ridge=ridge)
+        return Polynomial(self.weights, m, s, P, Q, ridge=ridge)
 
 
 def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[Tensor, int]:

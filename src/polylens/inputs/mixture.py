@@ -89,7 +89,7 @@ class GaussianMixture(InputModel):
         """One component per distinct label: mean and covariance (divided by n) of its samples.
 
         Features that are constant within most labels, such as pixels at the border, leave a fit
-        with scope="global" free there; adding a small variance to `covs` holds it.
+        with `fit_global` free there; adding a small variance to `covs` holds it.
 
         Args:
             x: [n, d_in].

@@ -11,17 +11,14 @@ from polylens.normal_forms.preactivation import blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.evaluation import Ends, Growth
 
-# False for polynomials everywhere, True for ends at the range that was seen, or the share of a
-# layer's preactivations that may lie beyond them.
-Clip = bool | float
 
-
-def require_clip(clip: Clip) -> None:
-    """InvalidInputError unless clip is a bool or a share below 0.5."""
-    if not isinstance(clip, bool) and not (isinstance(clip, float) and 0 < clip < 0.5):
+def require_tails(tails: float | None) -> None:
+    """InvalidInputError unless tails is None, 0.0 or a share below 0.5."""
+    if tails is not None and not (isinstance(tails, float) and 0 <= tails < 0.5):
         raise InvalidInputError(
-            f"clip={clip!r}: give False, True (to the range of the preactivations seen), or the "
-            "share of them, between 0 and 0.5, that may follow the activation's asymptotes"
+            f"tails={tails!r}: give None (polynomials everywhere), 0.0 (ends at the lowest and "
+            "highest preactivation seen), or the share of preactivations, below 0.5, that may "
+            "lie beyond the ends and follow the activation's asymptotes"
         )
 
 

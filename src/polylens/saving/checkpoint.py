@@ -98,7 +98,8 @@ def identity(
         "batch_size": len(steps[0][0]),
         "exclude_first": calibration.exclude_first,
         "weighting": calibration.weighting,
-        "clip": calibration.clip,
+        # as version 0.1 wrote it, whose files can be gone on with
+        "clip": {None: False, 0.0: True}.get(calibration.tails, calibration.tails),
         "inputs": estimator,
         "degree": degree,
         "layers": [label(layer) for layer in layers],

@@ -88,7 +88,7 @@ def best_quadratic(
         f"conjugate gradients reached a relative residual of {relative:.3g} in {max_iterations} "
         f"iterations, {tolerance:.3g} was asked for; components that overlap little, or do "
         "not vary where others do, converge slowly: add a variance to their covariances, use "
-        "fewer, a larger tolerance=, or scope='neuron'"
+        "fewer, a larger tolerance=, or fit()"
     )
 
 

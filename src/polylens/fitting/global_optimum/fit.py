@@ -6,7 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from polylens.checks import renamed
 from polylens.errors import InvalidInputError
+from polylens.fitting.estimator import require_fit
 from polylens.fitting.gaussian import fit_gaussian
 from polylens.fitting.global_optimum import conjugate_gradients, normal_equations
 from polylens.fitting.global_optimum.quadratic_moments import (
@@ -29,11 +31,13 @@ DENSE_BYTES = 1 << 28
 MAX_QUADRATIC_BYTES = 1 << 30
 
 
+@renamed()
 @torch.no_grad()
 def fit_global(
     weights: MLPWeights | GLUWeights,
     mixture: GaussianMixture,
     degree: int,
+    *,
     outputs: Tensor | None = None,
     tolerance: float = 1e-8,
     max_iterations: int = MAX_ITERATIONS,
@@ -51,6 +55,9 @@ def fit_global(
     recorded. Anything with fewer is solved from explicit normal equations.
 
     Args:
+        weights: the layer.
+        mixture: the distribution of its inputs.
+        degree: 0 ... 12.
         outputs: [d_out, k], the output directions to fit, as columns; None for all.
         tolerance: relative residual of conjugate gradients.
 
@@ -63,6 +70,8 @@ def fit_global(
     per output and distinct covariance; 2 minutes on two cores and 1 GB for d_in = 784, 10
     components and 10 outputs.
     """
+    remedy = "under a Gaussian fit() is the optimum, for samples there is fit_joint()"
+    require_fit(weights, mixture, degree, GaussianMixture, remedy)
     if not tolerance > 0:
         raise InvalidInputError(f"tolerance must be positive, got {tolerance}")
     layer = _along(weights.to(torch.float64), outputs)
@@ -162,7 +171,7 @@ def _solve(
         raise InvalidInputError(
             f"degree {degree} in {r} dimensions has {normal_equations.feature_count(r, degree):,} "
             f"monomials, more than the {normal_equations.MAX_FEATURES:,} whose normal equations "
-            "are formed; use degree <= 2, fewer input dimensions, or scope='neuron'"
+            "are formed; use degree <= 2, fewer input dimensions, or fit()"
         )
     return optima, explained, iterations, residual
 

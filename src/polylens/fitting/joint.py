@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polylens.errors import InvalidInputError
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
+from polylens.fitting.samples import SampleEstimator
 from polylens.inputs.samples import checked, joined
 from polylens.normal_forms.preactivation import branches
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
@@ -24,6 +25,30 @@ HELD_OUT = 0.2
 MAX_GRAM_BYTES = 1 << 33
 # Rows and columns of one block of a Gram matrix.
 ROWS, COLUMNS = 2048, 1024
+
+
+class JointEstimator(SampleEstimator):
+    """Least squares over the inputs, with the features of all neurons for every output.
+
+    Raises:
+        InvalidInputError: too many features (the size).
+    """
+
+    name = "samples, jointly"
+
+    def __init__(
+        self, weights: MLPWeights | GLUWeights, degree: int, tails: float | None = None
+    ) -> None:
+        super().__init__(weights, degree, tails)
+        size = feature_count(weights, degree)
+        if 16 * size * size > MAX_GRAM_BYTES:
+            raise InvalidInputError(
+                f"{size:,} features need Gram matrices of {16 * size * size:,} bytes; fit neuron "
+                "by neuron or a lower degree"
+            )
+
+    def _begun(self, seen: PreactivationRange | None) -> "JointGram":
+        return JointGram(self.weights, self.degree, seen)
 
 
 class JointGram:
@@ -44,20 +69,12 @@ class JointGram:
 
     Attributes:
         dtype: of the products; sums are in float64.
-
-    Raises:
-        InvalidInputError: too many features (the size).
     """
 
     def __init__(
         self, weights: MLPWeights | GLUWeights, degree: int, seen: PreactivationRange | None = None
     ) -> None:
         size = feature_count(weights, degree)
-        if 16 * size * size > MAX_GRAM_BYTES:
-            raise InvalidInputError(
-                f"{size:,} features need Gram matrices of {16 * size * size:,} bytes; fit neuron "
-                "by neuron or a lower degree"
-            )
         self.dtype = torch.promote_types(weights.dtype, torch.float32)
         self._weights, self._degree = weights.to(self.dtype), degree
         self._neurons = NeuronGram(weights, degree, seen=seen, linear=True)
@@ -74,9 +91,12 @@ class JointGram:
         x, w = checked(x, sample_weights, self._weights.d_in)
         cut = len(x) - int(HELD_OUT * len(x))
         for sums, rows in ((self._train, slice(0, cut)), (self._test, slice(cut, None))):
-            sums.waiting.append((x[rows], None if w is None else w[rows]))
+            block = x[rows], None if w is None else w[rows]
+            sums.waiting.append(block)
             if sum(len(block) for block, _ in sums.waiting) >= ROWS:
                 self._flush(sums)
+            else:  # the caller may write to x, or free it
+                sums.waiting[-1] = tuple(None if t is None else t.clone() for t in block)
 
     def _flush(self, sums: "_Sums") -> None:
         """Add what is waiting."""
@@ -109,7 +129,7 @@ class JointGram:
         return Polynomial(self._weights, m, s, P, Q, self._tails), center, z_mean
 
     @torch.no_grad()
-    def solve(self, inputs: Any = None) -> JointPolynomial:
+    def solve(self) -> JointPolynomial:
         """The fit to all samples so far, for every degree up to that of the sums.
 
         Raises:
@@ -118,7 +138,7 @@ class JointGram:
         for sums in (self._train, self._test):
             self._flush(sums)
             sums.complete()
-        base = self._neurons.solve(inputs=inputs)
+        base = self._neurons.solve()
         assert self._frame is not None
         _, center, z_mean = self._frame
         readouts = (readout(base, center, z_mean, n) for n in range(self._degree + 1))

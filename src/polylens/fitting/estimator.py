@@ -1,0 +1,102 @@
+"""What every estimator does: from inputs seen, batch by batch, to the polynomial of a layer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from polylens.activations.activation import MAX_DEGREE
+from polylens.errors import InvalidInputError
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.ends import require_tails
+from polylens.polynomials.factored import Polynomial
+from polylens.polynomials.joint import JointPolynomial
+
+# Inputs [n, d_in] and their weights [n], or None for equal ones.
+Batch = tuple[Tensor, Tensor | None]
+
+
+class Estimator(ABC):
+    """Sums over the inputs of one layer; memory does not grow with their number.
+
+    Args:
+        weights: the layer.
+        degree: of the fit, 0 ... 12.
+        tails: where the polynomials end. None: nowhere. 0.0: at the lowest and highest
+            preactivation of every neuron, beyond which it follows the asymptote of the
+            activation (`Polynomial.with_ends`). A share below 0.5: further inside, so that so
+            much of the layer's preactivations lies beyond, at the neurons and on the sides where
+            that lowers the error most.
+
+    Attributes:
+        name: in words, as in summaries.
+        default_tails: for fits that are to study the "true" stream, and for those on the
+            "replaced" one.
+        count: inputs seen so far.
+
+    Raises:
+        InvalidInputError: a degree or tails that cannot be.
+    """
+
+    name: ClassVar[str]
+    default_tails: ClassVar[Mapping[str, float | None]]
+
+    def __init__(
+        self, weights: MLPWeights | GLUWeights, degree: int, tails: float | None = None
+    ) -> None:
+        require_degree(degree)
+        self.check_tails(tails)
+        self.weights, self.degree, self.tails = weights, degree, tails
+        self.count = 0
+
+    @abstractmethod
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        """Add inputs [n, d_in], weighted by [n] or equally; what is kept of them is copied."""
+
+    @abstractmethod
+    def solve(self) -> Polynomial | JointPolynomial:
+        """The fit to all inputs so far; InvalidInputError if they are NaN or too few."""
+
+    def prepare(self, batches: Callable[[], Iterable[Batch]]) -> None:  # noqa: B027
+        """Look at inputs that `update` gets afterwards; for those that can be read twice."""
+
+    @classmethod
+    def check_tails(cls, tails: float | None) -> None:
+        """InvalidInputError for tails that this estimator does not know."""
+        require_tails(tails)
+
+
+def require_degree(degree: int) -> None:
+    """InvalidInputError for a degree that cannot be fitted."""
+    if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= MAX_DEGREE:
+        raise InvalidInputError(
+            f"degree must be an integer in 0 ... {MAX_DEGREE} (beyond, He_k and k! cancel more "
+            f"digits than float64 has), got {degree!r}"
+        )
+
+
+def require_fit(
+    weights: Any, inputs: Any, degree: int, kinds: type | tuple[type, ...], remedy: str
+) -> None:
+    """InvalidInputError unless a layer can be fitted under an input model of these kinds.
+
+    Args:
+        remedy: what else to pass or call for another type of inputs.
+    """
+    require_degree(degree)
+    if not isinstance(weights, (MLPWeights, GLUWeights)):
+        raise InvalidInputError(
+            f"weights must be MLPWeights or GLUWeights, got {type(weights).__name__}; "
+            "find_mlps(model) lists the layers of a model, site.weights() are those of one"
+        )
+    if not isinstance(inputs, kinds):
+        names = [kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+        raise InvalidInputError(
+            f"inputs must be {' or '.join(names)}, got {type(inputs).__name__}; {remedy}"
+        )
+    d_in: int | None = inputs.d_in
+    if d_in is not None and d_in != weights.d_in:
+        raise InvalidInputError(
+            f"the layer reads {weights.d_in} features, the input model has {d_in}"
+        )
