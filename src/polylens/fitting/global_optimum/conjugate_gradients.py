@@ -19,6 +19,8 @@ from polylens.fitting.global_optimum.quadratic_moments import (
 GAIN, LONGEST, SLOW, SMALL = 1e-3, 100, 0.1, 128
 # Directions below this share of a block's largest (as squares) add nothing but rounding.
 DEPENDENT = 1e-13
+# An estimate that has grown by this is rounding.
+DIVERGED = 1e6
 
 
 def best_quadratic(
@@ -66,24 +68,36 @@ def best_quadratic(
         coefficients = mix @ coefficients
         estimate = float(torch.linalg.vector_norm(coefficients, dim=0).max())
         goal = max(tolerance / 2, GAIN * relative)
-        if estimate > goal and iteration < min(begun + LONGEST, max_iterations):
+        going = iteration < min(begun + LONGEST, max_iterations)
+        if going and goal < estimate < DIVERGED * relative:
             direction = Z.add_(direction.combined(mix.T))
             continue
-        gained = update.to(torch.float64).combined(size.diag())
-        residual, now = _residual(moments, solution.add_(gained), exact, exact_inverse, scale)
+        trial = update.to(torch.float64).combined(size.diag()).add_(solution)
+        residual, now = _residual(moments, trial, exact, exact_inverse, scale)
         if now <= tolerance:
-            return solution, iteration, now
-        if now > relative:  # rounding: what was gained is lost
-            solution.add_(gained, alpha=-1.0)
-            residual, now = _residual(moments, solution, exact, exact_inverse, scale)
-        slow = now > SLOW * relative
-        relative, update, begun = now, None, iteration
+            return trial, iteration, now
+        gained = now < relative
+        slow = not now < SLOW * relative
+        if gained:
+            solution, relative = trial, now
+        else:  # rounding, the directions' too
+            residual, relative = _residual(moments, solution, exact, exact_inverse, scale)
+        update, begun = None, iteration
         if slow:
             dtype, operator, inverse = torch.float64, exact, exact_inverse
-        Q, Z, coefficients = _orthonormal(residual.combined(scale.diag()).to(dtype), inverse)
-        # conjugate to the last directions, so that nothing learnt is lost
-        image, direction = image.to(dtype), direction.to(dtype)
-        direction = Z.add_(direction.combined(step @ image.gram(Z)), alpha=-1.0)
+        left = residual.combined(scale.diag()).to(dtype)
+        if gained:
+            # Conjugate to the last directions, so that nothing learnt is lost; first without
+            # what is left along them, beside which the others can be rounding.
+            image, direction = image.to(dtype), direction.to(dtype)
+            along = step @ direction.gram(left)
+            update = direction.combined(along)
+            left.add_(image.combined(along), alpha=-1.0)
+            Q, Z, coefficients = _orthonormal(left, inverse)
+            direction = Z.add_(direction.combined(step @ image.gram(Z)), alpha=-1.0)
+        else:
+            Q, Z, coefficients = _orthonormal(left, inverse)
+            direction = Z
     raise ConvergenceError(
         f"conjugate gradients reached a relative residual of {relative:.3g} in {max_iterations} "
         f"iterations, {tolerance:.3g} was asked for; components that overlap little, or do "
