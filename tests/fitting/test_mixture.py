@@ -133,6 +133,18 @@ def test_conjugate_gradients_on_deficient_supports(conjugate_gradients, monkeypa
     assert_same_function(iterative, direct, mixture.sample(50, generator(0)), 1e-6)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_components_that_share_a_covariance_take_a_few_iterations(seed):
+    """Where the first restart meets the rounding of all directions but a few."""
+    g = generator(seed)
+    spread = torch.diag(0.1 + torch.rand(50, generator=g, dtype=torch.float64))
+    means = 0.5 * torch.randn(3, 50, generator=g, dtype=torch.float64)
+    layer = random_layer(seed, act="relu", d_in=50, d_mlp=30, d_out=10)
+    fitted = fit(layer, GaussianMixture(torch.ones(3) / 3, means, spread), 2, "global")
+    assert fitted.residual <= 1e-8
+    assert fitted.iterations < 10
+
+
 def test_not_converged_is_an_error(conjugate_gradients):
     layer, mixture = random_layer(0), random_mixture(0)
     with pytest.raises(ConvergenceError, match=r"relative residual of .* in 2 iterations"):
