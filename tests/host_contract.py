@@ -103,7 +103,7 @@ class HostContract:
             values[layer, name] = value
 
         def observer(layer: int):
-            return lambda x, y: keep(layer, "true", y)
+            return lambda a: keep(layer, "true", a.y)
 
         observers = {layer: observer(layer) for layer in lens.layers}
         with self.hooked(lens, POINTS, keep), lens.host.observe(observers), torch.no_grad():
@@ -280,11 +280,11 @@ class HostContract:
         seen: dict[int, tuple[Tensor, Tensor]] = {}
 
         def observer(layer):
-            return lambda x, y: seen.update({layer: (x, y)})
+            return lambda a: seen.update({layer: (a.x, a.y)})
 
         contexts = {
             "observe": {layer: observer(layer) for layer in lens},
-            "substitute": {layer: lambda x, y: torch.zeros_like(y) for layer in lens},
+            "substitute": {layer: lambda a: torch.zeros_like(a.y) for layer in lens},
         }
         for outer, inner in (tuple(contexts), tuple(contexts)[::-1]):
             host = lens.host
@@ -302,15 +302,15 @@ class HostContract:
 
     def test_an_observer_cannot_change_what_flows_on(self, model):
         reference, host = logits(model), host_for(model)
-        with host.observe({0: lambda x, y: torch.zeros_like(y)}):
+        with host.observe({0: lambda a: torch.zeros_like(a.y)}):
             assert torch.equal(logits(model), reference)
 
     def test_a_substitute_gets_the_true_output_and_has_the_last_word(self, model):
         reference = logits(model)
         with attach(model) as lens, lens.replaced():
-            with lens.host.substitute({layer: lambda x, y: y for layer in lens}):
+            with lens.host.substitute({layer: lambda a: a.y for layer in lens}):
                 assert torch.equal(logits(model), reference)
-            with lens.host.substitute({layer: lambda x, y: 0 * y for layer in lens}):
+            with lens.host.substitute({layer: lambda a: 0 * a.y for layer in lens}):
                 zeroed = logits(model)
             assert not torch.equal(logits(model), zeroed)
         assert not torch.equal(zeroed, reference)

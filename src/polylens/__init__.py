@@ -17,6 +17,7 @@ from polylens.activations.activation import Activation, activation, known_activa
 from polylens.activations.registered import register_activation
 from polylens.attachment import attach, find_mlps, load
 from polylens.calibration.sampling import sample_tokens
+from polylens.checks import Expert
 from polylens.errors import (
     ArtifactError,
     AttachmentError,
@@ -55,6 +56,7 @@ __all__ = [
     "ConvergenceError",
     "DensePolynomial",
     "Estimator",
+    "Expert",
     "ExplainedVariance",
     "GLUWeights",
     "Gaussian",

@@ -13,12 +13,12 @@ from polylens.calibration import streams
 from polylens.calibration.offload import store_for
 from polylens.calibration.sampling import sampled
 from polylens.calibration.streams import Calibration
-from polylens.checks import check_layers, labelled
+from polylens.checks import Layer, check_layers, labelled
 from polylens.errors import ArtifactError, AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.fitting.estimator import require_degree
 from polylens.fitting.fit import estimator, fit
 from polylens.hosts import host_for
-from polylens.hosts.base import Host, Layer, MLPSite
+from polylens.hosts.base import Host, MLPSite
 from polylens.hosts.passage import require_free
 from polylens.inputs.gaussian import Gaussian
 from polylens.installed.emitter import Fitted
@@ -58,7 +58,7 @@ def attach(
     weighting: str | None = None,
     clip: bool | float | None = None,
     degree: int = 2,
-    layers: Iterable[Layer] | int | None = None,
+    layers: Iterable[Layer] | Layer | None = None,
     attention_mask: Tensor | None = None,
     exclude_first: bool = True,
     batch_size: int = 8,

@@ -2,13 +2,34 @@
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from polylens.errors import InvalidInputError, UnsupportedModel
 
-if TYPE_CHECKING:
-    from polylens.hosts.base import Layer
+
+@dataclass(frozen=True, order=True, repr=False)
+class Expert:
+    """One expert of a mixture: `lens[Expert(3, 7)]` is expert 7 of layer 3.
+
+    Attributes:
+        layer: number of the block.
+        expert: its number among the block's experts.
+    """
+
+    layer: int
+    expert: int
+
+    def __repr__(self) -> str:
+        return f"Expert({self.layer}, {self.expert})"
+
+    def __str__(self) -> str:
+        return f"{self.layer}.{self.expert}"
+
+
+# What tells sites apart: the number of a block, or an expert in it.
+Layer = int | Expert
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -81,14 +102,14 @@ def check_at_least(name: str, value: int, least: int) -> None:
 
 
 def check_layers(
-    layers: "Iterable[Layer] | int | None",
-    there: "Collection[Layer]",
-    refused: "Mapping[Layer, str]",
+    layers: Iterable[Layer] | Layer | None,
+    there: Collection[Layer],
+    refused: Mapping[Layer, str],
     where: str = "",
-) -> "list[Layer]":
+) -> list[Layer]:
     """The layers in the order of `there`, each once; all that are there for None.
 
-    A number stands for everything in that layer, (number, expert) for one expert.
+    A number stands for everything in that layer, an Expert for one expert.
 
     Args:
         where: what they are missing from, for the error.
@@ -99,12 +120,17 @@ def check_layers(
     """
     if layers is None:
         return list(there)
-    chosen = [layers] if isinstance(layers, int) else list(layers)
+    chosen = [layers] if isinstance(layers, Layer) else list(layers)
     if not chosen:
         raise InvalidInputError(f"layers is empty; there are {list(there)}")
     wanted: set[Layer] = set()
     for layer in chosen:
-        members = {n for n in there if layer in (n, n[0] if isinstance(n, tuple) else n)}
+        if isinstance(layer, tuple):
+            raise InvalidInputError(
+                f"no layer {layer!r}{where}: an expert is polylens.Expert(layer, expert), several "
+                "layers are several entries"
+            )
+        members = {n for n in there if layer in (n, block(n))}
         if not members and layer in refused:
             raise UnsupportedModel(refused[layer])
         if not members or isinstance(layer, bool):
@@ -113,17 +139,27 @@ def check_layers(
     return [layer for layer in there if layer in wanted]
 
 
-def label(layer: "Layer") -> str:
+def label(layer: Layer) -> str:
     """`3`, and `3.7` for expert 7 of layer 3."""
-    return f"{layer[0]}.{layer[1]}" if isinstance(layer, tuple) else str(layer)
+    return str(layer)
 
 
-def labelled(text: str) -> "Layer":
+def labelled(text: str) -> Layer:
     """The layer that has this label."""
-    block, dot, expert = text.partition(".")
-    return (int(block), int(expert)) if dot else int(block)
+    number, dot, expert = text.partition(".")
+    return Expert(int(number), int(expert)) if dot else int(number)
 
 
-def block(layer: "Layer") -> int:
+def block(layer: Layer) -> int:
     """The number of the layer itself, or of the one that an expert is in."""
-    return layer[0] if isinstance(layer, tuple) else layer
+    return layer.layer if isinstance(layer, Expert) else layer
+
+
+def to_json(layer: Layer | None) -> Any:
+    """As reports and traces keep it: `3`, and `[3, 7]` for expert 7 of layer 3."""
+    return [layer.layer, layer.expert] if isinstance(layer, Expert) else layer
+
+
+def from_json(value: Any) -> Layer | None:
+    """The layer that `to_json` made this of."""
+    return Expert(*value) if isinstance(value, list) else value

@@ -12,9 +12,9 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 from torch.nn import Module
 
-from polylens.checks import check_degree, label
+from polylens.checks import Layer, check_degree, label
 from polylens.errors import AttachmentError
-from polylens.hosts.base import Host, Layer
+from polylens.hosts.base import Host
 from polylens.installed.installation import Installation
 from polylens.polynomials.factored import Polynomial
 from polylens.report.measure import measure
@@ -38,7 +38,7 @@ class Lens(Installation):
 
     Attributes:
         layers: attached layers, in order; `lens[layer]` is the layer's Polynomial, and
-            `lens[layer, expert]` that of an expert. As an argument, the number of a layer
+            `lens[Expert(layer, expert)]` that of an expert. As an argument, the number of a layer
             stands for the experts in it, too.
         sites: the MLPSite of each.
         degree: fitted degree.
@@ -58,7 +58,7 @@ class Lens(Installation):
         tokens: Tensor,
         *,
         degree: int | None = None,
-        layers: Iterable[Layer] | int | None = None,
+        layers: Iterable[Layer] | Layer | None = None,
         attention_mask: Tensor | None = None,
         batch_size: int = 8,
         loss: bool = True,
@@ -109,7 +109,7 @@ class Lens(Installation):
 
     @contextmanager
     def cache(
-        self, layers: Iterable[Layer] | int | None = None, names: Iterable[str] | None = None
+        self, layers: Iterable[Layer] | Layer | None = None, names: Iterable[str] | None = None
     ) -> Iterator[dict[tuple[str, Layer], Tensor]]:
         """Within the context, {(name, layer): tensor} of the latest forward pass.
 
@@ -158,7 +158,7 @@ class Lens(Installation):
         return self.host.inline(polynomial)  # type: ignore
 
     def export(
-        self, layers: Iterable[Layer] | int | None = None, degree: int | None = None
+        self, layers: Iterable[Layer] | Layer | None = None, degree: int | None = None
     ) -> Module:
         """A new model in which these MLPs are polynomials, made of ordinary modules.
 

@@ -89,7 +89,7 @@ def peak(model, n, directory=None):
 
     def visit(layer, arrivals):
         assert sum(1 for _ in arrivals) == n
-        return lambda x, y: y.clone()
+        return lambda arrival: arrival.y.clone()
 
     with Meter() as meter, store_for(directory) or Memory() as store:
         in_step(host, layers, [step] * n, visit, None if directory is None else store)

@@ -37,15 +37,15 @@ def attach(model, tokens=CALIBRATION, **options):
 def seen_inputs(host, layers, steps):
     """What each layer reads in ordinary passes."""
     seen = {layer: [] for layer in layers}
-    observers = {n: (lambda x, y, n=n: seen[n].append(x.clone())) for n in layers}
+    observers = {n: (lambda a, n=n: seen[n].append(a.x.clone())) for n in layers}
     with torch.no_grad(), host.observe(observers):
         for step in steps:
             host.run(*step)
     return seen
 
 
-def true(x, y):
-    return y
+def true(arrival):
+    return arrival.y
 
 
 @pytest.mark.parametrize("make", HOSTS)
@@ -57,7 +57,7 @@ def test_in_step_every_batch_computes_what_it_computes_alone(make):
     visited = []
 
     def visit(layer, arrivals):
-        found = [(i, x.clone()) for i, x, _ in arrivals]
+        found = [(i, arrival.x.clone()) for i, arrival in arrivals]
         assert [i for i, _ in found] == [0, 1, 2]
         assert all(torch.equal(x, expected[layer][i]) for i, x in found)
         visited.append(layer)

@@ -61,7 +61,7 @@ def test_every_activation_is_calibrated_on_and_reported_on(case, host):
 
 
 def keep(seen, layer):
-    return lambda x, y: seen.update({layer: (x, y)})
+    return lambda a: seen.update({layer: (a.x, a.y)})
 
 
 def test_position_zero_is_replaced_too(case):

@@ -9,6 +9,8 @@ from tests.hf_models import D_VOCAB, DECODER, from_config
 from tests.host_contract import module_snapshot
 
 import polylens
+from polylens import Expert
+from polylens.checks import check_layers, from_json, label, labelled, to_json
 from polylens.cli.page import html_page
 from polylens.hosts.torch.host import TorchHost
 from polylens.hosts.torch.moe import find_experts
@@ -52,7 +54,7 @@ def test_every_expert_is_found_and_verified(case):
     model, layers = case
     sites, refused = find(model)
     assert refused == {}
-    assert [s.layer for s in sites] == [(i, e) for i in layers for e in range(4)]
+    assert [s.layer for s in sites] == [Expert(i, e) for i in layers for e in range(4)]
     assert all(s.kind == "glu" and s.activation.name == "silu" for s in sites)
     assert all(s.error < 1e-5 for s in sites)
     storages = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -63,16 +65,16 @@ def test_every_expert_is_found_and_verified(case):
 def test_each_expert_sees_the_tokens_routed_to_it(case):
     model, layers = case
     host, seen = TorchHost(model), {}
-    sites = {site.layer: site for site in host.sites()[0] if isinstance(site.layer, tuple)}
+    sites = {site.layer: site for site in host.sites()[0] if isinstance(site.layer, Expert)}
     reference = logits(model)
 
     def observer(layer):
-        return lambda x, y: seen.update({layer: (x, y, x.places)})
+        return lambda a: seen.update({layer: (a.x, a.y, a.places)})
 
     with host.observe({layer: observer(layer) for layer in sites}):
         assert torch.equal(logits(model), reference)
     for layer in layers:
-        counts = [len(places.rows) for n, (_, _, places) in seen.items() if n[0] == layer]
+        counts = [len(places.rows) for n, (_, _, places) in seen.items() if n.layer == layer]
         assert sum(counts) == 2 * TOKENS.numel()
     for layer, (x, y, places) in seen.items():
         assert len(x) == len(y) == len(places.rows)
@@ -84,13 +86,13 @@ def test_each_expert_sees_the_tokens_routed_to_it(case):
 def test_replacing_an_expert_by_itself_changes_nothing_and_by_nothing_a_lot(case):
     model, layers = case
     host = TorchHost(model)
-    sites = [site for site in host.sites()[0] if isinstance(site.layer, tuple)]
+    sites = [site for site in host.sites()[0] if isinstance(site.layer, Expert)]
     reference = logits(model)
-    with host.substitute({sites[0].layer: lambda x, y: sites[0].weights()(x)}):
+    with host.substitute({sites[0].layer: lambda a: sites[0].weights()(a.x)}):
         torch.testing.assert_close(logits(model), reference, atol=1e-5, rtol=1e-4)
-    with host.substitute({site.layer: lambda x, y: 0 * y for site in sites}):
+    with host.substitute({site.layer: lambda a: 0 * a.y for site in sites}):
         zeroed = logits(model)
-        with host.substitute({site.layer: lambda x, y: y for site in sites}):
+        with host.substitute({site.layer: lambda a: a.y for site in sites}):
             assert torch.equal(logits(model), reference)
     assert (zeroed - reference).abs().max() > 1e-3
     experts = [model.get_submodule(f"model.layers.{layer}.mlp.experts") for layer in layers]
@@ -137,14 +139,14 @@ def test_a_lens_calibrates_each_expert_on_the_tokens_it_sees(case):
     model, layers = case
     reference, before = logits(model), set(model.modules())
     lens = attach(model, batch_size=5)
-    experts = [n for n in lens if isinstance(n, tuple)]
-    assert experts == [(i, e) for i in layers for e in range(4)]
+    experts = [n for n in lens if isinstance(n, Expert)]
+    assert experts == [Expert(i, e) for i in layers for e in range(4)]
     assert lens.refused == {}
     assert torch.equal(logits(model), reference)
     seen = {}
 
     def observer(layer):
-        return lambda x, y: seen.update({layer: x[~x.places.first].double()})
+        return lambda a: seen.update({layer: a.x[~a.places.first].double()})
 
     with lens.host.observe({n: observer(n) for n in experts}), torch.no_grad():
         lens.host.run(MANY)
@@ -166,12 +168,12 @@ def test_experts_are_replaced_with_position_zero_left_true(case):
     model, layers = case
     reference = logits(model)
     with attach(model, layers=layers[0]) as lens:
-        assert {n if isinstance(n, int) else n[0] for n in lens} == {layers[0]}
+        assert {n if isinstance(n, int) else n.layer for n in lens} == {layers[0]}
         with lens.replaced(degree=0):
             constant = logits(model)
         with lens.replaced():
             cubic = logits(model)
-        with lens.replaced(layers=[(layers[0], 2)]):
+        with lens.replaced(layers=[Expert(layers[0], 2)]):
             one = logits(model)
     assert torch.equal(constant[:, 0], reference[:, 0])
     assert not torch.equal(one, reference)
@@ -183,12 +185,12 @@ def test_a_report_has_a_row_with_the_tokens_of_each_expert(case):
     model, layers = case
     with attach(model) as lens:
         report = lens.report(HELD_OUT, progress=False)
-        page = html_page(lens, report, layers=[(layers[-1], 3)])
+        page = html_page(lens, report, layers=Expert(layers[-1], 3))
     assert f"<h3>Layer {layers[-1]}.3</h3>" in page
     rows = {row.layer: row for row in report}
     assert report.n_tokens == HELD_OUT[:, 1:].numel()
     for layer in layers:
-        experts = [rows[layer, e] for e in range(4)]
+        experts = [rows[Expert(layer, e)] for e in range(4)]
         assert sum(row.n_tokens for row in experts) == 2 * report.n_tokens
         for row in experts:
             assert row.r2[3] > 0.9
@@ -198,7 +200,7 @@ def test_a_report_has_a_row_with_the_tokens_of_each_expert(case):
             assert rows[layer].delta_ce is not None
     assert abs(report.all_row.delta_ce) < abs(report.all_row.ablation_delta_ce)
     lines = [line.split() for line in str(report).splitlines()]
-    label, tokens = f"{layers[-1]}.3", f"{rows[layers[-1], 3].n_tokens:,}"
+    label, tokens = f"{layers[-1]}.3", f"{rows[Expert(layers[-1], 3)].n_tokens:,}"
     assert any(line[:2] == [label, tokens] for line in lines)
     assert label in report._repr_html_()
     assert polylens.Report.from_dict(json.loads(report.to_json())) == report
@@ -208,13 +210,13 @@ def test_prefixes_end_with_a_block_and_worst_tokens_name_experts(case):
     model, layers = case
     with attach(model) as lens:
         report = lens.report(HELD_OUT, prefixes=True, worst=5, progress=False)
-        ends = {(layer, 3) for layer in layers}
+        ends = {Expert(layer, 3) for layer in layers}
         for row in report:
             if isinstance(row.layer, int):
                 ends |= {row.layer} - set(layers)
             assert row.r2_replaced > 0.5
         assert {row.layer for row in report if row.prefix_delta_ce is not None} == ends
-        assert report[layers[-1], 3].prefix_delta_ce == report.all_row.delta_ce
+        assert report[Expert(layers[-1], 3)].prefix_delta_ce == report.all_row.delta_ce
         with torch.no_grad(), lens.replaced(), lens.cache() as seen:
             lens.host.logits(HELD_OUT)
         for worst in report.worst:
@@ -248,11 +250,11 @@ def test_experts_of_an_nnsight_model():
     model = nnsight.NNsight(from_config(config, name, changes))
     before, reference = module_snapshot(model._module), logits(model._module)
     with attach(model) as lens:
-        with lens.cache([(1, 2)], ["out"]) as cache, lens.replaced():
+        with lens.cache([Expert(1, 2)], ["out"]) as cache, lens.replaced():
             assert not torch.equal(logits(model._module), reference)
         with model.trace(MANY):
             shared = model.model.layers[1].mlp.shared_expert.poly.output.save()
-        assert shared.shape[-1] == cache["out", (1, 2)].shape[-1] == 24
+        assert shared.shape[-1] == cache["out", Expert(1, 2)].shape[-1] == 24
     assert module_snapshot(model._module) == before
     assert torch.equal(logits(model._module), reference)
 
@@ -270,23 +272,23 @@ def test_an_expert_that_saw_too_few_tokens_is_named_and_not_fitted():
     host.sites()
 
     def observer(e):
-        return lambda x, y: counts.update({e: len(x)})
+        return lambda a: counts.update({e: len(a.x)})
 
-    with host.observe({(0, e): observer(e) for e in range(4)}), torch.no_grad():
+    with host.observe({Expert(0, e): observer(e) for e in range(4)}), torch.no_grad():
         host.run(MANY)
     few = [e for e in range(4) if counts.get(e, 0) < 64]
     with attach(model, layers=0) as lens:
-        assert [e for _, e in lens] == [e for e in range(4) if e not in few]
+        assert [n.expert for n in lens] == [e for e in range(4) if e not in few]
         for e in few:
             with pytest.raises(polylens.UnsupportedModel, match=f"sent {counts.get(e, 0)} of"):
-                lens[0, e]
+                lens[Expert(0, e)]
         with pytest.raises(polylens.InvalidInputError, match="mixture of experts"):
             lens[0]
     with pytest.raises(polylens.UnsupportedModel, match="give more tokens"):
         attach(model, TOKENS[:1], layers=0)
 
 
-@pytest.mark.parametrize("options", [dict(inputs="norm"), dict(layers=[(0, 9)])])
+@pytest.mark.parametrize("options", [dict(inputs="norm"), dict(layers=Expert(0, 9))])
 def test_what_experts_cannot_do_is_said(options):
     config, name, changes, _ = MODELS["mixtral"]
     model = from_config(config, name, changes)
@@ -294,3 +296,16 @@ def test_what_experts_cannot_do_is_said(options):
     with pytest.raises((polylens.UnsupportedModel, polylens.InvalidInputError), match=r"router|9"):
         attach(model, tokens, **options)
     assert polylens.attached(model) is None
+
+
+def test_an_expert_is_no_tuple_of_two_layers():
+    there = [0, Expert(1, 0), Expert(1, 1), 2]
+    assert check_layers((0, 1), there, {}) == [0, Expert(1, 0), Expert(1, 1)]
+    assert check_layers(Expert(1, 1), there, {}) == [Expert(1, 1)]
+    assert check_layers([2, Expert(1, 0)], there, {}) == [Expert(1, 0), 2]
+    with pytest.raises(polylens.InvalidInputError, match="Expert"):
+        check_layers([(1, 0)], there, {})
+    for layer, text, value in ((3, "3", 3), (Expert(3, 7), "3.7", [3, 7])):
+        assert (label(layer), to_json(layer)) == (text, value)
+        assert labelled(text) == from_json(value) == layer
+    assert sorted([Expert(2, 0), Expert(1, 5), Expert(1, 2)])[0] == Expert(1, 2)

@@ -56,9 +56,9 @@ def ways(monkeypatch):
     taken = {"long": 0, "short": 0}
     call, neurons = SiteEmitter.__call__, SiteEmitter.neurons
 
-    def long(self, x, y, tap):
-        out = call(self, x, y, tap)
-        taken["long"] += out is not y
+    def long(self, arrival, tap):
+        out = call(self, arrival, tap)
+        taken["long"] += out is not arrival.y
         return out
 
     def short(self, *values):
@@ -148,7 +148,7 @@ def test_hooks_inside_see_what_the_true_layer_computes(model, ways):
     """On the replaced stream; what they change does not reach the polynomial."""
     with attach(model, exclude_first=False) as lens, lens.replaced():
         inputs, seen = {}, {}
-        observers = {layer: lambda x, y, layer=layer: inputs.update({layer: x}) for layer in lens}
+        observers = {layer: lambda a, layer=layer: inputs.update({layer: a.x}) for layer in lens}
         with lens.host.observe(observers):
             reference = logits(model)
         if len(lens) == 1:

@@ -215,7 +215,7 @@ def test_norm_in_front_of_the_mlp(name):
             host.norm(site)
         return
     seen = []
-    with host.observe({1: lambda x, y: seen.append(x.detach().double())}):
+    with host.observe({1: lambda a: seen.append(a.x.detach().double())}):
         host.run(TOKENS)
     norm = host.norm(site)
     plain = seen[0] if norm.bias is None else seen[0] - norm.bias.double()

@@ -152,7 +152,7 @@ def test_every_host_computes_the_clipped_polynomial(make, tmp_path):
     with polylens.attach(model, TOKENS[:1, :6], degree=3, **options) as lens:
         weights = lens.sites[1].weights()
         seen = []
-        with lens.host.observe({1: lambda x, y: seen.append(x.clone())}), torch.no_grad():
+        with lens.host.observe({1: lambda a: seen.append(a.x.clone())}), torch.no_grad():
             lens.host.logits(far)
         x = seen[0].reshape(-1, weights.d_in)
         y, _ = preactivations(weights, x)
@@ -163,7 +163,7 @@ def test_every_host_computes_the_clipped_polynomial(make, tmp_path):
         free = lens[1].clipped(None)
         h = free.neurons(y.clamp(low, high)) + beyond(weights.act, y, (low, high))
         out = h @ free.W_out + free.b_out
-        with torch.no_grad(), lens.host.substitute({1: lambda x, y: out.view_as(y)}):
+        with torch.no_grad(), lens.host.substitute({1: lambda a: out.view_as(a.y)}):
             expected = lens.host.logits(far)
         assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
         lens.save(tmp_path / "lens")

@@ -15,6 +15,7 @@ from rich.console import Console
 import polylens
 from polylens.calibration.tokens import batches, counted, validate_tokens
 from polylens.errors import InvalidInputError, UnsupportedModel
+from polylens.hosts.base import Arrival
 from polylens.report.measure import measure
 from polylens.report.report import SCHEMA, LayerRow, Report
 
@@ -64,9 +65,9 @@ class TinyHost:
             inputs = x.reshape(-1, D) if self.flat else x
             y = weights(inputs)
             if layer in self.observers:
-                self.observers[layer](inputs, y)
+                self.observers[layer](Arrival(inputs, y))
             if layer in self.functions:
-                y = self.functions[layer](inputs, y)
+                y = self.functions[layer](Arrival(inputs, y))
             x = x + y.reshape(x.shape)
         return x @ self.model.unembed
 
@@ -110,10 +111,10 @@ class TinyLens:
         def swap(layer):
             poly = self[layer].truncate(degree)
 
-            def function(x, y):
-                out = poly(x)
-                if self.exclude_first and x.dim() == 3:
-                    out = torch.cat([y[:, :1], out[:, 1:]], dim=1)
+            def function(arrival):
+                out = poly(arrival.x)
+                if self.exclude_first and out.dim() == 3:
+                    out = torch.cat([arrival.y[:, :1], out[:, 1:]], dim=1)
                 return out
 
             return function
@@ -141,8 +142,8 @@ def _dense_r2(lens, tokens, flags):
     seen = {}
 
     def keep(layer):
-        def observe(x, y):
-            seen[layer] = (x.reshape(-1, D).numpy(), y.reshape(-1, D).numpy())
+        def observe(arrival):
+            seen[layer] = tuple(t.reshape(-1, D).numpy() for t in (arrival.x, arrival.y))
 
         return observe
 
@@ -230,7 +231,7 @@ def test_losses_equal_torch(tokens, mask, padded, exclude_first):
     outputs = {}
 
     def keep(layer):
-        return lambda x, y: outputs.__setitem__(layer, y[flags].mean(0))
+        return lambda a: outputs.__setitem__(layer, a.y[flags].mean(0))
 
     with lens.host.observe({layer: keep(layer) for layer in lens.layers}):
         lens.host.run(tokens)
@@ -241,12 +242,12 @@ def test_losses_equal_torch(tokens, mask, padded, exclude_first):
     for row in (*report, report.all_row):
         group = lens.layers if row.layer is None else (row.layer,)
         quadratics = {layer: lens[layer].truncate(2) for layer in group}
-        swap = {layer: lambda x, y, p=quadratics[layer]: first_true(p(x), y) for layer in group}
+        swap = {layer: lambda a, p=quadratics[layer]: first_true(p(a.x), a.y) for layer in group}
         ce, kl = _by_definition(lens, tokens, mask, swap)
         assert row.delta_ce == pytest.approx(ce - base, abs=1e-12)
         assert row.kl == pytest.approx(kl, abs=1e-12)
         ablate = {
-            layer: lambda x, y, m=outputs[layer]: first_true(m.expand_as(y), y) for layer in group
+            layer: lambda a, m=outputs[layer]: first_true(m.expand_as(a.y), a.y) for layer in group
         }
         ablation = _by_definition(lens, tokens, mask, ablate)[0] - base
         assert row.ablation_delta_ce == pytest.approx(ablation, abs=1e-12)

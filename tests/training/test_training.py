@@ -9,6 +9,7 @@ from tests.hf_models import D_VOCAB, DECODER, from_config
 from torch import nn
 
 import polylens
+from polylens import Expert
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.training.tracer import (
     Trace,
@@ -222,9 +223,10 @@ def test_experts_of_a_mixture_are_traced_and_come_back_from_the_file(tmp_path):
     path = tmp_path / "trace.jsonl"
     data = (tokens[:12], tokens[12:])
     trace = trace_training([(0, model), (1, model)], data, 1, path=path, progress=False)
-    assert [row.layer for row in trace.rows[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    expected = [Expert(0, 0), Expert(0, 1), Expert(1, 0), Expert(1, 1)]
+    assert [row.layer for row in trace.rows[:4]] == expected
     assert Trace.load(path) == trace
-    assert trace.series((1, 0)).shape == (2, 2)
+    assert trace.series(Expert(1, 0)).shape == (2, 2)
     first, *_ = trace.plot().axes
     assert len(first.lines) == 4
     # Two experts of one block share its colour.
@@ -232,7 +234,7 @@ def test_experts_of_a_mixture_are_traced_and_come_back_from_the_file(tmp_path):
 
 
 def test_dense_layers_and_experts_are_drawn_together():
-    rows = [TraceRow(0, n, r2=(0.0, 0.5)) for n in (0, (1, 0), (1, 1))]
+    rows = [TraceRow(0, n, r2=(0.0, 0.5)) for n in (0, Expert(1, 0), Expert(1, 1))]
     first, *_ = Trace(tuple(rows)).plot().axes
     assert len(first.lines) == 3
     title = Trace(tuple(rows[:2])).plot().axes[1].get_title()

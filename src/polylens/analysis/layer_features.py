@@ -21,9 +21,9 @@ from polylens.analysis.readout import (
     unembedding_scores,
 )
 from polylens.calibration.streams import norm_inputs
-from polylens.checks import label
+from polylens.checks import Layer, label, to_json
 from polylens.errors import UnsupportedModel
-from polylens.hosts.base import Layer, Norm
+from polylens.hosts.base import Norm
 from polylens.inputs.gaussian import Gaussian
 
 TokenScores = list[tuple[str, float]]
@@ -81,7 +81,12 @@ class LayerFeatures:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
         rows = [dict(vars(row)) for row in self.rows]
-        return {"layer": self.layer, "token": self.token, "against": self.against, "rows": rows}
+        return {
+            "layer": to_json(self.layer),
+            "token": self.token,
+            "against": self.against,
+            "rows": rows,
+        }
 
 
 @torch.no_grad()

@@ -8,11 +8,11 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor
 
 from polylens.calibration.offload import Offloaded, Resident, Store
+from polylens.checks import Layer
 from polylens.errors import UnsupportedModel
-from polylens.hosts.base import Host, Layer
+from polylens.hosts.base import Arrival, Function, Host
 
-Flow = Callable[[Tensor, Tensor], Tensor]
-Arrivals = Iterator[tuple[int, Tensor, Tensor]]
+Arrivals = Iterator[tuple[int, Arrival]]
 Step = tuple[Tensor, Tensor | None]
 
 
@@ -21,13 +21,13 @@ def in_step(
     host: Host,
     layers: Sequence[Layer],
     steps: Sequence[Step],
-    visit: Callable[[Layer, Arrivals], Flow],
+    visit: Callable[[Layer, Arrivals], Function],
     store: Store | None = None,
 ) -> None:
     """One forward pass over all batches, MLP by MLP: no batch is ahead of the others.
 
-    At each MLP `visit(layer, arrivals)` reads (index of the batch, x, true y) of every batch as
-    it arrives, and returns the function of (x, y) whose value flows on in all of them. Every
+    At each MLP `visit(layer, arrivals)` reads (index of the batch, Arrival) of every batch as it
+    arrives, and returns the function of an Arrival whose value flows on in all of them. Every
     batch is a coroutine, suspended inside its own forward pass, so that nothing need be known
     about the model's blocks.
 
@@ -39,7 +39,7 @@ def in_step(
         host: the model.
         layers: of the MLPs that are visited; the passes end behind the last one.
         steps: (tokens, attention mask) of each batch.
-        visit: must exhaust arrivals, and not keep x and y.
+        visit: must exhaust arrivals, and keep none.
         store: where what a waiting pass holds is kept; None leaves it in memory.
 
     Raises:
@@ -63,20 +63,20 @@ class _Column:
         flow: what the MLP at which all wait returns when they go on.
     """
 
-    flow: Flow
+    flow: Function
 
     def __init__(self, host: Host, steps: Sequence[Step], store: Store | None) -> None:
         self._main = getcurrent()
         self._steps = steps
         self._passes = [greenlet(host.run) for _ in steps]
-        self._held: list[tuple[Tensor, Tensor] | None] = [None] * len(steps)
+        self._held: list[Arrival | None] = [None] * len(steps)
         self._memory = Resident()
         if store is not None and len(steps) > 1:
             self._memory = Offloaded(store, host.module, len(steps))
 
-    def wait(self, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+    def wait(self, layer: Layer, arrival: Arrival) -> Tensor:
         """Called inside a forward pass at an MLP; returns what flows on, when it may go on."""
-        return self._main.switch(layer, x, y)
+        return self._main.switch(layer, arrival)
 
     def advance(self, i: int) -> Layer:
         """Batch i goes on to its next MLP, which is returned."""
@@ -89,17 +89,16 @@ class _Column:
                 "that run for some inputs only cannot be calibrated one after the other; use "
                 'calibration="true"'
             )
-        layer, x, y = place
-        self._held[i] = x, y
+        layer, self._held[i] = place
         return layer
 
     def _given(self, i: int) -> tuple:
         """What batch i starts with, or goes on with."""
         held, self._held[i] = self._held[i], None
-        return self._steps[i] if held is None else (self.flow(*held),)
+        return self._steps[i] if held is None else (self.flow(held),)
 
-    def _arrived(self, i: int) -> tuple[Tensor, Tensor]:
-        """(x, true y) with which batch i waits."""
+    def _arrived(self, i: int) -> Arrival:
+        """With what batch i waits."""
         held = self._held[i]
         assert held is not None
         return held
@@ -112,7 +111,7 @@ class _Column:
                     f"batch {i} reaches layer {place} when batch 0 reaches layer {layer}: the "
                     'order of the layers depends on the input; use calibration="true"'
                 )
-            yield i, *self._arrived(i)
+            yield i, self._arrived(i)
             self._memory.empty(i)
 
     def disband(self) -> None:

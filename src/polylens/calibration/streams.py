@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from polylens.calibration.lockstep import Arrivals, Flow, Step, in_step
+from polylens.calibration.lockstep import Arrivals, Step, in_step
 from polylens.calibration.offload import Store
 from polylens.calibration.tokens import batches, counted, kept_rows, rows, validate_inputs
-from polylens.checks import label
+from polylens.checks import Expert, Layer, label
 from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fitting.estimator import Estimator
-from polylens.hosts.base import Host, Layer, MLPSite, Norm
+from polylens.hosts.base import Arrival, Function, Host, MLPSite, Norm, Observer
 from polylens.inputs.gaussian import Gaussian
 from polylens.installed.emitter import Fitted, keep_first
 
@@ -126,14 +126,15 @@ def on_true_stream(
     tails = calibration.tails
     estimators = {layer: kind(site.weights(), degree, tails) for layer, site in sites.items()}
 
-    def see(layer: Layer, x: Tensor, y: Tensor, kept: Tensor | None) -> None:
-        estimators[layer].update(rows(x, kept), calibration.sample_weights(rows(y, kept)))
+    def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
+        x, y = rows(arrival, kept)
+        estimators[layer].update(x, calibration.sample_weights(y))
 
     steps = tqdm(calibration.steps, "calibrating", disable=not calibration.progress)
     watch(calibration.host, sites, steps, calibration.exclude_first, see)
     for layer, site in tqdm(sites.items(), "fitting", disable=not calibration.progress):
         seen = estimators.pop(layer)
-        if isinstance(layer, tuple) and seen.count < FEW_TOKENS:
+        if isinstance(layer, Expert) and seen.count < FEW_TOKENS:
             refused[layer] = (
                 f"{site.path}: the router sent {seen.count} of these tokens there, at least "
                 f"{FEW_TOKENS} are needed to fit an expert; give more tokens"
@@ -188,12 +189,12 @@ def on_replaced_stream(
     off = not calibration.progress
     with tqdm(total=total, initial=done, desc="layer by layer", disable=off) as bar:
 
-        def visit(layer: Layer, arrivals: Arrivals) -> Flow:
+        def visit(layer: Layer, arrivals: Arrivals) -> Function:
             with naming(layer, sites[layer]):
                 seen = kind(sites[layer].weights(), degree, calibration.tails)
-                for i, x, y in arrivals:
-                    kept = calibration.kept(i)
-                    seen.update(rows(x, kept), calibration.sample_weights(rows(y, kept)))
+                for i, arrival in arrivals:
+                    x, y = rows(arrival, calibration.kept(i))
+                    seen.update(x, calibration.sample_weights(y))
                     bar.update()
                 found[layer] = seen.solve()
                 if saved is not None:
@@ -207,16 +208,16 @@ def on_replaced_stream(
 
 def require_ordered(sites: Iterable[Layer]) -> None:
     """UnsupportedModel for layers of which none is below another."""
-    if any(isinstance(layer, tuple) for layer in sites):
+    if any(isinstance(layer, Expert) for layer in sites):
         raise UnsupportedModel(
             "experts cannot be calibrated one layer after the other: replaced layers would change "
             'the routing; use calibration="true", or layers= without experts'
         )
 
 
-def _flow(exclude_first: bool, polynomial: Fitted, x: Tensor, y: Tensor) -> Tensor:
-    out = polynomial(x)
-    return keep_first(out, y) if exclude_first else out
+def _flow(exclude_first: bool, polynomial: Fitted, arrival: Arrival) -> Tensor:
+    out = polynomial(arrival.x)
+    return keep_first(out, arrival) if exclude_first else out
 
 
 @torch.no_grad()
@@ -225,16 +226,16 @@ def watch(
     layers: Iterable[Layer],
     steps: Iterable[Step],
     exclude_first: bool,
-    see: Callable[[Layer, Tensor, Tensor, Tensor | None], None],
+    see: Callable[[Layer, Arrival, Tensor | None], None],
 ) -> None:
-    """One forward pass over the batches; see(layer, x, y, kept) at every layer of every batch.
+    """One forward pass over the batches; see(layer, arrival, kept) at every layer of every batch.
 
-    x and y are the true input and output, `rows(x, kept)` those of their rows that count.
+    `rows(arrival, kept)` are the true inputs and outputs that count.
     """
     kept: Tensor | None = None
 
-    def observer(layer: Layer) -> Callable[[Tensor, Tensor], None]:
-        return lambda x, y: see(layer, x, y, kept)
+    def observer(layer: Layer) -> Observer:
+        return lambda arrival: see(layer, arrival, kept)
 
     with host.observe({layer: observer(layer) for layer in layers}):
         for step in steps:

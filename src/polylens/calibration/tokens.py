@@ -8,6 +8,7 @@ from torch import Tensor
 
 from polylens.checks import check_at_least
 from polylens.errors import InvalidInputError
+from polylens.hosts.base import Arrival
 
 
 def validate_inputs(
@@ -113,16 +114,17 @@ def kept_rows(inputs: Tensor, mask: Tensor | None, *, exclude_first: bool) -> Te
     return None if bool(flags.all()) else flags.nonzero().squeeze(1)
 
 
-def rows(x: Tensor, kept: Tensor | None) -> Tensor:
-    """[n, d]: the rows of activations [..., d] that `kept_rows` has chosen.
+def rows(arrival: Arrival, kept: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x [n, d_in] and y [n, d_out]: what arrived in the rows that `kept_rows` has chosen.
 
-    Of an expert's activations (hosts.base.Places) those that are among them.
+    At an expert those of its inputs that are among them.
     """
-    flat = x.reshape(-1, x.shape[-1])
+    x, y = (t.reshape(-1, t.shape[-1]) for t in (arrival.x, arrival.y))
     if kept is None:
-        return flat
-    kept, places = kept.to(x.device), getattr(x, "places", None)
-    return flat[kept if places is None else torch.isin(places.rows, kept)]
+        return x, y
+    kept, places = kept.to(x.device), arrival.places
+    chosen = kept if places is None else torch.isin(places.rows, kept)
+    return x[chosen], y[chosen.to(y.device)]
 
 
 def _validate_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

@@ -1,6 +1,6 @@
 """What a host must offer, so that everything above it knows no framework."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from polylens.activations.activation import Activation
+from polylens.checks import Layer
 from polylens.errors import UnsupportedModel
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 
 Weights = MLPWeights | GLUWeights
-# What tells sites apart: the number of a block, or (number of a block, number of an expert).
-Layer = int | tuple[int, int]
 # Of a recomputed output, relative to its largest entry.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 
@@ -31,7 +30,7 @@ class MLPSite:
     """One MLP or GLU of a model, verified to be a normal form.
 
     Attributes:
-        layer: index of the block; of an expert (index of the block, index of the expert).
+        layer: index of the block, or an Expert of it.
         path: dotted path of the MLP component in the host.
         kind: "mlp" or "glu".
         activation: what the host's activation was found to compute.
@@ -55,7 +54,7 @@ class MLPSite:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the inputs of an expert are; `x.places` and `y.places` of what a host hands over.
+    """Where the inputs of an expert are.
 
     Attributes:
         rows: [n] indices among the batch * pos inputs of the layer.
@@ -64,6 +63,26 @@ class Places:
 
     rows: Tensor
     first: Tensor
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """What arrives at an MLP in a forward pass.
+
+    Attributes:
+        x: [batch, pos, d_in] its input; of an expert [n, d_in], what was routed to it.
+        y: [batch, pos, d_out] (of an expert [n, d_out]) what the true MLP makes of it, before
+            an expert's output is weighted.
+        places: where an expert's inputs are in the batch; None for all others.
+    """
+
+    x: Tensor
+    y: Tensor
+    places: Places | None = None
+
+
+Observer = Callable[[Arrival], object]
+Function = Callable[[Arrival], Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,12 +116,12 @@ class Tap(Protocol):
 
 
 class Emitter(Protocol):
-    """What is installed at a site: given true input and output, says what flows on."""
+    """What is installed at a site: given what arrives there, says what flows on."""
 
     point_names: tuple[str, ...]
     replacing: int | None  # None while the true output flows on
 
-    def __call__(self, x: Tensor, y: Tensor, tap: Tap) -> Tensor: ...
+    def __call__(self, arrival: Arrival, tap: Tap) -> Tensor: ...
 
     def neurons(self, y: Tensor, *others: Tensor) -> Tensor | None:
         """While replacing: what the out-projection reads instead of its h = act(y) [* z].
@@ -147,19 +166,12 @@ class Host(Protocol):
         """[n_seq, seq_len] token ids sampled from the model at temperature 1."""
         ...
 
-    def observe(
-        self, observers: dict[Layer, Callable[[Tensor, Tensor], None]]
-    ) -> AbstractContextManager[None]:
-        """Within the context, observers[layer](x, y) sees the MLP's true input and output.
-
-        Of an expert x is [n, d_in], what was routed to it, and x.places says where that is.
-        """
+    def observe(self, observers: Mapping[Layer, Observer]) -> AbstractContextManager[None]:
+        """Within the context, observers[layer](arrival) sees the MLP's true input and output."""
         ...
 
-    def substitute(
-        self, functions: dict[Layer, Callable[[Tensor, Tensor], Tensor]]
-    ) -> AbstractContextManager[None]:
-        """Within the context the output of layer's MLP is functions[layer](x, y)."""
+    def substitute(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
+        """Within the context the output of layer's MLP is functions[layer](arrival)."""
         ...
 
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:

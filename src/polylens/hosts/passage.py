@@ -2,19 +2,20 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from polylens.checks import Layer
 from polylens.errors import AttachmentError
-from polylens.hosts.base import Emitter, Layer, Tap
+from polylens.hosts.base import Arrival, Emitter, Function, Observer, Tap
 from polylens.hosts.recording import half
 
-Function = Callable[[Tensor, Tensor], Tensor | None]
-Join = Callable[[Layer, Function, bool], Any]  # what comes back has remove()
+Step = Callable[[Arrival], Tensor | None]  # None leaves y as it is
+Join = Callable[[Layer, Step, bool], Any]  # what comes back has remove()
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Interior:
 
 
 class Passage:
-    """Calls function(x, y) in every forward pass of a site; a returned tensor replaces y.
+    """Calls a function in every forward pass of a site; a returned tensor replaces y.
 
     x and y are [batch, pos, d] even where the host flattens them. Only bound methods are
     registered, so a deep copy of the model carries an independent, working copy. A host's own
@@ -51,7 +52,7 @@ class Passage:
     would now differentiate the polynomial.
     """
 
-    def __init__(self, function: Function, interior: Interior | None = None) -> None:
+    def __init__(self, function: Step, interior: Interior | None = None) -> None:
         self.function = function
         self._interior = interior if isinstance(function, Emitting) else None
         self._x: Tensor | None = None
@@ -100,7 +101,10 @@ class Passage:
         if self._done:
             self._done = False
             return None
-        return self._shaped(self.function, x, y)
+        return self._shaped(self._arrive, x, y)
+
+    def _arrive(self, x: Tensor, y: Tensor) -> Tensor | None:
+        return self.function(Arrival(x, y))
 
     def _shaped(self, function: Callable[..., Tensor | None], *values: Tensor) -> Tensor | None:
         shape, last = self._shape, values[-1]
@@ -157,7 +161,7 @@ def batch_shape(args: tuple, kwargs: dict) -> tuple[int, ...]:
 
 
 @contextmanager
-def observing(join: Join, observers: Mapping[Layer, Function]) -> Iterator[None]:
+def observing(join: Join, observers: Mapping[Layer, Observer]) -> Iterator[None]:
     """`Host.observe`: observers see the true y, and what they return does not replace it."""
     with ExitStack() as stack:
         for layer, observer in observers.items():
@@ -171,11 +175,17 @@ def substituting(join: Join, functions: Mapping[Layer, Function]) -> Iterator[No
     true: dict[Layer, Tensor] = {}
     with ExitStack() as stack:
         for layer, function in functions.items():
-            see = partial(lambda layer, x, y: true.update({layer: y}), layer)
-            put = partial(lambda layer, f, x, y: f(x, true.pop(layer, y)), layer, function)
-            stack.callback(join(layer, see, True).remove)
-            stack.callback(join(layer, put, False).remove)
+            stack.callback(join(layer, partial(_keep, true, layer), True).remove)
+            stack.callback(join(layer, partial(_put, true, layer, function), False).remove)
         yield
+
+
+def _keep(true: dict[Layer, Tensor], layer: Layer, arrival: Arrival) -> None:
+    true[layer] = arrival.y
+
+
+def _put(true: dict[Layer, Tensor], layer: Layer, function: Function, arrival: Arrival) -> Tensor:
+    return function(replace(arrival, y=true.pop(layer, arrival.y)))
 
 
 @dataclass
@@ -185,9 +195,9 @@ class Emitting:
     emitter: Emitter
     taps: Tap
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor | None:
-        out = self.emitter(x, y, self.taps)
-        return None if out is y else out
+    def __call__(self, arrival: Arrival) -> Tensor | None:
+        out = self.emitter(arrival, self.taps)
+        return None if out is arrival.y else out
 
     @property
     def replacing(self) -> bool:
@@ -198,8 +208,8 @@ class Emitting:
         return None if self.taps.listening() else self.emitter.neurons(*values)
 
 
-def _watch(observer: Callable[[Tensor, Tensor], object], x: Tensor, y: Tensor) -> None:
-    observer(x, y)
+def _watch(observer: Observer, arrival: Arrival) -> None:
+    observer(arrival)
 
 
 class PolyPoint(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from polylens.errors import StalePolynomialError
-from polylens.hosts.base import MLPSite, Tap, Weights
+from polylens.hosts.base import Arrival, MLPSite, Tap, Weights
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
 
@@ -50,7 +50,8 @@ class SiteEmitter:
         # A copy of the model gets its own emitters, but the lens stays with the original.
         return {**self.__dict__, "owner": None}
 
-    def __call__(self, x: Tensor, y: Tensor, tap: Tap) -> Tensor:
+    def __call__(self, arrival: Arrival, tap: Tap) -> Tensor:
+        x, y = arrival.x, arrival.y
         wanted = {name for name in self.point_names if tap.wants(name)}
         if self.replacing is None and not wanted:
             return y
@@ -66,7 +67,7 @@ class SiteEmitter:
             tap("error", y - out)
         if self.replacing is None:
             return y
-        return keep_first(out, y) if self.keep_first else out
+        return keep_first(out, arrival) if self.keep_first else out
 
     def neurons(self, y: Tensor, *others: Tensor) -> Tensor | None:
         """What the out-projection reads while replacing, from what the host has computed."""
@@ -126,9 +127,9 @@ class SiteEmitter:
         return torch.stack([tap(f"degree_{k}", part) for k, part in enumerate(parts)]).sum(0)
 
 
-def keep_first(out: Tensor, y: Tensor) -> Tensor:
-    """out [batch, pos, d] with y at position 0; a single position continues a cached prompt."""
-    places = getattr(y, "places", None)
+def keep_first(out: Tensor, arrival: Arrival) -> Tensor:
+    """out [batch, pos, d] with the true y at position 0; a single position continues a prompt."""
+    y, places = arrival.y, arrival.places
     if places is not None:
         return torch.where(places.first[:, None], y, out)
     return torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2) if has_first(out) else out

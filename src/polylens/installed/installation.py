@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
-from polylens.checks import check_degree, check_layers
+from polylens.checks import Layer, check_degree, check_layers
 from polylens.errors import AttachmentError, InvalidInputError
-from polylens.hosts.base import Host, Layer, MLPSite
+from polylens.hosts.base import Host, MLPSite
 from polylens.installed.emitter import Fingerprint, Fitted, SiteEmitter
 
 Self = TypeVar("Self", bound="Installation")
@@ -18,8 +18,8 @@ class Installation:
     Attributes:
         host: the model.
         layers: in order; `installation[layer]` is the layer's polynomial, and
-            `installation[layer, expert]` that of an expert. As an argument, the number of a layer
-            stands for the experts in it, too.
+            `installation[Expert(layer, expert)]` that of an expert. As an argument, the number of a
+            layer stands for the experts in it, too.
         sites: the MLPSite of each.
         degree: fitted degree.
         refused: reason for each layer that could not be read.
@@ -94,7 +94,7 @@ class Installation:
 
     @contextmanager
     def replaced(
-        self: Self, layers: Iterable[Layer] | int | None = None, degree: int | None = None
+        self: Self, layers: Iterable[Layer] | Layer | None = None, degree: int | None = None
     ) -> Iterator[Self]:
         """Within the context, these MLPs' outputs are those of their polynomials.
 
@@ -124,7 +124,7 @@ class Installation:
             yield
 
     def ready(
-        self, layers: Iterable[Layer] | int | None, degree: int | None
+        self, layers: Iterable[Layer] | Layer | None, degree: int | None
     ) -> tuple[list[Layer], int]:
         """The layers and the degree that were asked for, fitted to the weights there are now.
 
@@ -172,5 +172,5 @@ class Installation:
         if not self.is_attached:
             raise AttachmentError("this lens is detached; attach again to use it")
 
-    def _chosen(self, layers: Iterable[Layer] | int | None) -> list[Layer]:
+    def _chosen(self, layers: Iterable[Layer] | Layer | None) -> list[Layer]:
         return check_layers(layers, self.sites, self.refused, " in this lens")

@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 
 from polylens.calibration.lockstep import Step
 from polylens.calibration.tokens import counted, kept_rows, rows
+from polylens.checks import Layer, block
 from polylens.errors import InvalidInputError
-from polylens.hosts.base import Layer
+from polylens.hosts.base import Arrival
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
 from polylens.report.scores import Cost, Scores, score, targets
@@ -53,7 +54,7 @@ def prefixes_of(layers: Sequence[Layer]) -> dict[Layer, Group]:
 
     The first prefix is a layer alone, the last all of them, so that two are no other groups.
     """
-    blocks = [layer[0] if isinstance(layer, tuple) else layer for layer in layers]
+    blocks = [block(layer) for layer in layers]
     ends = [i for i, block in enumerate(blocks) if blocks[i + 1 : i + 2] != [block]]
     return {layers[i]: tuple(layers[: i + 1]) for i in ends}
 
@@ -147,9 +148,9 @@ class _ReplacedStream:
         kept = kept_rows(batch, mask, exclude_first=self._lens.exclude_first)
 
         def observer(layer: Layer):
-            def see(x: Tensor, y: Tensor) -> None:
-                predicted = self._polynomials[layer](rows(x, kept))
-                self._sums[layer].update(rows(y, kept), predicted[None])
+            def see(arrival: Arrival) -> None:
+                x, y = rows(arrival, kept)
+                self._sums[layer].update(y, self._polynomials[layer](x)[None])
 
             return see
 
@@ -191,11 +192,11 @@ def _columns(
 def _constant(mean: Tensor, shape: torch.Size, keep_first: bool):
     """The mean in place of an MLP's output; position 0 stays true where `replaced` keeps it."""
 
-    def ablate(x: Tensor, y: Tensor) -> Tensor:
+    def ablate(arrival: Arrival) -> Tensor:
+        y, places = arrival.y, arrival.places
         flat = y.reshape(-1, y.shape[-1])
         out = mean.to(y).expand_as(flat)
         if keep_first:
-            places = getattr(y, "places", None)
             every = torch.arange(len(flat), device=y.device) % shape[1] == 0
             out = torch.where((every if places is None else places.first)[:, None], flat, out)
         return out.reshape(y.shape)

@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 from polylens.calibration.lockstep import Step
 from polylens.calibration.streams import require_deterministic, watch
 from polylens.calibration.tokens import batches, counted, rows, validate_inputs
-from polylens.checks import check_degree, check_layers, label
+from polylens.checks import Layer, check_degree, check_layers, label
 from polylens.errors import InvalidInputError
-from polylens.hosts.base import Layer
+from polylens.hosts.base import Arrival
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
 from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of
@@ -33,7 +33,7 @@ def measure(
     tokens: Tensor,
     *,
     degree: int | None = None,
-    layers: Iterable[Layer] | int | None = None,
+    layers: Iterable[Layer] | Layer | None = None,
     attention_mask: Tensor | None = None,
     batch_size: int = 8,
     loss: bool = True,
@@ -162,8 +162,9 @@ def _residual_sums(
     """One pass over the tokens with the true model, for all layers and degrees."""
     sums = {layer: ResidualSums() for layer in layers}
 
-    def see(layer: Layer, x: Tensor, y: Tensor, kept: Tensor | None) -> None:
-        sums[layer].update(rows(y, kept), lens[layer].all_degrees(rows(x, kept)))
+    def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
+        x, y = rows(arrival, kept)
+        sums[layer].update(y, lens[layer].all_degrees(x))
 
     def ticking() -> Iterator[Step]:
         for step in steps:

@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from polylens.checks import label
+from polylens.checks import Expert, label
 
 if TYPE_CHECKING:
     from polylens.report.report import LayerRow, Report, WorstToken
@@ -100,7 +100,7 @@ def _columns(report: "Report") -> list[Column]:
     """Those of which anything was measured."""
     rows = _listed(report)
     columns = [Column("layer", [row.label for row in rows])]
-    if any(isinstance(row.layer, tuple) for row in rows):
+    if any(isinstance(row.layer, Expert) for row in rows):
         columns.append(Column("tokens", [_number(row.n_tokens, ",") for row in rows]))
     # Degree 0 is a constant: its R2 only says how far the held-out mean has moved.
     for k in range(min(1, report.fitted_degree), report.fitted_degree + 1):

@@ -2,16 +2,15 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 
-from polylens.checks import label, labelled
+from polylens.checks import Expert, Layer, from_json, label, labelled, to_json
 from polylens.errors import InvalidInputError
-from polylens.hosts.base import Layer
 from polylens.report import rendering
 from polylens.report.figure import report_figure
 from polylens.report.rows import LayerRow as LayerRow
@@ -83,7 +82,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts; figures that are not finite become None."""
-        return {"schema": SCHEMA, **_plain(asdict(self))}
+        return {"schema": SCHEMA, **_plain(vars(self))}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """Strict JSON (no NaN), also written to `path` if one is given."""
@@ -136,18 +135,19 @@ class Report:
 
 def _row(data: dict[str, Any]) -> LayerRow:
     r2 = data["r2"]
-    return LayerRow(**{**data, "layer": _layer(data), "r2": None if r2 is None else tuple(r2)})
+    r2 = None if r2 is None else tuple(r2)
+    return LayerRow(**{**data, "layer": from_json(data["layer"]), "r2": r2})
 
 
 def _worst(data: dict[str, Any]) -> WorstToken:
-    return WorstToken(**{**data, "layer": _layer(data)})
-
-
-def _layer(data: dict[str, Any]) -> Layer | None:
-    return tuple(data["layer"]) if isinstance(data["layer"], list) else data["layer"]
+    return WorstToken(**{**data, "layer": from_json(data["layer"])})
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Expert):
+        return to_json(value)
+    if is_dataclass(value):
+        value = vars(value)
     if isinstance(value, dict):
         return {k if isinstance(k, str) else label(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

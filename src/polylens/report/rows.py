@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from polylens.checks import label
-from polylens.hosts.base import Layer
+from polylens.checks import Layer, label
 
 
 @dataclass(frozen=True)
@@ -11,7 +10,7 @@ class LayerRow:
     """One layer of a report; losses in nats per token, None where they were not measured.
 
     Attributes:
-        layer: index, (index, expert), or None for the row in which all are replaced at once.
+        layer: index, an Expert, or None for the row in which all are replaced at once.
         r2: held-out R2 of degree 0, 1, ..., fitted degree; None for that last row. Of an output
             that does not vary it is 1 where it is reproduced, else 0.
         delta_ce: next-token cross entropy (of each token itself, in a model that reads both ways)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from polylens.calibration.tokens import batches
+from polylens.checks import Layer
 from polylens.errors import InvalidInputError
-from polylens.hosts.base import Layer
+from polylens.hosts.base import Arrival, Observer
 from polylens.installed.installation import Installation
 from polylens.report.rows import WorstToken
 from polylens.report.scores import Scores
@@ -117,13 +118,13 @@ def _observers(
 ) -> dict[Layer, Callable[[Tensor, Tensor], None]]:
     """Of row wanted[i] of a batch, each puts its layer into causes[i], unless a worse one is."""
 
-    def observer(layer: Layer) -> Callable[[Tensor, Tensor], None]:
+    def observer(layer: Layer) -> Observer:
         polynomial = lens[layer].truncate(degree)
         neurons: Any = getattr(polynomial, "base", polynomial)
 
-        def look(x: Tensor, y: Tensor) -> None:
+        def look(arrival: Arrival) -> None:
+            x, y, places = arrival.x, arrival.y, arrival.places
             flat = x.reshape(-1, x.shape[-1])
-            places = getattr(x, "places", None)
             rows = torch.arange(len(flat)) if places is None else places.rows.cpu()
             row, which = (rows[:, None] == wanted).nonzero(as_tuple=True)
             row = row.to(x.device)

@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from polylens.calibration.streams import Calibration
-from polylens.checks import label
+from polylens.checks import Layer, label
 from polylens.errors import ArtifactError
 from polylens.files import format as storage
-from polylens.hosts.base import Layer, MLPSite
+from polylens.hosts.base import MLPSite
 from polylens.installed.emitter import Fitted
 from polylens.saving import lens_file as artifact
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polylens.checks import label
+from polylens.checks import Layer, label
 from polylens.errors import ArtifactError, AttachmentError
-from polylens.hosts.base import TOLERANCE, Layer, relative_error
+from polylens.hosts.base import TOLERANCE, relative_error
 from polylens.hosts.recording import half
 from polylens.hosts.torch.copying import GLUPlace, Place
 from polylens.installed.emitter import Fitted, has_first

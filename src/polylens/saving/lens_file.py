@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polylens.checks import label, labelled
+from polylens.checks import Layer, label, labelled
 from polylens.errors import ArtifactError
 from polylens.files import format as storage
-from polylens.hosts.base import Layer, MLPSite, Weights
+from polylens.hosts.base import MLPSite, Weights
 from polylens.installed.emitter import Fingerprint, Fitted, fingerprint, same_weights
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial

@@ -3,10 +3,9 @@
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from polylens.checks import block, label
+from polylens.checks import Layer, block, label
 from polylens.drawing import COLOURS, GREY, depth, depth_bar, figure, scale_r2, style_of, tidy
 from polylens.errors import InvalidInputError
-from polylens.hosts.base import Layer
 from polylens.training.rows import TraceRow
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from polylens.hosts.base import Layer
+from polylens.checks import Layer
 
 
 @dataclass(frozen=True)
@@ -11,7 +11,7 @@ class TraceRow:
 
     Attributes:
         step: training step.
-        layer: index, (index, expert) in a mixture, or None where the checkpoint failed.
+        layer: index, an Expert in a mixture, or None where the checkpoint failed.
         inputs: name of the input model.
         r2: degree 0, 1, ... on the held-out data, of the layer's output.
         r2_model: the same under the input model itself, in closed form; None for a language model.

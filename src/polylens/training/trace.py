@@ -12,8 +12,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from polylens.checks import Layer, from_json
 from polylens.errors import InvalidInputError
-from polylens.hosts.base import Layer
 from polylens.training.figure import training_figure
 from polylens.training.rows import TraceRow as TraceRow
 
@@ -129,7 +129,8 @@ class Trace:
         for number, line in enumerate(lines, 1):
             try:
                 values = json.loads(line)
-                for name in ("layer", "r2", "r2_model"):
+                values["layer"] = from_json(values["layer"])
+                for name in ("r2", "r2_model"):
                     if isinstance(values[name], list):
                         values[name] = tuple(values[name])
                 rows.append(TraceRow(**values))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from polylens.checks import check_at_least
+from polylens.checks import check_at_least, to_json
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fitting.fit import fit
 from polylens.inputs.gaussian import Gaussian
@@ -116,7 +116,7 @@ class Tracer:
         self._rows += rows
         if self.path is not None:
             with self.path.open("a") as file:
-                file.write("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+                file.write("".join(json.dumps(_record(row)) + "\n" for row in rows))
 
     def _resume(self, path: Path) -> None:
         rows = [row for row in Trace.load(path).rows if row.error is None]
@@ -127,7 +127,7 @@ class Tracer:
                 "another path or the same degree"
             )
         # Failed steps are tried again, and a line cut short must not glue to the next.
-        path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+        path.write_text("".join(json.dumps(_record(row)) + "\n" for row in rows))
         self._rows = rows
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -267,6 +267,10 @@ def _evaluating(model: Any):
     finally:
         for module, flag in zip(modules, flags, strict=True):
             module.training = flag
+
+
+def _record(row: TraceRow) -> dict[str, Any]:
+    return {**asdict(row), "layer": to_json(row.layer)}
 
 
 def _power_of_two(step: int) -> bool:

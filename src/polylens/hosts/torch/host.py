@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polylens.checks import Expert, Layer
 from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
-from polylens.hosts.base import Emitter, Layer, MLPSite, Norm, openings, written
+from polylens.hosts.base import Emitter, Function, MLPSite, Norm, Observer, openings, written
 from polylens.hosts.norms import Call, norm_read
-from polylens.hosts.passage import Emitting, Function, PolyPoint, Taps, observing, substituting
+from polylens.hosts.passage import Emitting, PolyPoint, Step, Taps, observing, substituting
 from polylens.hosts.recording import quiet
 from polylens.hosts.torch.copying import Place, clean_copy, place_of, require_apart
 from polylens.hosts.torch.dataflow import Block, find_blocks
@@ -204,15 +205,15 @@ class TorchHost:
             starts = openings(n_seq, bos, text.vocab_size, self.device)
             return written(starts, seq_len, go_on, type(model).__name__)
 
-    def observe(self, observers: Mapping[Layer, Function]) -> AbstractContextManager[None]:
+    def observe(self, observers: Mapping[Layer, Observer]) -> AbstractContextManager[None]:
         return observing(self._join, observers)
 
     def substitute(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         return substituting(self._join, functions)
 
-    def _join(self, layer: Layer, function: Function, first: bool) -> Splice | Member:
-        if isinstance(layer, tuple):
-            return self._passage(layer).add(layer[1], function, first)
+    def _join(self, layer: Layer, function: Step, first: bool) -> Splice | Member:
+        if isinstance(layer, Expert):
+            return self._passage(layer).add(layer.expert, function, first)
         block = self._block(layer)
         return Splice(self.module, block, self._end(block), function, first)
 
@@ -221,7 +222,7 @@ class TorchHost:
             self.sites()
         return self._blocks[layer]
 
-    def _passage(self, layer: tuple[int, int]) -> ExpertPassage:
+    def _passage(self, layer: Expert) -> ExpertPassage:
         if layer not in self._experts:
             self.sites()
         stack = self._experts[layer].stack
@@ -250,7 +251,7 @@ class TorchHost:
         """The module that gets the hook points: of an expert a new one, `expert_<number>`."""
         if not isinstance(site, ExpertSite):
             return self._block(site.layer).owner  # type: ignore[arg-type]
-        owner, name = nn.Module(), f"expert_{site.expert}"
+        owner, name = nn.Module(), f"expert_{site.layer.expert}"
         site.stack.module.add_module(name, owner)
         undo.callback(site.stack.module._modules.pop, name, None)
         return owner
@@ -336,7 +337,7 @@ class TorchHost:
                 if "norm" in type(module).__name__.lower() or isinstance(module, nn.LayerNorm):
                     stack.callback(module.register_forward_hook(keep).remove)
             stack.enter_context(
-                self.observe({block.layer: lambda x, y: read.append(x.detach().clone())})
+                self.observe({block.layer: lambda arrival: read.append(arrival.x.detach().clone())})
             )
             stack.enter_context(quiet(self.module))
             assert self._examples is not None
@@ -362,7 +363,8 @@ def _floats(out: Any) -> Iterator[Tensor]:
 
 def _place(site: MLPSite) -> tuple[int, int]:
     """What is in front of what: a layer's experts after its shared ones."""
-    return site.layer if isinstance(site.layer, tuple) else (site.layer, -1)
+    layer = site.layer
+    return (layer.layer, layer.expert) if isinstance(layer, Expert) else (layer, -1)
 
 
 def _still_refused(

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from polylens.activations.activation import Activation, activation
+from polylens.checks import Expert
 from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
-from polylens.hosts.base import TOLERANCE, MLPSite, Places, relative_error
-from polylens.hosts.passage import Function, batch_shape
+from polylens.hosts.base import TOLERANCE, Arrival, MLPSite, Places, relative_error
+from polylens.hosts.passage import Step, batch_shape
 from polylens.hosts.recording import half, position, quiet, stacked
 from polylens.normal_forms.weights import GLUWeights
 
@@ -23,20 +24,16 @@ _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")
 class ExpertSite(MLPSite):
     """One expert, verified to be a GLU.
 
-    `layer` is (number of the block, number of the expert), where the block's number is that of
-    the stack in order of execution if several stacks are in one block. `path` is that of the
-    module that holds the stack, with the expert's number in brackets.
+    The block's number in `layer` is that of the stack in order of execution if several stacks
+    are in one block. `path` is that of the module that holds the stack, with the expert's number
+    in brackets.
 
     Attributes:
         stack: the whole stack.
     """
 
+    layer: Expert
     stack: "Stack"
-
-    @property
-    def expert(self) -> int:
-        assert isinstance(self.layer, tuple)
-        return self.layer[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,15 +139,14 @@ def find_experts(
 class ExpertPassage:
     """Runs functions at experts of one stack in every forward pass of the model.
 
-    A function gets (x [n, d_in], y [n, d_out]) of the inputs that are routed to its expert, y
-    before it is weighted; both carry `places` (hosts.base.Places). What it returns goes on in
-    place of y, to the next function and into the stack's output; None leaves y as it is. What
-    the other experts add, and the router, stay as they are.
+    A function gets the Arrival of the inputs that are routed to its expert. What it returns goes
+    on in place of y, to the next function and into the stack's output; None leaves y as it is.
+    What the other experts add, and the router, stay as they are.
     """
 
     def __init__(self, stack: Stack, parent: nn.Module) -> None:
         self.stack, self.parent = stack, parent
-        self.functions: dict[int, list[Function]] = {}
+        self.functions: dict[int, list[Step]] = {}
         self._handles: list[Any] = []
         self._shape: tuple[int, ...] = ()
 
@@ -158,7 +154,7 @@ class ExpertPassage:
         # the hooks of a copy came with its modules
         return {**self.__dict__, "_handles": []}
 
-    def add(self, expert: int, function: Function, first: bool) -> "Member":
+    def add(self, expert: int, function: Step, first: bool) -> "Member":
         """Put a function at the end of an expert's functions, or in front of them."""
         if not self._handles:
             note, run = self._note_shape, self._at_stack
@@ -169,7 +165,7 @@ class ExpertPassage:
         functions.insert(0 if first else len(functions), function)
         return Member(self, expert, function)
 
-    def drop(self, expert: int, function: Function) -> None:
+    def drop(self, expert: int, function: Step) -> None:
         kept = [f for f in self.functions[expert] if f is not function]
         self.functions[expert] = kept
         if not any(self.functions.values()):
@@ -193,10 +189,8 @@ class ExpertPassage:
                 continue
             x, places = routing.x[rows], self._places(rows, len(routing.x))
             true = y = self.stack.outputs(expert, x)
-            x.places = places  # type: ignore[attr-defined]
             for function in functions:
-                y.places = places  # type: ignore[attr-defined]
-                new = function(x, y)
+                new = function(Arrival(x, y, places))
                 y = y if new is None else new
             if y is not true:
                 change = ((y - true) * weights[:, None].to(y.dtype)).to(out.dtype)
@@ -216,7 +210,7 @@ class Member:
 
     passage: ExpertPassage
     expert: int
-    function: Function
+    function: Step
 
     def remove(self) -> None:
         self.passage.drop(self.expert, self.function)
@@ -286,7 +280,7 @@ def _error(stack: Stack, routing: Routing, out: Tensor) -> float:
 def _site(stack: Stack, layer: int, expert: int, error: float) -> ExpertSite:
     tensors = stack.tensors(expert)
     return ExpertSite(
-        layer=(layer, expert),
+        layer=Expert(layer, expert),
         path=f"{stack.path}[{expert}]",
         kind="glu",
         activation=stack.act,

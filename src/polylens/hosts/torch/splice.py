@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from polylens.errors import AttachmentError
-from polylens.hosts.passage import Function, Interior, Passage, PolyPoint
+from polylens.hosts.passage import Interior, Passage, PolyPoint, Step
 from polylens.hosts.torch.dataflow import Block
 
 
@@ -22,7 +22,7 @@ class Splice(Passage):
         model: nn.Module,
         block: Block,
         end: nn.Module,
-        function: Function,
+        function: Step,
         first: bool = False,
     ) -> None:
         self._around = _around(model, block.path) if block.flat else []

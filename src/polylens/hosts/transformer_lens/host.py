@@ -12,20 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from polylens.activations.activation import Activation, activation
+from polylens.checks import Layer
 from polylens.errors import PolylensError, UnsupportedModel
 from polylens.hosts.base import (
     TOLERANCE,
+    Arrival,
     Emitter,
-    Layer,
+    Function,
     MLPSite,
     Norm,
+    Observer,
     Weights,
     openings,
     relative_error,
     written,
 )
 from polylens.hosts.norms import Call, matching_norm, norm_behind, norm_read
-from polylens.hosts.passage import Emitting, Function, Taps, observing, substituting
+from polylens.hosts.passage import Emitting, Step, Taps, observing, substituting
 from polylens.hosts.transformer_lens.junction import Junction, Wiring, interior_of
 from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights
 
@@ -129,8 +132,8 @@ class TransformerLensHost:
         """From one tiny forward pass: (x, y) at every candidate wiring, and y, z, h inside."""
         captured: dict[int, dict[Any, Any]] = {layer: {} for layer in candidates}
 
-        def keep(layer: int, i: int, x: Tensor, y: Tensor) -> None:
-            captured[layer][i] = (x.detach().clone(), y.detach().clone())
+        def keep(layer: int, i: int, arrival: Arrival) -> None:
+            captured[layer][i] = (arrival.x.detach().clone(), arrival.y.detach().clone())
 
         def look(layer: int, name: str, module: nn.Module, args: tuple, out: Tensor) -> None:
             captured[layer][name] = out.detach().clone()
@@ -208,13 +211,13 @@ class TransformerLensHost:
                 return activation(candidate)  # type: ignore[arg-type]
         return activation(str(self.model.cfg.act_fn))
 
-    def observe(self, observers: Mapping[Layer, Function]) -> AbstractContextManager[None]:
+    def observe(self, observers: Mapping[Layer, Observer]) -> AbstractContextManager[None]:
         return observing(self._join, observers)
 
     def substitute(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         return substituting(self._join, functions)
 
-    def _join(self, layer: Layer, function: Function, first: bool) -> Junction:
+    def _join(self, layer: Layer, function: Step, first: bool) -> Junction:
         return Junction(self._wiring(layer), function, first)
 
     def _wiring(self, layer: Layer) -> Wiring:
@@ -260,7 +263,7 @@ class TransformerLensHost:
 
     def norm(self, site: MLPSite) -> Norm:
         inputs: list[Tensor] = []
-        with self.observe({site.layer: lambda x, y: inputs.append(x.detach().clone())}):
+        with self.observe({site.layer: lambda arrival: inputs.append(arrival.x.detach().clone())}):
             calls = self._norm_calls([site.layer])
         return norm_read(site, calls[site.layer], inputs[0])
 

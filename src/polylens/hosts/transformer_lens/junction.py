@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polylens.errors import AttachmentError
-from polylens.hosts.passage import Function, Interior, Passage
+from polylens.hosts.passage import Interior, Passage, Step
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Junction(Passage):
         first: see y before other junctions change it.
     """
 
-    def __init__(self, wiring: Wiring, function: Function, first: bool = False) -> None:
+    def __init__(self, wiring: Wiring, function: Step, first: bool = False) -> None:
         self.wiring = wiring
         self._first = first
         self._grab_id: int | None = None
