@@ -19,6 +19,7 @@ from polylens import InvalidInputError
 from polylens.activations.activation import activation
 from polylens.fitting.fit import fit
 from polylens.inputs.gaussian import Gaussian
+from polylens.normal_forms import correlations
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials import explained_variance as quality
 from polylens.polynomials.explained_variance import explained_variance
@@ -118,12 +119,12 @@ def test_exact_for_polynomial_activations(kind):
 def test_blocks_do_not_matter(seed, kind):
     layer, inputs = random_layer(seed, kind, "silu"), random_gaussian(seed)
     whole = explained_variance(layer, inputs, 3)
-    size = quality.BLOCK
+    size = correlations.BLOCK
     try:
-        quality.BLOCK = 4
+        correlations.BLOCK = 4
         blocks = explained_variance(layer, inputs, 3)
     finally:
-        quality.BLOCK = size
+        correlations.BLOCK = size
     torch.testing.assert_close(whole.per_degree, blocks.per_degree)
     assert blocks.total == pytest.approx(whole.total, rel=1e-12)
     assert blocks.total_error == pytest.approx(whole.total_error, rel=1e-9)

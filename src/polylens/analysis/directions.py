@@ -11,9 +11,9 @@ from polylens.activations.hermite import times_linear
 from polylens.analysis.metric import check_count
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
-from polylens.normal_forms.preactivation import branches, preactivation_moments
-
-BLOCK = 1024
+from polylens.normal_forms.correlations import pairs
+from polylens.normal_forms.preactivation import preactivation_moments
+from polylens.normal_forms.weights import GLUWeights
 
 
 @dataclass(frozen=True)
@@ -86,31 +86,23 @@ def degree_energy(polynomial: Any, degree: int = 2) -> Tensor:
     gaussian = gaussian.to(weights.device)
     moments = preactivation_moments(gaussian, weights, linear_variance=True)
     c = weights.act.hermite_coefficients(moments.m, moments.s, degree + 1)
-    W, _, V, _ = branches(weights)
-    e = c[:-1] if V is None else times_linear(c, moments.z_mean, moments.a)
+    glu = isinstance(weights, GLUWeights)
+    e = times_linear(c, moments.z_mean, moments.a) if glu else c[:-1]
     first, second = e[degree], c[degree - 1]
-    inverse = torch.where(moments.s > 0, 1 / moments.s, 0.0)
-    W = W.double() * inverse
     W_out = weights.W_out.double()
     energy = W_out.new_zeros(weights.d_out, weights.d_out)
-    blocks = [slice(i, i + BLOCK) for i in range(0, weights.d_mlp, BLOCK)]
-    for J in blocks:
-        cov_W = gaussian.cov_matmul(W[:, J])
-        cov_V = None if V is None else gaussian.cov_matmul(V[:, J].double())
-        for I in blocks:  # noqa: E741
-            rho = W[:, I].T @ cov_W
-            power = rho ** (degree - 1)
-            K = first[I, None] * first[J] * power * rho / math.factorial(degree)
-            if V is not None and cov_V is not None:
-                V_I, a_I, a_J = V[:, I].double(), moments.a[I, None], moments.a[J]
-                t_z, z_t = W[:, I].T @ cov_V, V_I.T @ cov_W
-                alpha, beta = t_z - rho * a_J, z_t - a_I * rho
-                sigma = V_I.T @ cov_V - a_I * t_z - z_t * a_J + a_I * rho * a_J
-                mixed = first[I, None] * second[J] * alpha + second[I, None] * first[J] * beta
-                both = sigma * power
-                if degree > 1:
-                    both = both + (degree - 1) * alpha * beta * rho ** (degree - 2)
-                rest = mixed * power + second[I, None] * second[J] * both
-                K = K + rest / math.factorial(degree - 1)
-            energy += W_out[I].T @ K @ W_out[J]
+    for pair in pairs(weights, gaussian, moments):
+        I, J, rho = pair.rows, pair.columns, pair.rho  # noqa: E741
+        power = rho ** (degree - 1)
+        K = first[I, None] * first[J] * power * rho / math.factorial(degree)
+        residual = pair.residual(moments.a, rho)
+        if residual is not None:
+            alpha, beta, sigma = residual
+            mixed = first[I, None] * second[J] * alpha + second[I, None] * first[J] * beta
+            both = sigma * power
+            if degree > 1:
+                both = both + (degree - 1) * alpha * beta * rho ** (degree - 2)
+            rest = mixed * power + second[I, None] * second[J] * both
+            K = K + rest / math.factorial(degree - 1)
+        energy += W_out[I].T @ K @ W_out[J]
     return (energy + energy.T) / 2

@@ -13,7 +13,6 @@ in blocks, so no d_mlp x d_mlp matrix is held.
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -31,10 +30,10 @@ from polylens.activations.hermite import (
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.residuals import is_constant, share_explained
-from polylens.normal_forms.preactivation import Preactivations, branches, preactivation_moments
+from polylens.normal_forms.correlations import pairs
+from polylens.normal_forms.preactivation import Preactivations, preactivation_moments
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 
-BLOCK = 1024
 # Panels on which GELU, whose coefficients need none, is smooth.
 GELU_PANELS = (-12.0, -3.0, 3.0, 12.0)
 # The weights and components of a mixture, on the layer's device.
@@ -229,40 +228,6 @@ def _square_coefficients(act: Activation, m: Tensor, s: Tensor) -> Tensor:
     return out  # type: ignore[return-value]
 
 
-class _Pairs(NamedTuple):
-    """Covariances between a block of neurons (rows) and another (columns), both standardised."""
-
-    rows: slice
-    columns: slice
-    rho: Tensor
-    linear: tuple[Tensor, Tensor, Tensor] | None  # alpha, beta, sigma of a GLU
-
-
-def _pairs(
-    weights: MLPWeights | GLUWeights, gaussian: Gaussian, moments: Preactivations
-) -> Iterator[_Pairs]:
-    """Every pair of blocks with rows <= columns."""
-    W, _, V, _ = branches(weights)
-    inverse = torch.where(moments.s > 0, 1 / moments.s, 0.0)
-    a = moments.a
-    for j in range(0, len(a), BLOCK):
-        J = slice(j, j + BLOCK)
-        cov_W = gaussian.cov_matmul(W[:, J].double() * inverse[J])
-        cov_V = None if V is None else gaussian.cov_matmul(V[:, J].double())
-        for i in range(0, j + 1, BLOCK):
-            I = slice(i, i + BLOCK)  # noqa: E741
-            W_I = W[:, I].double() * inverse[I]
-            rho = (W_I.T @ cov_W).clamp(-1, 1)
-            if V is None or cov_V is None:
-                yield _Pairs(I, J, rho, None)
-                continue
-            V_I = V[:, I].double()
-            t_z, z_t, z_z = W_I.T @ cov_V, V_I.T @ cov_W, V_I.T @ cov_V
-            a_I, a_J = a[I, None], a[J]
-            sigma = z_z - a_I * t_z - z_t * a_J + a_I * rho * a_J
-            yield _Pairs(I, J, rho, (t_z - rho * a_J, z_t - a_I * rho, sigma))
-
-
 def _sum_over_pairs(
     weights: MLPWeights | GLUWeights,
     gaussian: Gaussian,
@@ -289,30 +254,32 @@ def _sum_over_pairs(
     centred_relu = weights.act.name == "relu" and isinstance(weights, MLPWeights)
     centred_relu = centred_relu and bool((moments.m == 0).all())
     deviations = moments.r_variance.sqrt()
-    for pair in _pairs(weights, gaussian, moments):
+    for pair in pairs(weights, gaussian, moments, rows_to_columns=True):
         I, J = pair.rows, pair.columns  # noqa: E741
+        rho = pair.rho.clamp(-1, 1)
+        residual = pair.residual(moments.a, rho)
         twice = 1.0 if I == J else 2.0
         G = twice * (W_out[I] @ W_out[J].T)
         previous = torch.zeros_like(G)
         power = G  # G rho^k / k!, by recurrence in k
         for k in range(K + 1):
             sums[:, k] += _bilinear(e[:, k, I], power, e[:, k, J])
-            if pair.linear is not None and k < K:
-                alpha, beta, sigma = pair.linear
+            if residual is not None and k < K:
+                alpha, beta, sigma = residual
                 # the part of degree k + 1 that holds r
                 sums[:, k + 1] += _bilinear(e[:, k + 1, I], power * alpha, c[:, k, J])
                 sums[:, k + 1] += _bilinear(c[:, k, I], power * beta, e[:, k + 1, J])
                 mixed = power * sigma + previous * alpha * beta
                 sums[:, k + 1] += _bilinear(c[:, k, I], mixed, c[:, k, J])
-            previous, power = power, power * pair.rho / (k + 1)
+            previous, power = power, power * rho / (k + 1)
         if not tail[I].any() or not tail[J].any():
             continue
         if centred_relu:
-            rest = _arc_cosine(pair.rho, moments.s[I, None] * moments.s[J])
+            rest = _arc_cosine(rho, moments.s[I, None] * moments.s[J])
             for k in range(K + 1):
-                rest -= c[0, k, I, None] * c[0, k, J] * pair.rho**k / math.factorial(k)
+                rest -= c[0, k, I, None] * c[0, k, J] * rho**k / math.factorial(k)
         else:
-            norm = _cross_norm(pair, deviations[I, None], deviations[J])
+            norm = _cross_norm(rho, residual, deviations[I, None], deviations[J])
             rest = norm ** (K + 1) * root[I, None] * root[J]
         if I == J:
             rest.fill_diagonal_(0.0)
@@ -327,17 +294,19 @@ def _bilinear(left: Tensor, matrix: Tensor, right: Tensor) -> Tensor:
     return torch.sum((left @ matrix) * right, dim=1)
 
 
-def _cross_norm(pair: _Pairs, r_I: Tensor, r_J: Tensor) -> Tensor:
+def _cross_norm(
+    rho: Tensor, residual: tuple[Tensor, Tensor, Tensor] | None, r_I: Tensor, r_J: Tensor
+) -> Tensor:
     """Spectral norm of the cross-correlation of (t_i, r_i) with (t_j, r_j), at most 1."""
-    if pair.linear is None:
-        return pair.rho.abs()
-    alpha, beta, sigma = pair.linear
+    if residual is None:
+        return rho.abs()
+    alpha, beta, sigma = residual
     inverse_I = torch.where(r_I > 0, 1 / r_I, 0.0)
     inverse_J = torch.where(r_J > 0, 1 / r_J, 0.0)
     p, q = alpha * inverse_J, beta * inverse_I
     r = sigma * inverse_I * inverse_J
-    square = pair.rho**2 + p**2 + q**2 + r**2
-    determinant = pair.rho * r - p * q
+    square = rho**2 + p**2 + q**2 + r**2
+    determinant = rho * r - p * q
     root = (square**2 - 4 * determinant**2).clamp(min=0).sqrt()
     return ((square + root) / 2).sqrt().clamp(max=1)
 
