@@ -99,7 +99,7 @@ def attach(
             "sequential"): by 1 / |true output|. What comes after a layer is normalised, so
             that rare huge outputs, which decide equal squares, matter less than their size.
         clip: where a neuron's polynomial ends; beyond, its preactivation follows the asymptote
-            of the activation, which is 0 or y for SiLU and GELU (see `Polynomial.clipped`).
+            of the activation, which is 0 or y for SiLU and GELU (see `Polynomial.with_ends`).
             True (default for "gaussian" in "sequential"): at the ends of the range
             that calibration saw: far outside, a polynomial grows without bound. A share, 0.05
             (default for "samples" and "joint"): also, for no more than that share of the layer's

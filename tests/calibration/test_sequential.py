@@ -121,7 +121,7 @@ def test_inputs_may_be_weighted_by_the_size_of_the_output(model, inputs, calibra
         assert (lens[0](x) - expected).norm() < 2e-4 * expected.norm()
         y = x @ weights.W_in + weights.b_in
         base = lens[0].base if inputs == "joint" else lens[0]
-        assert torch.allclose(base.y_range.float(), torch.stack([y.amin(0), y.amax(0)]), atol=1e-5)
+        assert torch.allclose(base.ends.float(), torch.stack([y.amin(0), y.amax(0)]), atol=1e-5)
 
 
 def test_it_loses_less_than_fits_to_the_true_stream(model):

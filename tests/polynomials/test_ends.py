@@ -20,8 +20,7 @@ from polylens.fitting import tails
 from polylens.fitting.joint import JointGram
 from polylens.fitting.neuron_gram import NeuronGram
 from polylens.hosts.nnsight.inline import InlinePolynomial
-from polylens.polynomials.ends import PreactivationRange, ends_of
-from polylens.polynomials.evaluation import gained
+from polylens.polynomials.ends import Ends, PreactivationRange
 from polylens.polynomials.joint import features
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
@@ -43,9 +42,9 @@ def powers(coefficients, y):
     return sum((c * y**p for p, c in enumerate(coefficients)), torch.zeros_like(y))
 
 
-def beyond(act, y, y_range):
+def beyond(act, y, ends):
     """What the polynomials that act approaches gain from the ends of a range on."""
-    (low, high), split = y_range, act.split
+    (low, high), split = ends, act.split
     low, high = low.clamp(max=split), high.clamp(min=split)
     below = powers(act.left, y.minimum(low)) - powers(act.left, low)
     above = powers(act.right, y.maximum(high)) - powers(act.right, high)
@@ -53,22 +52,22 @@ def beyond(act, y, y_range):
 
 
 @pytest.fixture(params=itertools.product(LAYERS, (True, False)), ids=str)
-def clipped(request):
+def ended(request):
     layer, asymptotes = request.param
     weights = LAYERS[layer]()
     poly = fit(weights, Gaussian.standard(D_IN), 3)
-    y_range = torch.stack([poly.m - poly.s, poly.m + 0.5 * poly.s])
-    return poly, poly.clipped(y_range, asymptotes), y_range
+    ends = torch.stack([poly.m - poly.s, poly.m + 0.5 * poly.s])
+    return poly, poly.with_ends(ends, asymptotes), ends
 
 
-def test_beyond_a_range_the_end_goes_on_along_the_asymptote(clipped):
-    poly, limited, y_range = clipped
+def test_beyond_a_range_the_end_goes_on_along_the_asymptote(ended):
+    poly, limited, ends = ended
     y, z = preactivations(poly.weights, X)
-    assert ((y < y_range[0]) | (y > y_range[1])).any(1).all()
-    more = beyond(poly.act, y, y_range) * (1 if z is None else z) * limited.asymptotes
+    assert ((y < ends[0]) | (y > ends[1])).any(1).all()
+    more = beyond(poly.act, y, ends) * (1 if z is None else z) * limited.asymptotes
     assert more.any() == limited.asymptotes
     for degree in range(4):
-        inside = poly.truncate(degree).neurons(y.clamp(*y_range), z) + more
+        inside = poly.truncate(degree).neurons(y.clamp(*ends), z) + more
         expected = inside @ poly.W_out + poly.b_out
         found = limited.truncate(degree)
         assert torch.allclose(found(X), expected, rtol=1e-12, atol=1e-12)
@@ -84,26 +83,26 @@ def test_what_is_gained_is_what_the_activation_gains_far_out(name):
     low = torch.tensor([-300.0, -90.0, -45.0, -math.inf], dtype=torch.float64)
     high = torch.tensor([50.0, 45.0, 700.0, math.inf], dtype=torch.float64)
     y = torch.linspace(-900, 900, 61, dtype=torch.float64)[:, None].expand(-1, 4)
-    found = gained(y, ends_of(act, torch.stack([low, high])))
+    found = Ends(act, torch.stack([low, high])).gained(y)
     found = torch.zeros_like(y) if found is None else found
     assert torch.allclose(found, act(y) - act(y.clamp(low, high)), rtol=1e-9, atol=1e-9)
     if name in ("relu", "relu2"):
         low, high = torch.tensor([[-1.0, -2.0, 0.0, 0.0], [-0.5, 2.0, 0.4, 0.0]]).double()
-        found = gained(y, ends_of(act, torch.stack([low, high])))
+        found = Ends(act, torch.stack([low, high])).gained(y)
         assert torch.allclose(found, act(y) - act(y.clamp(low, high)), rtol=1e-12)
 
 
-def test_within_the_range_and_without_one_nothing_changes(clipped):
-    poly, limited, _ = clipped
+def test_within_the_range_and_without_one_nothing_changes(ended):
+    poly, limited, _ = ended
     y, _ = preactivations(poly.weights, X)
-    wide = poly.clipped(torch.stack([y.amin(0), y.amax(0)]))
+    wide = poly.with_ends(torch.stack([y.amin(0), y.amax(0)]))
     assert torch.allclose(wide(X), poly(X), rtol=1e-12, atol=1e-12)
-    assert torch.equal(limited.clipped(None)(X), poly(X))
+    assert torch.equal(limited.without_ends()(X), poly(X))
     assert torch.equal(limited.linear()[0], poly.linear()[0])
 
 
-def test_inputs_are_left_as_they_were_and_gradients_beyond_are_those_of_the_asymptote(clipped):
-    poly, limited, y_range = clipped
+def test_inputs_are_left_as_they_were_and_gradients_beyond_are_those_of_the_asymptote(ended):
+    poly, limited, ends = ended
     y, z = preactivations(poly.weights, X)
     before = y.clone()
     values = limited.neurons(y, z)
@@ -112,28 +111,26 @@ def test_inputs_are_left_as_they_were_and_gradients_beyond_are_those_of_the_asym
     found = limited.neurons(y, z)
     assert torch.allclose(found, values, rtol=1e-12, atol=1e-12)
     found.sum().backward()
-    outside = (before < y_range[0]) | (before > y_range[1])
+    outside = (before < ends[0]) | (before > ends[1])
     line = before.clone().requires_grad_()
-    (beyond(poly.act, line, y_range) * (1 if z is None else z)).sum().backward()
+    (beyond(poly.act, line, ends) * (1 if z is None else z)).sum().backward()
     assert torch.allclose(y.grad[outside], line.grad[outside] * limited.asymptotes, atol=1e-12)
     assert (y.grad[~outside] != 0).any()
 
 
-def test_a_range_travels_with_the_polynomial(clipped, tmp_path):
-    poly, limited, _ = clipped
+def test_a_range_travels_with_the_polynomial(ended, tmp_path):
+    poly, limited, _ = ended
     limited.save(tmp_path / "layer")
     loaded = polylens.Polynomial.load(tmp_path / "layer")
     moved = limited.over(limited.weights)
     assert torch.equal(loaded(X), limited(X))
     assert torch.equal(moved(X), limited(X))
     single = limited.to(torch.float32)
-    assert single.y_range.dtype == torch.float64
-    again = poly.clipped(single.y_range, limited.asymptotes)
+    assert single.ends.dtype == torch.float64
+    again = poly.with_ends(single.ends, limited.asymptotes)
     assert torch.allclose(single(X.float()).double(), again.double()(X), rtol=1e-4, atol=1e-4)
-    Q = None if limited.Q is None else limited.Q[3]
     limited = limited.double()
-    tensors, P = limited.weights.tensors(), limited.P[3]
-    sent = InlinePolynomial(tensors, limited.m, limited.s, P, Q, limited.ends(torch.float64))
+    sent = InlinePolynomial(limited.weights.tensors(), limited.tables())
     assert torch.allclose(sent(X), limited(X), rtol=1e-10)
 
 
@@ -142,11 +139,11 @@ def test_a_range_that_is_none_is_refused(bad):
     poly = fit(LAYERS["mlp"](), Gaussian.standard(D_IN), 1)
     bad = torch.stack([poly.m + 1, poly.m - 1]) if isinstance(bad, str) else bad
     with pytest.raises(InvalidInputError, match="lowest and highest"):
-        poly.clipped(bad)
+        poly.with_ends(bad)
 
 
 @pytest.mark.parametrize("make", [plain, bridge, nnsight, hooked])
-def test_every_host_computes_the_clipped_polynomial(make, tmp_path):
+def test_every_host_computes_the_polynomial_with_ends(make, tmp_path):
     options = {"clip": True, "inputs": "samples", "exclude_first": False, "progress": False}
     model, far = make(build("gpt2")), TOKENS.flip(1) % 13
     with polylens.attach(model, TOKENS[:1, :6], degree=3, **options) as lens:
@@ -156,11 +153,11 @@ def test_every_host_computes_the_clipped_polynomial(make, tmp_path):
             lens.host.logits(far)
         x = seen[0].reshape(-1, weights.d_in)
         y, _ = preactivations(weights, x)
-        low, high = lens[1].y_range.to(y)
+        low, high = lens[1].ends.to(y)
         assert ((y < low) | (y > high)).any()
         with lens.replaced(1), torch.no_grad():
             logits = lens.host.logits(far)
-        free = lens[1].clipped(None)
+        free = lens[1].without_ends()
         h = free.neurons(y.clamp(low, high)) + beyond(weights.act, y, (low, high))
         out = h @ free.W_out + free.b_out
         with torch.no_grad(), lens.host.substitute({1: lambda a: out.view_as(a.y)}):
@@ -171,7 +168,7 @@ def test_every_host_computes_the_clipped_polynomial(make, tmp_path):
         assert torch.equal(lens.host.logits(far), logits)
 
 
-def test_an_exported_model_is_clipped_too(tmp_path):
+def test_an_exported_model_has_ends_too(tmp_path):
     model, far = build("llama"), TOKENS.flip(1) % 13
     options = {"clip": True, "inputs": "samples", "exclude_first": False, "progress": False}
     with polylens.attach(model, TOKENS[:1, :6], degree=3, **options) as lens:
@@ -194,16 +191,16 @@ def test_an_exported_model_is_clipped_too(tmp_path):
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_a_joint_polynomial_clips_what_is_not_linear(layer):
+def test_a_joint_polynomial_ends_what_is_not_linear(layer):
     weights, X = LAYERS[layer](), randn(400, D_IN) ** 3
     joint = fit_joint(weights, Samples(X), 2)
     assert float(joint.ridge[2]) < float("inf")
     y, _ = preactivations(weights, X)
     expected = joint(X)
-    joint = joint.clipped(torch.stack([y.amin(0), y.amax(0)]))
+    joint = joint.with_ends(torch.stack([y.amin(0), y.amax(0)]))
     assert torch.allclose(joint(X), expected, rtol=1e-12, atol=1e-12)
     beta, alpha = joint.linear()
-    low, high = joint.base.y_range
+    low, high = joint.base.ends
     y, z = preactivations(weights, 100 * X)
     more = beyond(weights.act, y, (low, high)) * (1 if z is None else z) @ weights.W_out
     far = joint.truncate(1)(100 * X)
@@ -214,7 +211,7 @@ def test_a_joint_polynomial_clips_what_is_not_linear(layer):
     columns += [] if zeta is None else [zeta * t]
     expected = torch.cat(columns, 1) @ joint._readout(2)
     assert torch.allclose(joint(100 * X), expected + more, rtol=1e-9)
-    assert torch.allclose(joint.clipped(joint.base.y_range, False)(100 * X), expected, rtol=1e-9)
+    assert torch.allclose(joint.with_ends(joint.base.ends, False)(100 * X), expected, rtol=1e-9)
 
 
 def tail_ends(weights, x, below, above):
@@ -229,7 +226,7 @@ def tailed(gram, weights, x, degree, below, above, sample_weights=None):
     seen = PreactivationRange(weights, tail_ends(weights, x, below, above))
     sums = gram(weights, degree, seen=seen)
     sums.update(x, sample_weights)
-    return sums.solve().clipped(seen.ends)
+    return sums.solve().with_ends(seen.ends)
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -237,7 +234,7 @@ def test_a_fit_with_tails_is_the_optimum_of_what_is_evaluated(layer):
     weights, X = LAYERS[layer](), randn(400, D_IN, seed=6) ** 3
     w = randn(400, seed=7).exp()
     poly = tailed(NeuronGram, weights, X, 3, 0.05, 0.03, w)
-    (y, z), (low, high) = preactivations(weights, X), poly.y_range
+    (y, z), (low, high) = preactivations(weights, X), poly.ends
     assert ((y < low - 1e-9).sum(0) == 20).all()
     assert ((y > high + 1e-9).sum(0) == 12).all()
     far, more = y, beyond(weights.act, y, (low, high)) * (1 if z is None else z)
@@ -258,7 +255,7 @@ def test_a_joint_fit_with_tails_is_the_ridge_optimum_of_what_is_evaluated(layer)
     weights, X = LAYERS[layer](), randn(400, D_IN, seed=6) ** 3
     joint = tailed(JointGram, weights, X, 2, 0.05, 0.03)
     assert joint.ridge[2] < float("inf")
-    assert torch.equal(joint.base.y_range, tail_ends(weights, X, 0.05, 0.03))
+    assert torch.equal(joint.base.ends, tail_ends(weights, X, 0.05, 0.03))
     phi, _ = features(joint.base, joint.center, joint.z_mean, X, 2)
     scale = phi.square().mean(0).rsqrt()
     residual = weights(X) - joint(X)
@@ -268,14 +265,14 @@ def test_a_joint_fit_with_tails_is_the_ridge_optimum_of_what_is_evaluated(layer)
     # The base is every neuron's own least squares, where t itself does not stop either.
     base = joint.base
     y, z = preactivations(weights, X)
-    t, near = ((v - base.m) / base.s for v in (y, y.clamp(*base.y_range)))
+    t, near = ((v - base.m) / base.s for v in (y, y.clamp(*base.ends)))
     columns = [torch.ones_like(t), t, near**2 - 1]
     P = base.P[2] if z is None else base.P[2] + joint.z_mean * F.pad(base.Q[2], (0, 0, 0, 1))
     own = torch.stack(columns) * P[:, None]
     if z is not None:
         columns += [z - joint.z_mean, (z - joint.z_mean) * near]
         own = torch.cat([own, torch.stack(columns[3:]) * base.Q[2, :, None]])
-    more = beyond(weights.act, y, base.y_range)
+    more = beyond(weights.act, y, base.ends)
     residual = (weights.act(y) - more) * (1 if z is None else z) - own.sum(0)
     for column in columns:
         assert (column * residual).sum(0).abs().max() < 1e-9 * (column * own.sum(0)).abs().sum()
@@ -420,7 +417,7 @@ def test_samples_that_can_be_read_once_or_twice_are_fitted_alike():
     assert torch.allclose(again(X), poly(X))
     y, _ = preactivations(weights, X)
     for each in (poly, once):
-        outside = (y < each.y_range[0]) | (y > each.y_range[1])
+        outside = (y < each.ends[0]) | (y > each.ends[1])
         assert 0.02 < outside.double().mean() < 0.053
         error = (each(X) - weights(X)).norm() / (poly(X) - weights(X)).norm()
         assert float(error) == pytest.approx(1, abs=0.1)
@@ -428,7 +425,7 @@ def test_samples_that_can_be_read_once_or_twice_are_fitted_alike():
     mixed = [(X[:700], ones), X[700:1000], (X[1000:1700], ones), X[1700:]]
     assert torch.allclose(fit(weights, Samples(iter(mixed)), 2, tails=0.05)(X), once(X))
     few = fit(weights, Samples(X[:20]), 2, tails=0.05)
-    assert torch.allclose(few.y_range, tail_ends(weights, X[:20], 0, 0))
+    assert torch.allclose(few.ends, tail_ends(weights, X[:20], 0, 0))
 
 
 @pytest.mark.parametrize("share", [0.5, 0, -0.1, 1, "yes", float("nan"), True])
@@ -461,13 +458,13 @@ def test_attach_fits_with_tails_of_what_it_sees(calibration, inputs):
         base = lens[0].base if inputs == "joint" else lens[0]
         w = 1 / weights(x).double().norm(dim=1)
         expected = tails.best_tails(weights, x, w, 2, 0.1)
-        assert torch.allclose(base.y_range, expected, rtol=1e-5, atol=1e-6)
-        y, (low, high) = x @ weights.W_gate, base.y_range.float()
+        assert torch.allclose(base.ends, expected, rtol=1e-5, atol=1e-6)
+        y, (low, high) = x @ weights.W_gate, base.ends.float()
         assert 0.05 < float(((y < low) | (y > high)).double().mean()) <= 0.1
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-def test_analyses_are_of_the_polynomial_without_its_range(layer):
+def test_analyses_are_of_the_polynomial_without_ends(layer):
     weights = LAYERS[layer]()
     per_neuron = fit(weights, Gaussian.standard(D_IN), 2)
     jointly = fit_joint(weights, Samples(randn(400, D_IN) ** 3), 2)
@@ -476,9 +473,9 @@ def test_analyses_are_of_the_polynomial_without_its_range(layer):
         far = torch.stack(
             [torch.full((weights.d_mlp,), end, dtype=torch.float64) for end in (8, 9)]
         )
-        limited = poly.clipped(far)
+        limited = poly.with_ends(far)
         assert not torch.allclose(limited(writers), poly(writers))
-        assert torch.equal(limited.unclipped()(writers), poly(writers))
+        assert torch.equal(limited.without_ends()(writers), poly(writers))
         found = polylens.analysis.interactions(limited, writers, u)
         total = found.constant + found.linear.sum() + found.pairs.sum()
         expected = poly(writers.sum(0, keepdim=True))[0] @ u

@@ -67,7 +67,7 @@ def interactions(
 
     With y_a = w_a W: pairs_ab = sum_i p_i (W_out u)_i y_ai y_bi for an MLP, the symmetrised
     gate-linear products as well for a GLU. Exact: the terms sum to the polynomial's output (of
-    a lens that clips preactivations, `polynomial.unclipped()`).
+    a lens with ends, `polynomial.without_ends()`).
 
     Args:
         polynomial: of degree 2 or more.

@@ -37,7 +37,8 @@ class GaussianEstimator(Estimator):
 
     def solve(self) -> Polynomial:
         fitted = fit_gaussian(self.weights, self._moments.gaussian("the inputs"), self.degree)
-        return fitted if self._range is None else fitted.clipped(self._range.ends)
+        ends = None if self._range is None else self._range.ends
+        return fitted if ends is None else fitted.with_ends(ends)
 
     @classmethod
     def check_tails(cls, tails: float | None) -> None:

@@ -64,8 +64,8 @@ class JointGram:
         weights: the layer.
         degree: of the fit.
         seen: gets the range of the preactivations, of samples with a positive weight. Where it
-            has tails, the features that are not linear stop at their ends, and what the
-            activation gains beyond is not fitted.
+            has ends that lie further inside, the features that are not linear stop there, and
+            what the activation gains beyond is not fitted.
 
     Attributes:
         dtype: of the products; sums are in float64.
@@ -78,7 +78,7 @@ class JointGram:
         self.dtype = torch.promote_types(weights.dtype, torch.float32)
         self._weights, self._degree = weights.to(self.dtype), degree
         self._neurons = NeuronGram(weights, degree, seen=seen, linear=True)
-        self._tails = None if seen is None else seen.tails
+        self._ends = None if seen is None else seen.inner
         self._frame: tuple[Polynomial, Tensor, Tensor] | None = None
         self._train, self._test = (_Sums(size, weights.d_out, weights.device) for _ in range(2))
 
@@ -126,7 +126,7 @@ class JointGram:
         if V is not None:
             z_mean, Q = center @ V.double(), P[:, : self._degree]
             z_mean = z_mean if b_V is None else z_mean + b_V.double()
-        return Polynomial(self._weights, m, s, P, Q, self._tails), center, z_mean
+        return Polynomial(self._weights, m, s, P, Q, self._ends), center, z_mean
 
     @torch.no_grad()
     def solve(self) -> JointPolynomial:

@@ -11,8 +11,7 @@ from polylens.fitting.nested import glu_tables, nested_solutions
 from polylens.inputs.samples import checked
 from polylens.normal_forms.preactivation import blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.polynomials.ends import PreactivationRange, ends_of
-from polylens.polynomials.evaluation import gained
+from polylens.polynomials.ends import Ends, PreactivationRange
 from polylens.polynomials.factored import Polynomial
 
 # Float64 numbers in one block of features: a core's cache on a CPU, plenty of work on a GPU.
@@ -36,8 +35,8 @@ class NeuronGram:
             batch. They only affect conditioning, so a first batch of a few hundred samples is
             enough.
         seen: gets the range of the preactivations, of samples with a positive weight. Where it
-            has tails, t stops at their ends in the basis, and the target is without what the
-            activation gains beyond them.
+            has ends that lie further inside, t stops there in the basis, and the target is
+            without what the activation gains beyond them.
         linear: t itself, k = 1, does not stop there.
 
     Attributes:
@@ -57,6 +56,8 @@ class NeuronGram:
         self.standardise = standardise
         self._rows = 0
         self._seen, self._linear = seen, linear
+        inner = None if seen is None else seen.inner
+        self._ends = None if inner is None else Ends(weights.act, inner)
         self._glu = isinstance(weights, GLUWeights)
         self.size = (2 * degree if self._glu else degree) + 2
         self._gram = torch.zeros(
@@ -90,9 +91,8 @@ class NeuronGram:
         if self._seen is not None:
             self._seen.add(y if w is None or bool((w > 0).all()) else y[:, w > 0])
         target = self.weights.act(y)
-        if self._seen is not None and self._seen.tails is not None:
-            tails = self._seen.tails[:, :, None].to(y)
-            more = gained(y, ends_of(self.weights.act, tails))
+        if self._ends is not None:
+            more = self._ends.of(slice(None), y).gained(y)
             target = target if more is None else target - more
         root = None if w is None else w.double().sqrt()
         for rows in _row_blocks(y, self.size):
@@ -107,7 +107,7 @@ class NeuronGram:
         """Basis and target [neurons, size + more, n] in float64 of these neurons.
 
         Args:
-            y, z: [neurons, n]; act: of y, without what is gained beyond tails.
+            y, z: [neurons, n]; act: of y, without what is gained beyond ends.
             more: rows that are left unset.
         """
         assert self.standardise is not None
@@ -119,10 +119,9 @@ class NeuronGram:
         if self.degree:
             # where: a constant neuron has t = 0
             inverse = torch.where(s > 0, 1 / s, 0.0)
-            tails = None if self._seen is None else self._seen.tails
-            near = y if tails is None else y.clamp(*(end[rows, None].to(y) for end in tails))
+            near = y if self._ends is None else self._ends.of(rows, y).clamp(y)
             torch.sub(y if self._linear else near, m, out=he[1]).mul_(inverse)
-            if self._linear and tails is not None:
+            if self._linear and self._ends is not None:
                 he[1] = (near.double() - m) * inverse
         for k in range(1, self.degree):
             torch.mul(he[1], he[k], out=he[k + 1]).sub_(he[k - 1], alpha=k)

@@ -75,13 +75,14 @@ class SampleEstimator(Estimator):
             self._decide_by_first()
         assert self._gram is not None
         fitted = self._gram.solve()
-        return fitted if self._range is None else fitted.clipped(self._range.ends)
+        ends = None if self._range is None else self._range.ends
+        return fitted if ends is None else fitted.with_ends(ends)
 
     def _decide(self, x: Tensor, w: Tensor | None) -> None:
         """Let these inputs, which are not added, say where the tails begin."""
         assert self._range is not None
         assert self.tails is not None
-        self._range.tails = best_tails(self.weights, x, w, self.degree, self.tails)
+        self._range.inner = best_tails(self.weights, x, w, self.degree, self.tails)
         self._gram = self._begun(self._range)
 
     def _decide_by_first(self) -> None:

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polylens.activations.hermite import evaluate_powers
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.inputs.samples import checked
 from polylens.normal_forms.preactivation import blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.ends import asymptotes
 
 # Shares of a neuron's preactivations that may lie beyond one end; the large ones, of neurons that
 # are on one side for nearly all inputs, are tried where the error is largest. Not zero, for one
@@ -46,7 +46,7 @@ def best_tails(
         sum_i err_i(p_i, q_i) + lambda (p_i + q_i)
 
     with err_i the squared error of neuron i's best polynomial between the ends that continues as
-    in `Polynomial.clipped`, times |W_out,i|^2, and lambda such that mean p_i + q_i <= share. A
+    in `Polynomial.with_ends`, times |W_out,i|^2, and lambda such that mean p_i + q_i <= share. A
     neuron that is on one side for all but a few inputs may so be beyond for most of them. Infinite
     where the inputs are too few to tell, and at degree 0.
 
@@ -155,7 +155,7 @@ class _Sums:
         z = None if self._z is None else self._z[rows].gather(1, order)
         act, size = self._weights.act(y), self._gram.size
         phi = self._gram.features(rows, y, z, act, more=2)
-        for side, asymptote in enumerate(self._asymptotes(y)):
+        for side, asymptote in enumerate(asymptotes(self._weights.act, y)):
             torch.sub(act, asymptote, out=phi[:, size + side])
             if z is not None:
                 phi[:, size + side] *= z
@@ -175,19 +175,13 @@ class _Sums:
         known, size = [0] if self._z is None else [0, 2], self._gram.size
         z = None if self._z is None else torch.stack([z_mean, z_mean + z_scale], 1)
         y = end[:, None].expand(-1, len(known))
-        at = self._gram.features(rows, y, z, self._asymptotes(y)[side])
+        at = self._gram.features(rows, y, z, asymptotes(self._weights.act, y)[side])
         if self._z is not None:
             at[..., 1] -= at[..., 0]
         by = F.pad(at, (0, 1))
         by[:, -1, -1] = 1
         known = [*known, size + side]
         return by @ sums[:, known][:, :, known] @ by.mT
-
-    def _asymptotes(self, y: Tensor) -> list[Tensor]:
-        """What act approaches on either side, constant on the other side of the split."""
-        act = self._weights.act
-        left, right = y.clamp(max=act.split), y.clamp(min=act.split)
-        return [evaluate_powers(act.left, left), evaluate_powers(act.right, right)]
 
 
 def _sorted(y: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ class Approximation(nn.Module):
         """`r2` under a mixture of these (weight, component), in closed form."""
         raise InvalidInputError(f"a {self.kind} has no closed form of R2 under a mixture")
 
-    def unclipped(self: Self) -> Self:
-        """The polynomial that the coefficients are of, where evaluation clips preactivations."""
+    def without_ends(self: Self) -> Self:
+        """The polynomial that the coefficients are of, everywhere."""
         return self
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""Where a polynomial ends, and the asymptotes of the activation take over."""
+"""Where a neuron's polynomial ends, and the asymptote of the activation takes over."""
 
 import math
 
@@ -6,10 +6,67 @@ import torch
 from torch import Tensor
 
 from polylens.activations.activation import Activation
+from polylens.activations.hermite import evaluate_powers
 from polylens.errors import InvalidInputError
 from polylens.normal_forms.preactivation import blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.polynomials.evaluation import Ends, Growth
+from polylens.polynomials.evaluation import Rows, clamped, gained
+
+
+class Ends:
+    """Beyond an end c of y a polynomial is P(c) + z (Q(c) + A(y) - A(c)), of an MLP without the z.
+
+    A is the polynomial that the activation approaches on that side. It is followed from the split
+    between the two asymptotes on where that is further out than c; up to it nothing is gained.
+
+    Args:
+        act: the activation.
+        at: [2, ...] lowest and highest y, infinite where there is no end.
+        asymptotes: False for the value at the end everywhere beyond it.
+    """
+
+    def __init__(self, act: Activation, at: Tensor, asymptotes: bool = True) -> None:
+        self.act, self.at, self.asymptotes = act, at, asymptotes
+
+    def tables(
+        self, mean: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> dict[str, Rows]:
+        """Those of `polylens.polynomials.evaluation`, in v = y - mean."""
+
+        def moved(value: Tensor) -> Tensor:
+            value = value if mean is None else value - mean
+            return value.to(dtype or value.dtype)
+
+        low, high = self.at
+        found: dict[str, Rows] = {"clip": (moved(low), moved(high))}
+        if self.asymptotes:
+            split = self.act.split
+            for name, powers, start in (
+                ("below", self.act.left, low.clamp(max=split)),
+                ("above", self.act.right, high.clamp(min=split)),
+            ):
+                if any(powers[1:]):
+                    rates = (rate.to(dtype or rate.dtype) for rate in _rates(powers, start))
+                    found[name] = (moved(start), *rates)
+        return found
+
+    def of(self, neurons: slice | Tensor, y: Tensor) -> "Ends":
+        """Those of some neurons, for y [neurons, n] in its dtype."""
+        return Ends(self.act, self.at[:, neurons, None].to(y), self.asymptotes)
+
+    def clamp(self, y: Tensor) -> Tensor:
+        """y where a polynomial is evaluated."""
+        return clamped(y, self.tables())
+
+    def gained(self, y: Tensor) -> Tensor | None:
+        """A(y) - A(c) beyond the ends, zero between them; None where it is zero everywhere."""
+        return gained(y, self.tables())
+
+
+def asymptotes(act: Activation, y: Tensor) -> list[Tensor]:
+    """What act approaches on either side, constant on the other side of the split."""
+    left, right = y.clamp(max=act.split), y.clamp(min=act.split)
+    return [evaluate_powers(act.left, left), evaluate_powers(act.right, right)]
 
 
 def require_tails(tails: float | None) -> None:
@@ -27,19 +84,19 @@ class PreactivationRange:
 
     Args:
         weights: the layer.
-        tails: [2, d_mlp], ends that lie further inside, as of `best_tails`.
+        inner: [2, d_mlp], ends that lie further inside, as of `best_tails`.
     """
 
-    def __init__(self, weights: MLPWeights | GLUWeights, tails: Tensor | None = None) -> None:
-        self.weights, self.tails = weights, tails
+    def __init__(self, weights: MLPWeights | GLUWeights, inner: Tensor | None = None) -> None:
+        self.weights, self.inner = weights, inner
         self._seen: Tensor | None = None
 
     @property
     def ends(self) -> Tensor | None:
         """[2, d_mlp] in float64; None before the first input."""
-        if self._seen is None or self.tails is None:
+        if self._seen is None or self.inner is None:
             return self._seen
-        low, high = self.tails
+        low, high = self.inner
         return torch.stack([self._seen[0].maximum(low), self._seen[1].minimum(high)])
 
     @torch.no_grad()
@@ -59,20 +116,8 @@ class PreactivationRange:
         self._seen = torch.stack([low, high])
 
 
-def ends_of(act: Activation, y_range: Tensor, asymptotes: bool = True) -> Ends:
-    """What lies beyond a range [2, ...] of y: the polynomials that act approaches there.
-
-    They begin at the split between the two where that is further out; up to it nothing is gained.
-    """
-    low, high = y_range
-    if not asymptotes:
-        return Ends(low, high, None, None)
-    below = _growth(act.left, low.clamp(max=act.split))
-    return Ends(low, high, below, _growth(act.right, high.clamp(min=act.split)))
-
-
-def _growth(powers: tuple[float, ...], start: Tensor) -> Growth | None:
-    """sum_p powers[p] (y^p - start^p) in powers of y - start."""
+def _rates(powers: tuple[float, ...], start: Tensor) -> list[Tensor]:
+    """sum_p powers[p] (y^p - start^p) in powers of y - start; zero where start is infinite."""
     rates = []
     for j in range(1, len(powers)):
         rate = torch.zeros_like(start)
@@ -80,4 +125,4 @@ def _growth(powers: tuple[float, ...], start: Tensor) -> Growth | None:
             if powers[p]:
                 rate += math.comb(p, j) * powers[p] * start ** (p - j)
         rates.append(torch.where(start.isfinite(), rate, 0.0))
-    return Growth(start, tuple(rates)) if any(powers[1:]) else None
+    return rates

@@ -12,13 +12,13 @@ from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights, Sized
 from polylens.polynomials.base import Approximation, context_of, context_record
-from polylens.polynomials.ends import ends_of
-from polylens.polynomials.evaluation import Coefficients, Ends, Growth, evaluate
+from polylens.polynomials.ends import Ends
+from polylens.polynomials.evaluation import Rows, evaluate
 from polylens.polynomials.explained_variance import explained_variance, r2_under
 from polylens.polynomials.monomials import expanded_about, outer_powers
 from polylens.polynomials.quadratic_form import QuadraticForm
 
-_COEFFICIENTS = ("m", "s", "P", "Q", "y_range")
+_COEFFICIENTS = ("m", "s", "P", "Q", "ends")
 
 
 class _Horner(NamedTuple):
@@ -26,9 +26,7 @@ class _Horner(NamedTuple):
 
     shift: Tensor
     mean: Tensor
-    p: Coefficients
-    q: Coefficients | None
-    ends: Ends | None
+    tables: dict[str, Rows]
 
 
 class Polynomial(Sized, Approximation):
@@ -44,8 +42,8 @@ class Polynomial(Sized, Approximation):
         m, s: [d_mlp] mean and standard deviation of the preactivation, float64.
         P: [degree + 1, degree + 1, d_mlp]; P[n, k] multiplies He_k(t) in the optimum of degree n.
         Q: [degree + 1, degree, d_mlp], the same for the factor of z, or None.
-        y_range: [2, d_mlp] lowest and highest y, float64, beyond which it is no polynomial (see
-            `clipped`); None where it is one everywhere. What is said about coefficients
+        ends: [2, d_mlp] lowest and highest y, float64, beyond which it is no polynomial (see
+            `with_ends`); None where it is one everywhere. What is said about coefficients
             (`linear`, `quadratic_form`, `to_dense`) holds between them.
         asymptotes: whether what the activation gains beyond them is added.
         inputs: the input model that it was fitted to; None where there is none.
@@ -63,7 +61,7 @@ class Polynomial(Sized, Approximation):
     s: Tensor
     P: Tensor
     Q: Tensor | None
-    y_range: Tensor | None
+    ends: Tensor | None
 
     def __init__(
         self,
@@ -72,7 +70,7 @@ class Polynomial(Sized, Approximation):
         s: Tensor,
         P: Tensor,
         Q: Tensor | None,
-        y_range: Tensor | None = None,
+        ends: Tensor | None = None,
         inputs: Any = None,
         ridge: float = 0.0,
         asymptotes: bool = True,
@@ -84,7 +82,7 @@ class Polynomial(Sized, Approximation):
         for name in ROLES:
             tensor = getattr(weights, name, None)
             self.register_buffer(name, None if tensor is None else tensor.detach())
-        for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q, y_range), strict=True):
+        for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q, ends), strict=True):
             self.register_buffer(name, None if tensor is None else tensor.contiguous())
         self._horner_cache: dict[tuple[int, torch.dtype], _Horner] = {}
 
@@ -108,7 +106,7 @@ class Polynomial(Sized, Approximation):
 
     def _record(self) -> Record:
         metadata, tensors = context_record(self.weights, self.inputs)
-        own = {name: getattr(self, name) for name in _COEFFICIENTS}
+        own = {name: getattr(self, name) for name in ("m", "s", "P", "Q")} | {"y_range": self.ends}
         tensors.update({name: tensor for name, tensor in own.items() if tensor is not None})
         return {**metadata, "ridge": self.ridge, "asymptotes": self.asymptotes}, tensors
 
@@ -116,7 +114,7 @@ class Polynomial(Sized, Approximation):
     def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "Polynomial":
         weights, inputs = context_of(metadata, tensors)
         assert weights is not None
-        own = (tensors.get(name) for name in _COEFFICIENTS)
+        own = (tensors.get(name) for name in ("m", "s", "P", "Q", "y_range"))
         return cls(weights, *own, inputs, metadata["ridge"], metadata.get("asymptotes", False))  # type: ignore
 
     def extra_repr(self) -> str:
@@ -152,10 +150,10 @@ class Polynomial(Sized, Approximation):
         moved = (None if t is None else t.to(weights.device) for t in coefficients)
         return Polynomial(weights, *moved, self.inputs, self.ridge, self.asymptotes)  # type: ignore
 
-    def unclipped(self) -> "Polynomial":
-        return self if self.y_range is None else self.clipped(None)
+    def without_ends(self) -> "Polynomial":
+        return self if self.ends is None else self._ended(None, self.asymptotes)
 
-    def clipped(self, y_range: Tensor | None, asymptotes: bool = True) -> "Polynomial":
+    def with_ends(self, ends: Tensor, asymptotes: bool = True) -> "Polynomial":
         """The same polynomial, which ends where y leaves this range.
 
         Far outside what it was fitted to a polynomial grows without bound, while the activation
@@ -165,20 +163,27 @@ class Polynomial(Sized, Approximation):
         y - c above it. The optimum of every degree, that of 0 included, goes on in this way.
 
         Args:
-            y_range: [2, d_mlp] lowest and highest y of each neuron; None takes a range off.
+            ends: [2, d_mlp] lowest and highest y of each neuron, infinite for no end.
             asymptotes: False for the value at the end everywhere beyond it.
 
         Raises:
             InvalidInputError: of another shape, NaN, or lowest above highest.
         """
-        if y_range is not None:
-            y_range = y_range.to(self.m)
-            if y_range.shape != (2, self.d_mlp) or not (y_range[0] <= y_range[1]).all():
-                raise InvalidInputError(
-                    f"y_range must be [2, {self.d_mlp}], lowest and highest y of each neuron; got "
-                    f"{list(y_range.shape)}, or a lowest that is not below the highest"
-                )
-        poly = self._like(y_range=y_range, asymptotes=asymptotes)
+        if not isinstance(ends, Tensor):
+            raise InvalidInputError(
+                f"ends must be a tensor [2, {self.d_mlp}], got {type(ends).__name__}; "
+                "without_ends() takes them off"
+            )
+        ends = ends.to(self.m)
+        if ends.shape != (2, self.d_mlp) or not (ends[0] <= ends[1]).all():
+            raise InvalidInputError(
+                f"ends must be [2, {self.d_mlp}], lowest and highest y of each neuron; got "
+                f"{list(ends.shape)}, or a lowest that is not below the highest"
+            )
+        return self._ended(ends, asymptotes)
+
+    def _ended(self, ends: Tensor | None, asymptotes: bool) -> "Polynomial":
+        poly = self._like(ends=ends, asymptotes=asymptotes)
         poly._r2 = self._r2
         return poly
 
@@ -198,7 +203,7 @@ class Polynomial(Sized, Approximation):
         """What this degree adds: optimum of `degree` minus optimum of `degree - 1`.
 
         The parts of degree 0 ... n sum to the optimum of degree n; part 0 is a constant and
-        holds b_out (and what is gained beyond a range, see `clipped`). Under a Gaussian, parts
+        holds b_out (and what is gained beyond ends, see `with_ends`). Under a Gaussian, parts
         of different degree are uncorrelated.
         """
         n = check_degree(degree, self.degree, "fit")
@@ -330,25 +335,23 @@ class Polynomial(Sized, Approximation):
             shift = self._activated_first()[1] - self.m
             # Powers beyond the dtype's range belong to neurons of vanishing variance.
             limit = torch.finfo(dtype).max
+            tables = {"P": powers.clamp(-limit, limit).to(dtype).unbind()}
+            if z_powers is not None:
+                tables["Q"] = z_powers.clamp(-limit, limit).to(dtype).unbind()
+            if self.ends is not None:
+                tables |= Ends(self.act, self.ends, self.asymptotes).tables(self.m, dtype)
             self._horner_cache[key] = _Horner(
                 shift.to(dtype),
                 self.m.to(dtype),
-                powers.clamp(-limit, limit).to(dtype).unbind(),
-                None if z_powers is None else z_powers.clamp(-limit, limit).to(dtype).unbind(),
-                self.ends(dtype),
+                tables,
             )
         return self._horner_cache[key]
 
-    def ends(self, dtype: torch.dtype) -> Ends | None:
-        """y_range and what is gained beyond it, in v = y - m; None where nothing is clipped."""
-        if self.y_range is None:
-            return None
-        low, high, *growths = ends_of(self.act, self.y_range, self.asymptotes)
-        moved = (
-            g and Growth((g.start - self.m).to(dtype), tuple(rate.to(dtype) for rate in g.rates))
-            for g in growths
-        )
-        return Ends((low - self.m).to(dtype), (high - self.m).to(dtype), *moved)
+    def tables(self) -> dict[str, Tensor]:
+        """What `polylens.polynomials.evaluation.PerNeuron` consists of, in new memory."""
+        own = self._horner(self.degree)
+        stacked = {name: torch.stack(rows) for name, rows in own.tables.items() if rows}
+        return {"mean": own.mean.clone()} | stacked
 
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """v = y - m and the linear branch z, in the dtype of evaluation."""
@@ -380,8 +383,7 @@ class Polynomial(Sized, Approximation):
     ) -> Tensor:
         """P(v) + z Q(v), of v - mean where there is one; overwrites v if `reuse` and autograd
         does not need it."""
-        own = self._horner(degree)
-        return evaluate(own.p, own.q, v, z, mean, own.ends, reuse)
+        return evaluate(self._horner(degree).tables, v, z, mean, reuse)
 
     def _project(self, h: Tensor) -> Tensor:
         return _affine(h.to(self.W_out.dtype), self.W_out, self.b_out)

@@ -11,7 +11,7 @@ from polylens.files import format as storage
 from polylens.files.format import Record
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.base import Approximation
-from polylens.polynomials.evaluation import gained
+from polylens.polynomials.evaluation import clamped, gained
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.quadratic_form import QuadraticForm
 
@@ -23,7 +23,7 @@ class JointPolynomial(Approximation):
     zeta He_{k-1}(t) with zeta = z - E[z]; D_n [features, d_out] reads every feature out into
     every direction. The base is in the span of the same features, so that one product
     Phi_n [features] @ [features, d_out] evaluates both: at degree 2 as many multiplications as
-    4/3 of a GLU, at degree 3 twice a GLU. Beyond the ends of a range (see `Polynomial.clipped`)
+    4/3 of a GLU, at degree 3 twice a GLU. Beyond ends (see `Polynomial.with_ends`)
     t in He_k with k >= 2 and in He_{k-1}(t) zeta is that of the end, and what a neuron gains is
     written along its row of W_out, for a third of a GLU more.
 
@@ -115,12 +115,16 @@ class JointPolynomial(Approximation):
         moved = {name: tensor.to(weights.device) for name, tensor in self.tables().items()}
         return JointPolynomial.on(self.base.over(weights), moved)
 
-    def clipped(self, y_range: Tensor | None, asymptotes: bool = True) -> "JointPolynomial":
-        """`Polynomial.clipped`, of what is not linear in x."""
-        return self._with(self.base.clipped(y_range, asymptotes))
+    @property
+    def ends(self) -> Tensor | None:
+        return self.base.ends
 
-    def unclipped(self) -> "JointPolynomial":
-        return self._with(self.base.unclipped())
+    def with_ends(self, ends: Tensor, asymptotes: bool = True) -> "JointPolynomial":
+        """`Polynomial.with_ends`, of what is not linear in x."""
+        return self._with(self.base.with_ends(ends, asymptotes))
+
+    def without_ends(self) -> "JointPolynomial":
+        return self._with(self.base.without_ends())
 
     def _with(self, base: Polynomial) -> "JointPolynomial":
         like = JointPolynomial(
@@ -187,17 +191,17 @@ def features(
 ) -> tuple[Tensor, Tensor | None]:
     """[..., features]: 1, x - center, He_2(t), zeta He_1(t), He_3(t), zeta He_2(t), ...
 
-    And [..., d_mlp], what the neurons gain beyond their ranges, None where they have none.
+    And [..., d_mlp], what the neurons gain beyond their ends, None where they have none.
     """
     columns, beyond = [torch.ones_like(x[..., :1])], None
     if n:
         columns.append(x - center.to(x.dtype))
-    ends = base._horner(n).ends
-    if n > 1 or ends is not None:
+    if n > 1 or base.ends is not None:
+        tables = base._horner(n).tables
         v, z = base._branches(x)
-        beyond = gained(v, ends)
+        beyond = gained(v, tables)
         beyond = beyond if beyond is None or z is None else beyond * z
-        v = v if ends is None else v.clamp(ends.low, ends.high)
+        v = clamped(v, tables)
         t = v * torch.where(base.s > 0, 1 / base.s, 0.0).to(v.dtype)
         he = hermite_polynomials(t, n)
         zeta = None if z is None else z - z_mean.to(z.dtype)

@@ -16,7 +16,7 @@ from polylens.hosts.base import TOLERANCE, relative_error
 from polylens.hosts.recording import half
 from polylens.hosts.torch.copying import GLUPlace, Place
 from polylens.installed.emitter import Fitted, has_first
-from polylens.polynomials.evaluation import Coefficients, Ends, Growth, evaluate
+from polylens.polynomials.evaluation import PerNeuron
 from polylens.polynomials.factored import Polynomial
 
 FORMAT = 2
@@ -24,63 +24,31 @@ FORMAT = 2
 VARIANT = "polylens"
 
 
-class NeuronPolynomial(nn.Module):
+class NeuronPolynomial(PerNeuron):
     """P(v) + z Q(v) per neuron, v = y - mean, where the activation was: act(y), or act(y) z.
 
     Called as f(y) in an MLP, f(y, z) in a GLU; [batch, pos, d_mlp] each and what comes back.
-    The coefficients are buffers and keep their dtype: polynomials in half precision are noise.
 
     Attributes:
         true: the activation; what position 0 of sequences passes through with `keep_first`.
             Sequences of one position are continuations of a cached prompt.
-        mean: [d_mlp].
-        P: [degree + 1, d_mlp], of v^0, v^1, ...; Q: [degree, d_mlp] or None.
-        clip: [2, d_mlp] lowest and highest v that the polynomial is evaluated at, or None.
-        below, above: what is gained beyond them, [1 + powers, d_mlp] start and rates of a
-            `polylens.polynomials.evaluation.Growth`, or None.
     """
 
-    mean: Tensor
-    P: Tensor
-    Q: Tensor | None
-    clip: Tensor | None
-    below: Tensor | None
-    above: Tensor | None
-
     def __init__(self, true: nn.Module, tables: Mapping[str, Tensor], keep_first: bool) -> None:
-        super().__init__()
+        super().__init__(tables)
         self.true = true
         self.keep_first = keep_first
-        for name in ("mean", "P", "Q", "clip", "below", "above"):
-            self.register_buffer(name, tables.get(name))
 
     def extra_repr(self) -> str:
         return f"degree={len(self.P) - 1}, keep_first={self.keep_first}"
 
     def forward(self, y: Tensor, z: Tensor | None = None) -> Tensor:
-        q = None if self.Q is None else self.Q.unbind()
-        ends = None
-        if self.clip is not None:
-            below, above = (
-                None if table is None else Growth(table[0], table[1:].unbind())
-                for table in (self.below, self.above)
-            )
-            ends = Ends(self.clip[0], self.clip[1], below, above)
-        h = evaluate(self.P.unbind(), q, y, z, self.mean, ends).contiguous()
+        h = super().forward(y, z).contiguous()
         if not (self.keep_first and has_first(h)):
             return h
         first = self.true(y[..., :1, :].clone())
         first = first if z is None else first * z[..., :1, :]
         return torch.cat([first, h[..., 1:, :]], dim=-2)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "NeuronPolynomial":
-        kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        super()._apply(fn, recurse)
-        for name, tensor in kept.items():
-            moved: Any = self._buffers[name]
-            if moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
 
 
 class PolynomialGLU(nn.Module):
@@ -125,7 +93,7 @@ def built(
                 'model; attach with inputs="samples" or "gaussian" to export'
             )
         place, name = places[layer], label(layer)
-        tensors[name] = coefficients(polynomial)
+        tensors[name] = polynomial.tables()
         layers[name] = {
             "act": place.act,
             "glu": None if place.glu is None else asdict(place.glu),
@@ -145,17 +113,6 @@ def built(
     if hasattr(model, "save_pretrained"):
         _make_savable(model, record)
     return model
-
-
-def coefficients(polynomial: Polynomial) -> dict[str, Tensor]:
-    """The tables of a NeuronPolynomial that there are, in new memory."""
-    own = polynomial._horner(polynomial.degree)
-    stacked: dict[str, Coefficients | None] = {"P": own.p, "Q": own.q}
-    if own.ends is not None:
-        stacked["clip"] = (own.ends.low, own.ends.high)
-        for name, growth in (("below", own.ends.below), ("above", own.ends.above)):
-            stacked[name] = None if growth is None else (growth.start, *growth.rates)
-    return {"mean": own.mean.clone()} | {name: torch.stack(c) for name, c in stacked.items() if c}
 
 
 def require_equal(found: list[Tensor], expected: list[Tensor]) -> None:

@@ -148,7 +148,7 @@ def _tables(polynomial: Fitted) -> dict[str, Tensor]:
         return _tables(polynomial.base) | polynomial.tables()
     kept = {"m": polynomial.m, "s": polynomial.s, "P": _packed(polynomial.P, 1)}
     kept |= {} if polynomial.Q is None else {"Q": _packed(polynomial.Q, 0)}
-    return kept | ({} if polynomial.y_range is None else {"y_range": polynomial.y_range})
+    return kept | ({} if polynomial.ends is None else {"y_range": polynomial.ends})
 
 
 def _require_same_weights(where: str, weights: Weights, record: Mapping[str, Any]) -> None:

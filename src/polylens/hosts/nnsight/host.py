@@ -4,7 +4,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, NoReturn
 
-import torch
 from torch import nn
 
 from polylens.errors import AttachmentError, UnsupportedModel
@@ -14,6 +13,7 @@ from polylens.hosts.passage import Emitting, PolyPoint, Taps
 from polylens.hosts.torch.dataflow import Block
 from polylens.hosts.torch.host import TorchHost
 from polylens.hosts.torch.moe import ExpertSite
+from polylens.polynomials.evaluation import PerNeuron
 
 _CHILD = "poly"
 
@@ -96,11 +96,9 @@ class NNsightHost(TorchHost):
         """`Lens.inline`: sent by value, so polylens need not be installed where it runs."""
         import nnsight
 
-        nnsight.register(InlinePolynomial.__module__)
-        tensors, degree = polynomial.weights.tensors(), polynomial.degree
-        Q = None if polynomial.Q is None else polynomial.Q[degree]
-        ends = polynomial.ends(torch.promote_types(polynomial.W_in.dtype, torch.float32))
-        return InlinePolynomial(tensors, polynomial.m, polynomial.s, polynomial.P[degree], Q, ends)
+        for part in (InlinePolynomial, PerNeuron):
+            nnsight.register(part.__module__)
+        return InlinePolynomial(polynomial.weights.tensors(), polynomial.tables())
 
 
 class TraceablePoint(PolyPoint):
