@@ -75,7 +75,6 @@ def test_imports_go_down_only():
     assert upward(graph_of_source()) == []
 
 
-@pytest.mark.xfail(strict=True, reason="three circles are still to be opened")
 def test_no_circle_among_files():
     assert circles(graph_of_source()) == []
 

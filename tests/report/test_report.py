@@ -3,7 +3,7 @@
 import io
 import json
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,6 +16,7 @@ import polylens
 from polylens.calibration.tokens import batches, counted, validate_tokens
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival
+from polylens.report import columns
 from polylens.report.measure import measure
 from polylens.report.report import SCHEMA, LayerRow, Report
 
@@ -502,3 +503,13 @@ def test_token_helpers(tokens, mask):
     assert torch.equal(torch.cat([m for _, m in parts]), mask)
     assert counted(tokens, None, exclude_first=False).all()
     assert counted(tokens, mask, exclude_first=True).sum(1).tolist() == [5, 8, 8, 4, 0]
+
+
+def test_every_figure_of_a_row_has_a_row_in_the_table_of_columns(report):
+    assert set(columns.BY_NAME) == {field.name for field in fields(LayerRow)}
+    data = report.to_dict()
+    data["rows"][0]["nonsense"] = 1.0
+    with pytest.raises(InvalidInputError, match=r"unknown entries \['nonsense'\]"):
+        Report.from_dict(data)
+    del data["rows"][0]["nonsense"], data["rows"][0]["kl"]
+    assert Report.from_dict(data)[0] == replace(report[0], kl=None)

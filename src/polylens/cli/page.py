@@ -31,7 +31,7 @@ from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fitting.fit import fit
 from polylens.inputs.gaussian import Gaussian
 from polylens.lens import Lens
-from polylens.report import rendering
+from polylens.report.columns import BY_NAME, MISSING
 from polylens.report.report import Report
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def html_page(
     openings = [_open(lens, layer, k, n_tokens, names) for layer in chosen]
     parts = [
         f"<h1>{html.escape(report.model)}</h1>",
-        rendering.to_html(report),
+        report._repr_html_(),
         _image(report.plot(), "R² by layer and degree, and change of loss"),
         "<h2>Layers and input model</h2>",
         _note(f"{report.inputs}. R² under the model is in closed form, beside what was held out."),
@@ -214,13 +214,15 @@ def _opening(opening: Opening) -> str:
 def _layers_table(lens: Lens, report: Report) -> str:
     top = lens.degree
     titles = ["layer", "kind", "activation", "d_in", "d_mlp", "|mean|", "std", "eff. rank"]
-    titles += [f"R² deg {top}: held out", "under the model", "read back to", "path"]
+    r2 = BY_NAME["r2"]
+    titles += [f"{r2.title.format(degree=top)}: held out", "under the model", "read back to"]
+    titles.append("path")
     cells = []
     for row in report.rows:
         assert row.layer is not None
         site, polynomial = lens.sites[row.layer], lens[row.layer]
-        held_out = "–" if row.r2 is None else f"{row.r2[top]:.4f}"
-        moments, model_r2 = ["–"] * 3, "–"
+        held_out = r2.form(None if row.r2 is None else row.r2[top])
+        moments, model_r2 = [MISSING] * 3, MISSING
         gaussian = gaussian_of(polynomial.inputs)
         if gaussian is not None:
             cov = gaussian.cov
@@ -229,7 +231,7 @@ def _layers_table(lens: Lens, report: Report) -> str:
             rank = trace.square() / cov.square().sum()
             mean = torch.linalg.vector_norm(gaussian.mean)
             moments = [f"{mean:.3g}", f"{(trace / gaussian.d_in).sqrt():.3g}", f"{rank:.0f}"]
-            model_r2 = f"{float(polynomial.r2[top]):.4f}"
+            model_r2 = r2.form(float(polynomial.r2[top]))
         cells.append(
             [
                 *(row.label, site.kind, html.escape(site.activation.name)),

@@ -8,6 +8,7 @@ import numpy as np
 
 from polylens.drawing import COLOURS, GREY, figure, scale_r2, style_of, tidy
 from polylens.errors import InvalidInputError
+from polylens.report.columns import BY_NAME, degrees
 from polylens.report.rows import LayerRow
 
 if TYPE_CHECKING:
@@ -70,12 +71,12 @@ def _draw_unexplained(
     measured = [(i, row.r2) for i, row in enumerate(rows) if row.r2 is not None]
     places = [i for i, _ in measured]
     ends: dict[str, tuple[float, str]] = {}
-    for k in range(min(1, fitted_degree), fitted_degree + 1):
+    for k in degrees(fitted_degree):
         values = np.array([max(1 - r2[k], FLOOR) for _, r2 in measured])
         colour, marker = style_of(k)
         panel.plot(places, values, color=colour, marker=marker, markersize=3, linewidth=1.2)
         if len(values):
-            ends[f"deg {k}"] = (values[-1], colour)
+            ends[BY_NAME["r2"].label.format(degree=k)] = (values[-1], colour)
     _draw_replaced(panel, rows, degree, ends)
     scale_r2(panel)
     panel.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
@@ -94,7 +95,7 @@ def _draw_replaced(
     if places:
         colour, _ = style_of(degree)
         panel.plot(places, left, color=colour, linestyle="--", linewidth=1.2)
-        ends["replaced"] = (left[-1], colour)
+        ends[BY_NAME["r2_replaced"].label] = (left[-1], colour)
 
 
 def _label_ends(panel: "Axes", last: int, ends: dict[str, tuple[float, str]]) -> None:
@@ -129,17 +130,15 @@ def _spread(values: Sequence[float], gap: float) -> list[float]:
 
 def _draw_losses(panel: "Axes", rows: Sequence[LayerRow], degree: int) -> None:
     places = np.arange(len(rows))
-    rises = [(r.delta_ce, r.ablation_delta_ce, r.prefix_delta_ce) for r in rows]
-    values = np.array(rises, dtype=float)
+    shown = ("delta_ce", "ablation_delta_ce", "prefix_delta_ce")
+    labels = [BY_NAME[name].label.format(degree=degree) for name in shown]
+    values = np.array([[getattr(row, name) for name in shown] for row in rows], dtype=float)
     values[~np.isfinite(values)] = np.nan
-    names = (f"degree {degree} polynomial", "mean ablation")
-    for shift, column, colour, name in zip(
-        (-0.2, 0.2), values.T[:2], (COLOURS[0], "#BBBBBB"), names, strict=True
-    ):
-        panel.bar(places + shift, column, width=0.4, color=colour, label=name)
+    for shift, i, colour in ((-0.2, 0, COLOURS[0]), (0.2, 1, "#BBBBBB")):
+        panel.bar(places + shift, values[:, i], width=0.4, color=colour, label=labels[i])
     if (known := np.isfinite(values[:, 2])).any():
-        label = "all up to this layer"
-        panel.plot(places[known], values[known, 2], "k.-", linewidth=1.2, markersize=4, label=label)
+        at, rises = places[known], values[known, 2]
+        panel.plot(at, rises, "k.-", linewidth=1.2, markersize=4, label=labels[2])
     _scale(panel, values[np.isfinite(values)])
     panel.axhline(0, color="black", linewidth=0.6)
     panel.set_ylabel("ΔCE [nats per token]")

@@ -11,7 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 
 from polylens.checks import Expert, Layer, from_json, label, labelled, to_json
 from polylens.errors import InvalidInputError
-from polylens.report import rendering
+from polylens.report import columns, rendering
 from polylens.report.figure import report_figure
 from polylens.report.rows import LayerRow as LayerRow
 from polylens.report.rows import WorstToken as WorstToken
@@ -72,13 +72,33 @@ class Report:
         )
 
     def __str__(self) -> str:
-        return rendering.text(self)
+        return rendering.text(self._sheet())
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield from rendering.parts(self, options.max_width)
+        yield from rendering.parts(self._sheet(), options.max_width)
 
     def _repr_html_(self) -> str:
-        return rendering.to_html(self)
+        return rendering.to_html(self._sheet())
+
+    def to_markdown(self) -> str:
+        """The table, with what it is of and its remarks; without text of worst tokens."""
+        return rendering.to_markdown(self._sheet())
+
+    def _sheet(self) -> rendering.Sheet:
+        span = f"{len(self)} layer{'s' if len(self) != 1 else ''}"
+        subtitle = f"fitted to {self.inputs}; held-out R² on {self.n_tokens:,} activations"
+        if self.base_ce is not None:
+            subtitle += f"; base CE {self.base_ce:.4f} nats on {self.n_targets:,} targets"
+        rows = self.rows if self.all_row is None else (*self.rows, self.all_row)
+        refused = (f"layer {label(n)} refused: {reason}" for n, reason in self.refused.items())
+        return rendering.Sheet(
+            f"{self.model} ({self.host}): {span} as polynomials",
+            subtitle,
+            columns.shown(rows, self.degree, self.fitted_degree),
+            self.all_row is not None,
+            self.worst,
+            [*columns.legends(rows, self.degree), *self.notes, *refused],
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts; figures that are not finite become None."""
@@ -107,8 +127,9 @@ class Report:
             )
         values = {name: value for name, value in data.items() if name != "schema"}
         try:
-            values["rows"] = tuple(_row(row) for row in values["rows"])
-            values["all_row"] = None if values["all_row"] is None else _row(values["all_row"])
+            values["rows"] = tuple(columns.read(row) for row in values["rows"])
+            total = values["all_row"]
+            values["all_row"] = None if total is None else columns.read(total)
             values["refused"] = {labelled(k): r for k, r in values["refused"].items()}
             values["notes"] = tuple(values["notes"])
             values["worst"] = tuple(_worst(token) for token in values.get("worst", ()))
@@ -131,12 +152,6 @@ class Report:
             n_tokens=self.n_tokens,
             base_ce=self.base_ce,
         )
-
-
-def _row(data: dict[str, Any]) -> LayerRow:
-    r2 = data["r2"]
-    r2 = None if r2 is None else tuple(r2)
-    return LayerRow(**{**data, "layer": from_json(data["layer"]), "r2": r2})
 
 
 def _worst(data: dict[str, Any]) -> WorstToken:

@@ -42,7 +42,12 @@ class LayerRow:
 
     @property
     def label(self) -> str:
-        return "all" if self.layer is None else label(self.layer)
+        return row_label(self.layer)
+
+
+def row_label(layer: Layer | None) -> str:
+    """Of a layer, of an expert, or of all at once."""
+    return "all" if layer is None else label(layer)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from huggingface_hub.utils import validate_repo_id
 
 from polylens.errors import ArtifactError, InvalidInputError
 from polylens.installed.installation import Installation
-from polylens.report.rendering import to_markdown
 from polylens.report.report import Report
 
 FILE = "polylens.safetensors"
@@ -123,7 +122,7 @@ def card(
         "",
         "## How good they are",
         "",
-        "No report was made." if report is None else to_markdown(report),
+        "No report was made." if report is None else report.to_markdown(),
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
 
