@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from polylens.activations.activation import leaky_relu
+from polylens.activations.table import leaky_relu
 from polylens.fitting.fit import fit
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.mixture import GaussianMixture

@@ -13,8 +13,10 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, NoReturn
 
 from polylens import analysis, demo
-from polylens.activations.activation import Activation, activation, known_activations
+from polylens.activations.activation import Activation
+from polylens.activations.recognition import activation
 from polylens.activations.registered import register_activation
+from polylens.activations.table import known_activations
 from polylens.attachment import attach, find_mlps, load
 from polylens.calibration.sampling import sample_tokens
 from polylens.checks import Expert

@@ -8,8 +8,9 @@ import torch
 from torch.nn import functional as F
 
 from polylens import InvalidInputError, NumericalWarning, UnsupportedActivation
-from polylens.activations.activation import _REGISTRY, activation, known_activations, swish, xielu
+from polylens.activations.recognition import activation
 from polylens.activations.registered import register_activation
+from polylens.activations.table import TABLE, known_activations, swish, xielu
 from polylens.normal_forms.weights import MLPWeights
 
 ORACLE = json.loads((Path(__file__).parent.parent / "data" / "hermite_oracle.json").read_text())
@@ -40,10 +41,10 @@ def assert_accurate(act, m, s, expected):
 @pytest.fixture
 def registry():
     """Forget what a test registers."""
-    before = dict(_REGISTRY)
+    before = dict(TABLE)
     yield
-    _REGISTRY.clear()
-    _REGISTRY.update(before)
+    TABLE.clear()
+    TABLE.update(before)
 
 
 @pytest.mark.parametrize("name", sorted({row["act"] for row in ORACLE}))
@@ -64,7 +65,7 @@ def test_neurons_far_below_their_kink():
 
 
 def test_oracle_covers_every_builtin():
-    assert set(_REGISTRY) <= {row["act"] for row in ORACLE}
+    assert set(TABLE) <= {row["act"] for row in ORACLE}
 
 
 def test_helper_fails_on_a_wrong_coefficient():

@@ -16,7 +16,7 @@ from tests.oracles import (
 )
 
 from polylens import InvalidInputError
-from polylens.activations.activation import activation
+from polylens.activations.recognition import activation
 from polylens.fitting.fit import fit
 from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms import correlations

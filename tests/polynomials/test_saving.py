@@ -14,7 +14,7 @@ from polylens import (
     fit,
     fit_global,
 )
-from polylens.activations.activation import _REGISTRY, elu, leaky_relu, swish, xielu
+from polylens.activations.table import TABLE, elu, leaky_relu, swish, xielu
 from polylens.inputs.model import from_record
 
 # Parameters that a name printed to six digits would lose.
@@ -156,13 +156,13 @@ def custom():
     name = "bent"
     polylens.register_activation(name, lambda y: torch.sqrt(1 + y * y))
     yield name
-    _REGISTRY.pop(name, None)
+    TABLE.pop(name, None)
 
 
 def test_a_registered_activation_is_found_by_name(custom, tmp_path):
     saved = fit(random_layer(3, act=custom), random_gaussian(1), 2)
     assert_identical(reload(saved, tmp_path / "x"), saved)
-    del _REGISTRY[custom]
+    del TABLE[custom]
     with pytest.raises(ArtifactError, match=r"register the same function .*'bent'"):
         Polynomial.load(tmp_path / "x")
     polylens.register_activation(custom, lambda y: torch.sqrt(2 + y * y))

@@ -12,7 +12,7 @@ import polylens
 from polylens import ArtifactError, InvalidInputError
 from polylens.files import format as storage
 from polylens.installed import emitter
-from polylens.installed.emitter import fingerprint
+from polylens.normal_forms.fingerprint import fingerprint
 from polylens.saving import lens_file as artifact
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")

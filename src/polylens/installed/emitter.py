@@ -1,19 +1,16 @@
 """What runs at an attached MLP in every forward pass."""
 
-from collections.abc import Mapping, Sequence
-
 import torch
 from torch import Tensor
 
 from polylens.errors import StalePolynomialError
-from polylens.hosts.base import Arrival, MLPSite, Tap, Weights
+from polylens.hosts.base import Arrival, MLPSite, Tap
+from polylens.normal_forms.fingerprint import Fingerprint, fingerprint, same_weights
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
 
 # What stands beside an MLP: both are over the weights that the model has.
 Fitted = Polynomial | JointPolynomial
-# By role of the weight; see `fingerprint`.
-Fingerprint = Mapping[str, Sequence[float]]
 
 
 class SiteEmitter:
@@ -138,46 +135,6 @@ def keep_first(out: Tensor, arrival: Arrival) -> Tensor:
 def has_first(out: Tensor) -> bool:
     """Whether out [batch, pos, d] has a position 0 that starts a sequence."""
     return out.dim() >= 3 and out.shape[-2] > 1
-
-
-def fingerprint(weights: Weights) -> Fingerprint:
-    """Sum, square sum and a position-dependent sum of each weight, in float64."""
-    found = {}
-    for name, tensor in weights.tensors().items():
-        rows = tensor.detach().double().reshape(len(tensor), -1)
-        pattern = [
-            torch.cos(torch.arange(n, dtype=torch.float64, device=rows.device) + 1)
-            for n in rows.shape
-        ]
-        found[name] = (
-            float(rows.sum()),
-            float(rows.square().sum()),
-            float(pattern[0] @ rows @ pattern[1]),
-        )
-    return found
-
-
-def same_weights(
-    fitted: Fingerprint, now: Fingerprint, weights: Weights, eps: float = 1e-12
-) -> bool:
-    """Whether two fingerprints can be those of the same weights.
-
-    Args:
-        now: of `weights`.
-        eps: of the dtype that the fitted ones had, if it was coarser than that of `weights`.
-    """
-    if fitted.keys() != now.keys():
-        return False
-    # Rounding to the current dtype moves each sum by at most eps * norm * sqrt(size).
-    eps = max(torch.finfo(weights.dtype).eps, eps)
-    for name, (total, square, mixed) in now.items():
-        before = fitted[name]
-        scale = eps * (before[1] * getattr(weights, name).numel()) ** 0.5 + 1e-300
-        if abs(total - before[0]) > scale or abs(mixed - before[2]) > scale:
-            return False
-        if abs(square - before[1]) > 4 * eps * before[1]:
-            return False
-    return True
 
 
 def _identity(tensors: dict[str, Tensor]) -> dict[str, tuple]:

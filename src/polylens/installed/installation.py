@@ -7,7 +7,8 @@ from typing import TypeVar
 from polylens.checks import Layer, check_degree, check_layers
 from polylens.errors import AttachmentError, InvalidInputError
 from polylens.hosts.base import Host, MLPSite
-from polylens.installed.emitter import Fingerprint, Fitted, SiteEmitter
+from polylens.installed.emitter import Fitted, SiteEmitter
+from polylens.normal_forms.fingerprint import Fingerprint
 
 Self = TypeVar("Self", bound="Installation")
 

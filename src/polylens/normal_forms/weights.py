@@ -1,13 +1,15 @@
 """The two normal forms that polylens fits, and nothing else."""
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from polylens.activations.activation import Activation, activation
-from polylens.errors import InvalidInputError
+from polylens.activations.activation import Activation
+from polylens.activations.recognition import activation, activation_of, activation_record
+from polylens.errors import ArtifactError, InvalidInputError
+from polylens.files.format import Record, prefixed, within
 
 ROLES = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
 
@@ -31,8 +33,9 @@ class Sized:
         return self.W_out.shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Weights(Sized):
+    _form: ClassVar[str]
     _shapes: ClassVar[dict[str, tuple[str, ...]]]
     W_in: Tensor
     W_out: Tensor
@@ -81,6 +84,12 @@ class _Weights(Sized):
         roles = {name: getattr(self, name, None) for name in ROLES}
         return {name: tensor for name, tensor in roles.items() if tensor is not None}
 
+    def record(self) -> Record:
+        """The form, the activation and the tensors of every role; see `weights_of`."""
+        act, values = activation_record(self.act)  # type: ignore[attr-defined]
+        tensors = self.tensors() | prefixed(values, "activation.")
+        return {"form": self._form, "activation": act}, tensors
+
     def to(self, *args, **kwargs):
         """The same weights on another device or in another dtype, as `Tensor.to`."""
         changed = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -101,7 +110,7 @@ def _finite(t: Tensor) -> bool:
     return bool(torch.isfinite(t.sum())) or bool(torch.isfinite(t).all())
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class MLPWeights(_Weights):
     """f(x) = act(x W_in + b_in) W_out + b_out.
 
@@ -120,6 +129,7 @@ class MLPWeights(_Weights):
     act: Activation
     b_in: Tensor | None = None
     b_out: Tensor | None = None
+    _form: ClassVar[str] = "mlp"
     _shapes: ClassVar[dict[str, tuple[str, ...]]] = {
         "W_in": ("d_in", "d_mlp"),
         "W_out": ("d_mlp", "d_out"),
@@ -137,7 +147,7 @@ class MLPWeights(_Weights):
         return {"y": y, "h": self.act(y)}
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class GLUWeights(_Weights):
     """f(x) = (act(x W_gate + b_gate) * (x W_in + b_in)) W_out + b_out.
 
@@ -159,6 +169,7 @@ class GLUWeights(_Weights):
     b_gate: Tensor | None = None
     b_in: Tensor | None = None
     b_out: Tensor | None = None
+    _form: ClassVar[str] = "glu"
     _shapes: ClassVar[dict[str, tuple[str, ...]]] = {
         "W_in": ("d_in", "d_mlp"),
         "W_out": ("d_mlp", "d_out"),
@@ -176,6 +187,21 @@ class GLUWeights(_Weights):
         """y = x W_gate + b_gate, z = x W_in + b_in and h = act(y) * z, each [..., d_mlp]."""
         y, z = _affine(x, self.W_gate, self.b_gate), _affine(x, self.W_in, self.b_in)
         return {"y": y, "z": z, "h": self.act(y) * z}
+
+
+def weights_of(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> MLPWeights | GLUWeights:
+    """The layer of a record; other tensors beside its own are ignored.
+
+    Raises:
+        ArtifactError: an activation that is not known here; tensors that are no layer.
+    """
+    forms = {form._form: form for form in (MLPWeights, GLUWeights)}
+    act = activation_of(metadata["activation"], within(tensors, "activation."))
+    roles = {name: tensors[name] for name in ROLES if name in tensors}
+    try:
+        return forms[metadata["form"]](act=act, **roles)
+    except (KeyError, TypeError, InvalidInputError) as error:
+        raise ArtifactError(f"the saved layer is none: {error}") from error
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

@@ -11,8 +11,7 @@ from polylens.files import format as storage
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.model import InputModel, from_record
-from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.polynomials.records import weights_of, weights_record
+from polylens.normal_forms.weights import GLUWeights, MLPWeights, weights_of
 
 Self = TypeVar("Self", bound="Approximation")
 
@@ -119,7 +118,7 @@ class Approximation(nn.Module):
 
 def context_record(weights: MLPWeights | GLUWeights | None, inputs: InputModel | None) -> Record:
     """The layer and the input model that an approximation belongs to."""
-    layer, layer_tensors = weights_record(weights) if weights is not None else (None, {})
+    layer, layer_tensors = (None, {}) if weights is None else weights.record()
     model, model_tensors = ({"model": None}, {}) if inputs is None else inputs.record()
     tensors = storage.prefixed(layer_tensors, "layer.") | storage.prefixed(model_tensors, "inputs.")
     return {"layer": layer, "inputs": model}, tensors

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polylens.activations.recognition import activation_of, activation_record
 from polylens.checks import Layer, label, labelled
 from polylens.errors import ArtifactError
 from polylens.files import format as storage
 from polylens.hosts.base import MLPSite, Weights
-from polylens.installed.emitter import Fingerprint, Fitted, fingerprint, same_weights
+from polylens.installed.emitter import Fitted
+from polylens.normal_forms.fingerprint import Fingerprint, fingerprint, same_weights
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
-from polylens.polynomials.records import activation_of, activation_record
 
 KIND = "lens"
 # What of one layer goes into a file: its entry in the header, and its tensors.

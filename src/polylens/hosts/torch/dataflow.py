@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from polylens.activations.activation import Activation, activation
+from polylens.activations.activation import Activation
+from polylens.activations.recognition import activation
 from polylens.errors import PolylensError, UnsupportedActivation, UnsupportedModel
 from polylens.hosts.base import TOLERANCE, Weights, relative_error
 from polylens.hosts.recording import (

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from polylens.activations.activation import Activation, activation, known_activations
+from polylens.activations.activation import Activation
+from polylens.activations.recognition import NEAR, activation
+from polylens.activations.table import known_activations
 from polylens.hosts.recording import Call, half, probing, quiet
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
-_PROBE = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([-60.0, -25.0, 25.0, 60.0])])
 _SAMPLES = 64
 
 Source = tuple[Call, int]
@@ -30,7 +31,7 @@ def functional_matches(
     outputs: dict[nn.Module, list[tuple[int, Tensor]]] = {}
     seen = {out.module: torch.empty(0) for _, _, out in candidates}
     for source, linear, _ in candidates:
-        outputs.setdefault(source[0].module, []).append((source[1], _PROBE))
+        outputs.setdefault(source[0].module, []).append((source[1], NEAR))
         if linear is not None:
             outputs.setdefault(linear[0].module, []).append((linear[1], torch.ones(1)))
     with quiet(model), probing(outputs, seen):
@@ -46,7 +47,7 @@ def _identified(values: Tensor, source: Source) -> Activation | None:
     n = values.numel()
     if n != half(source[0].y, source[1]).numel():
         return None
-    probe = _PROBE if n >= len(_PROBE) else _PROBE[torch.linspace(0, len(_PROBE) - 1, n).long()]
+    probe = NEAR if n >= len(NEAR) else NEAR[torch.linspace(0, len(NEAR) - 1, n).long()]
     m = len(probe)
     got = values.reshape(-1)[: n // m * m].reshape(-1, m).double().cpu()
     fitting = []

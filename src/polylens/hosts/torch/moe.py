@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polylens.activations.activation import Activation, activation
+from polylens.activations.activation import Activation
+from polylens.activations.recognition import activation
 from polylens.checks import Expert
 from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
 from polylens.hosts.base import TOLERANCE, Arrival, MLPSite, Places, relative_error

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polylens.activations.activation import Activation, activation
+from polylens.activations.activation import Activation
+from polylens.activations.recognition import activation
 from polylens.checks import Layer
 from polylens.errors import PolylensError, UnsupportedModel
 from polylens.hosts.base import (

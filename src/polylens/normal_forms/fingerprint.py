@@ -1,0 +1,50 @@
+"""Whether weights are those that a polynomial was fitted to, in whatever dtype they are now."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+
+# Three sums by role of the weight; see `fingerprint`.
+Fingerprint = Mapping[str, Sequence[float]]
+
+
+def fingerprint(weights: MLPWeights | GLUWeights) -> Fingerprint:
+    """Sum, square sum and a position-dependent sum of each weight, in float64."""
+    found: dict[str, tuple[float, ...]] = {}
+    for name, tensor in weights.tensors().items():
+        rows = tensor.detach().double().reshape(len(tensor), -1)
+        pattern = [
+            torch.cos(torch.arange(n, dtype=torch.float64, device=rows.device) + 1)
+            for n in rows.shape
+        ]
+        found[name] = (
+            float(rows.sum()),
+            float(rows.square().sum()),
+            float(pattern[0] @ rows @ pattern[1]),
+        )
+    return found
+
+
+def same_weights(
+    fitted: Fingerprint, now: Fingerprint, weights: MLPWeights | GLUWeights, eps: float = 1e-12
+) -> bool:
+    """Whether two fingerprints can be those of the same weights.
+
+    Args:
+        now: of `weights`.
+        eps: of the dtype that the fitted ones had, if it was coarser than that of `weights`.
+    """
+    if fitted.keys() != now.keys():
+        return False
+    # Rounding to the current dtype moves each sum by at most eps * norm * sqrt(size).
+    eps = max(torch.finfo(weights.dtype).eps, eps)
+    for name, (total, square, mixed) in now.items():
+        before = fitted[name]
+        scale = eps * (before[1] * getattr(weights, name).numel()) ** 0.5 + 1e-300
+        if abs(total - before[0]) > scale or abs(mixed - before[2]) > scale:
+            return False
+        if abs(square - before[1]) > 4 * eps * before[1]:
+            return False
+    return True
