@@ -56,7 +56,7 @@ def main():
     parser.add_argument("--calibration", nargs="+", required=True, help="UTF-8 texts")
     parser.add_argument("--heldout", nargs="+", required=True, help="UTF-8 texts")
     parser.add_argument("--degrees", nargs="+", type=int, default=[2, 3])
-    parser.add_argument("--inputs", nargs="+", default=["samples"])
+    parser.add_argument("--estimator", nargs="+", default=["samples"])
     parser.add_argument("--windows", type=int, default=252, help="calibration, in all")
     parser.add_argument("--heldout-windows", type=int, default=60, help="from each text")
     options = parser.parse_args()
@@ -67,14 +67,14 @@ def main():
     true = {path: embeddings(model, tokens) for path, tokens in held_out.items()}
     each = options.windows // len(options.calibration)
     seen = [texts[path][: -options.heldout_windows][:each] for path in options.calibration]
-    for inputs in options.inputs:
+    for estimator in options.estimator:
         for degree in options.degrees:
             start = time.perf_counter()
             with polylens.attach(
-                model, torch.cat(seen), degree=degree, inputs=inputs, calibration="sequential"
+                model, torch.cat(seen), degree=degree, method=polylens.Sequential(estimator)
             ) as lens:
                 seconds = time.perf_counter() - start
-                print(f"\n{inputs}, degree {degree}, {seconds:.0f} s", flush=True)
+                print(f"\n{estimator}, degree {degree}, {seconds:.0f} s", flush=True)
                 with lens.replaced():
                     for path, tokens in held_out.items():
                         print(

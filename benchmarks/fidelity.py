@@ -9,7 +9,7 @@ error over windows, KL, share of equal most likely tokens; then how the true and
 model go on from the same prompts. Windows are drawn from all over a text; a text on both lists
 gives different windows to each. `docs/fidelity.md` says what was measured so.
 
-    python benchmarks/fidelity.py MODEL ... --clip 0 1 0.01 0.03 0.1 --degrees 2 3 --plot tails.png
+    python benchmarks/fidelity.py MODEL ... --tails none 0 0.01 0.03 --degrees 2 3 --plot tails.png
 
 also draws the KL against the share of preactivations that may leave the polynomial.
 """
@@ -77,20 +77,23 @@ def described(row):
 
 
 def draw(rows, path):
-    """KL by degree and clip: mean of the texts, and from the least to the most costly one."""
+    """KL by degree and tails: mean of the texts, and from the least to the most costly one."""
     figure = Figure(figsize=(5.2, 3.4), layout="constrained")
     axes = figure.subplots()
-    names = {0.0: "nowhere", 1.0: "beyond\nthe seen"}
-    clips = sorted({row["clip"] for row in rows}, key=lambda clip: (clip not in names, clip))
+    names = {None: "nowhere", 0.0: "beyond\nthe seen"}
+    shares = sorted(
+        {row["tails"] for row in rows}, key=lambda share: -1 if share is None else share
+    )
     for degree in sorted({row["degree"] for row in rows}):
         found = [
-            [row["kl"] for row in rows if (row["degree"], row["clip"]) == (degree, clip)]
-            for clip in clips
+            [row["kl"] for row in rows if (row["degree"], row["tails"]) == (degree, share)]
+            for share in shares
         ]
-        x, low, high = range(len(clips)), list(map(min, found)), list(map(max, found))
+        x, low, high = range(len(shares)), list(map(min, found)), list(map(max, found))
         (line,) = axes.plot(x, list(map(fmean, found)), "o-", label=f"degree {degree}")
         axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
-    axes.set_xticks(range(len(clips)), [names.get(c, f"and in\n{100 * c:.3g} %") for c in clips])
+    labels = [names.get(s, f"and in\n{100 * (s or 0):.3g} %") for s in shares]
+    axes.set_xticks(range(len(shares)), labels)
     axes.set(
         yscale="log", ylabel="KL, nats per token", xlabel="where neurons follow asymptotes instead"
     )
@@ -99,23 +102,27 @@ def draw(rows, path):
     figure.savefig(path, dpi=160)
 
 
+def share(text):
+    return None if text == "none" else float(text)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="hub name, directory or .gguf file")
     parser.add_argument("--calibration", nargs="*", default=[], help="UTF-8 texts")
     parser.add_argument("--heldout", nargs="+", required=True, help="UTF-8 texts")
     parser.add_argument("--degrees", nargs="+", type=int, default=[2, 3])
-    parser.add_argument("--inputs", nargs="+", default=["samples"])
+    parser.add_argument("--estimator", nargs="+", default=["samples"])
     parser.add_argument("--weighting", nargs="+", default=["output"])
-    parser.add_argument("--clip", nargs="+", type=float, default=[None], help="0, 1 or a share")
+    parser.add_argument("--tails", nargs="+", type=share, default=["default"], help="none or 0.05")
     parser.add_argument("--windows", nargs="+", type=int, default=[252], help="calibration, in all")
     parser.add_argument("--sampled", type=int, default=0, help="windows written by the model")
     parser.add_argument("--heldout-windows", type=int, default=10, help="from each text")
     parser.add_argument("--json", help="file for the figures that are printed")
-    parser.add_argument("--plot", help="file for the picture of them by degree and clip")
+    parser.add_argument("--plot", help="file for the picture of them by degree and tails")
     options = parser.parse_args()
-    if options.plot and None in options.clip:
-        parser.error("--plot draws by --clip: give that, too")
+    if options.plot and "default" in options.tails:
+        parser.error("--plot draws by --tails: give that, too")
     model, tokenizer = load_model(options.model)
     texts = {path: windows(tokenizer, path) for path in {*options.calibration, *options.heldout}}
     held_out = {path: texts[path][-options.heldout_windows :] for path in options.heldout}
@@ -127,22 +134,15 @@ def main():
     print("true model:", [tokenizer.decode(row) for row in continued(model, prompts)], flush=True)
     rows = []
     grid = itertools.product(
-        options.windows, options.inputs, options.weighting, options.clip, options.degrees
+        options.windows, options.estimator, options.weighting, options.tails, options.degrees
     )
-    for count, inputs, weighting, clip, degree in grid:
+    for count, estimator, weighting, tails, degree in grid:
         each = count // max(1, len(options.calibration))
         seen = [texts[path][: -options.heldout_windows][:each] for path in options.calibration]
         tokens = torch.cat(seen + sampled)
+        method = polylens.Sequential(estimator, tails, weighting)
         start = time.perf_counter()
-        with polylens.attach(
-            model,
-            tokens,
-            degree=degree,
-            inputs=inputs,
-            calibration="sequential",
-            weighting=weighting,
-            clip=bool(clip) if clip in (0, 1) else clip,
-        ) as lens:
+        with polylens.attach(model, tokens, degree=degree, method=method) as lens:
             print(
                 f"\ndegree {degree}, {lens.inputs_summary}, {options.sampled} windows sampled, "
                 f"{time.perf_counter() - start:.0f} s",
@@ -155,8 +155,8 @@ def main():
                 ce, kl = (fmean(row[name] for row in found.values()) for name in ("delta_ce", "kl"))
                 print(f"mean: {ce:+.4f}, KL {kl:.4f}")
                 print([tokenizer.decode(row) for row in continued(model, prompts)], flush=True)
-        setting = {"degree": degree, "clip": clip, "inputs": inputs, "weighting": weighting}
-        setting |= {"windows": len(tokens)}
+        setting = {"degree": degree, "tails": tails, "estimator": estimator}
+        setting |= {"weighting": weighting, "windows": len(tokens)}
         rows += [setting | {"text": Path(path).stem} | row for path, row in found.items()]
         if options.json:
             Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")

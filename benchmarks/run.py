@@ -195,7 +195,7 @@ def attaching(pairs: int):
                 for batch in tokens.split(8):
                     module(batch)
 
-        sequential = partial(attach, degree=3, calibration="sequential")
+        sequential = partial(attach, degree=3, method=polylens.Sequential())
         for what, call, target in (
             ("Gaussian", partial(attach, degree=2), "<= 1.5"),
             ("samples, layer by layer, degree 3", sequential, "<= 3"),
@@ -241,9 +241,10 @@ def replacing(pairs: int):
 
 def replaced_forward(what: str, make: Callable, tokens: torch.Tensor, pairs: int):
     model, twin = make(), make()
-    for degree, clip in ((2, False), (3, False), (3, True)):
+    for degree, tails in ((2, None), (3, None), (3, 0.0)):
+        method = polylens.TrueStream(tails=tails)
         with (
-            polylens.attach(model, tokens, degree=degree, clip=clip, progress=False) as lens,
+            polylens.attach(model, tokens, degree=degree, method=method, progress=False) as lens,
             torch.no_grad(),
             lens.replaced(),
         ):
@@ -252,7 +253,7 @@ def replaced_forward(what: str, make: Callable, tokens: torch.Tensor, pairs: int
         ours, theirs = (min(column) for column in zip(*samples, strict=True))
         median = statistics.median(a / b for a, b in samples)
         yield (
-            f"all MLPs replaced, degree {degree}{', clipped' if clip else ''}, {what}",
+            f"all MLPs replaced, degree {degree}{'' if tails is None else ', with ends'}, {what}",
             f"{ours * 1e3:.1f} ms",
             f"true forward: {theirs * 1e3:.1f} ms",
             f"{ours / theirs:.3f} (median {median:.3f})",

@@ -152,7 +152,7 @@ class HostContract:
         with attach(model) as lens:
             with lens.replaced():
                 all_layers = logits(model)
-                with lens.replaced(0, degree=1):
+                with lens.replaced(layers=0, degree=1):
                     assert not torch.equal(logits(model), all_layers)
                 assert torch.equal(logits(model), all_layers)
             with lens.replaced(layers=[0]):

@@ -4,7 +4,15 @@ import pytest
 import torch
 
 import polylens
-from polylens import AttachmentError, Gaussian, InvalidInputError, demo
+from polylens import (
+    AttachmentError,
+    FromInputs,
+    FromNorm,
+    Gaussian,
+    InvalidInputError,
+    TrueStream,
+    demo,
+)
 from tests.models import BRIDGES, D_VOCAB, hooked
 
 TOKENS = demo.batches(demo.texts()[0], 8, 64)
@@ -76,7 +84,7 @@ def test_a_hooked_transformer_is_sampled_too():
 
 
 def test_the_norm_alone_needs_no_data(model):
-    with polylens.attach(model, inputs="norm", layers=1, progress=False) as lens:
+    with polylens.attach(model, method=FromNorm(), layers=1, progress=False) as lens:
         gaussian = lens[1].inputs
         assert "norm" in lens.inputs_summary
     norm = demo.load_model().transformer.h[1].ln_2
@@ -107,7 +115,7 @@ def test_attached_finds_the_lens_and_detach_forgets_it(model):
 
 def test_a_dropped_lens_is_still_found():
     model = BRIDGES["gpt2"]()
-    polylens.attach(model, inputs="norm", progress=False)
+    polylens.attach(model, method=FromNorm(), progress=False)
     polylens.attached(model).detach()
     assert polylens.attached(model) is None
 
@@ -118,10 +126,11 @@ def test_a_dropped_lens_is_still_found():
         (dict(tokens=TOKENS.float()), "integer token ids"),
         (dict(tokens=TOKENS[:0]), "empty"),
         (dict(tokens=TOKENS[0]), r"tokens\[None\]"),
-        (dict(tokens=TOKENS, inputs="norm"), "not both"),
-        (dict(tokens=None, inputs="data"), "'data' is unknown"),
-        (dict(tokens=None, inputs={0: Gaussian.standard(128)}), r"layers \[1, 2, 3\]"),
-        (dict(tokens=None, inputs=Gaussian.standard(7)), "layer 0.*128 features"),
+        (dict(tokens=TOKENS, method=FromNorm()), "not both"),
+        (dict(method="sequential"), r"TrueStream\(\), Sequential\(\)"),
+        (dict(method=TrueStream), r"TrueStream\(\), Sequential\(\)"),
+        (dict(tokens=None, method=FromInputs({0: Gaussian.standard(128)})), r"layers \[1, 2, 3\]"),
+        (dict(tokens=None, method=FromInputs(Gaussian.standard(7))), "layer 0.*128 features"),
         (dict(layers=4), r"no layer 4; there are \[0, 1, 2, 3\]"),
         (dict(layers=[]), "empty"),
         (dict(degree=-1), "degree"),
@@ -148,6 +157,13 @@ def test_replaced_refuses_unknown_layers_and_degrees(model):
                 pass
         with pytest.raises(InvalidInputError, match=r"there are \[0, 1\]"):
             lens[3]
+
+
+def test_what_is_given_by_name_only_says_so(model):
+    with attach(model, degree=2, layers=[0, 1]) as lens:
+        for use in (lens.replaced, lens.export, lambda x: lens.inline(0, x)):
+            with pytest.raises(InvalidInputError, match=r"degree=.* by name \(got 2\)"):
+                use(2)
 
 
 def test_few_tokens_warn_with_the_rank(model):
@@ -177,7 +193,7 @@ def test_nan_activations_name_the_layer():
 
     with (
         model.hooks(fwd_hooks=[("blocks.1.hook_in", poison)]),
-        pytest.raises(InvalidInputError, match=r"layer 1 \(blocks\.1\.mlp\): 24 of 24 features"),
+        pytest.raises(InvalidInputError, match=r"layer 1 \(blocks\.1\.mlp\): .*24 of 24 features"),
     ):
         attach(model, TOKENS[:, :32] % D_VOCAB, layers=1)
     assert polylens.attached(model) is None
@@ -202,7 +218,7 @@ def test_a_norm_weight_that_is_a_constant_is_not_taken_for_none(name):
     for block in model.blocks:
         for norm in (block.ln1, block.ln2):
             torch.nn.init.constant_(norm.original_component.weight, 0.5)
-    with polylens.attach(model, inputs="norm", layers=0, progress=False) as lens:
+    with polylens.attach(model, method=FromNorm(), layers=0, progress=False) as lens:
         scale = 1.5 if name == "gemma2" else 0.5  # Gemma multiplies by 1 + weight
         rank = 23 / 24 if name == "gpt2" else 1.0
         expected = torch.full((24,), scale**2 * rank, dtype=torch.float64)

@@ -49,7 +49,7 @@ def cross_entropy(model, tokens):
 def test_all_30_mlps_as_cubics_nearly_keep_the_loss(smollm2, tokens, tmp_path):
     model, held_out = smollm2[0], tokens[1][:8]
     base = cross_entropy(model, held_out)
-    options = {"degree": 3, "calibration": "sequential", "progress": False}
+    options = {"degree": 3, "method": polylens.Sequential(), "progress": False}
     with polylens.attach(model, tokens[0], **options) as lens:
         with lens.replaced():
             replaced = cross_entropy(model, held_out)

@@ -18,7 +18,10 @@ from polylens.activations.recognition import activation
 from polylens.activations.registered import register_activation
 from polylens.activations.table import known_activations
 from polylens.attachment import attach, find_mlps, load
+from polylens.calibration.given import FromInputs, FromNorm
 from polylens.calibration.sampling import sample_tokens
+from polylens.calibration.sequential import Sequential
+from polylens.calibration.true_stream import TrueStream
 from polylens.checks import Expert
 from polylens.errors import (
     ArtifactError,
@@ -60,6 +63,8 @@ __all__ = [
     "Estimator",
     "Expert",
     "ExplainedVariance",
+    "FromInputs",
+    "FromNorm",
     "GLUWeights",
     "Gaussian",
     "GaussianMixture",
@@ -74,9 +79,11 @@ __all__ = [
     "QuadraticForm",
     "Report",
     "Samples",
+    "Sequential",
     "StalePolynomialError",
     "TraceData",
     "Tracer",
+    "TrueStream",
     "UnsupportedActivation",
     "UnsupportedModel",
     "activation",

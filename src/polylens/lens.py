@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor
 from torch.nn import Module
 
-from polylens.checks import Layer, check_degree, label
+from polylens.checks import Layer, check_degree, label, renamed
 from polylens.errors import AttachmentError
 from polylens.hosts.base import Host
 from polylens.installed.installation import Installation
@@ -127,7 +127,8 @@ class Lens(Installation):
         with self.host.cache(self._chosen(layers), names) as found:  # type: ignore
             yield found
 
-    def inline(self, layer: Layer, degree: int | None = None) -> Module:
+    @renamed()
+    def inline(self, layer: Layer, *, degree: int | None = None) -> Module:
         """The layer's polynomial as a module f(x, y=None) that travels with a remote trace.
 
             f = lens.inline(3)
@@ -152,13 +153,14 @@ class Lens(Installation):
         polynomial = self[layer].truncate(degree)
         if not isinstance(polynomial, Polynomial):
             raise AttachmentError(
-                'only polynomials per neuron travel; attach with inputs="samples" or "gaussian" '
+                'only polynomials per neuron travel; attach with estimator="samples" or "gaussian" '
                 'rather than "joint"'
             )
         return self.host.inline(polynomial)  # type: ignore
 
+    @renamed()
     def export(
-        self, layers: Iterable[Layer] | Layer | None = None, degree: int | None = None
+        self, *, degree: int | None = None, layers: Iterable[Layer] | Layer | None = None
     ) -> Module:
         """A new model in which these MLPs are polynomials, made of ordinary modules.
 
@@ -174,7 +176,7 @@ class Lens(Installation):
         saved: its weight files are named apart, so that nobody gets the true model instead.
 
         Args:
-            layers, degree: as in `replaced`.
+            degree, layers: as in `replaced`.
 
         Raises:
             InvalidInputError, StalePolynomialError: as `replaced`.
@@ -194,7 +196,7 @@ class Lens(Installation):
         polynomials = {layer: self[layer].truncate(degree) for layer in chosen}
         copy, places = host.copied(chosen, self.exclude_first)
         model = export.built(copy, places, polynomials, self.exclude_first, self.inputs_summary)
-        with self.suspended(), self.replaced(chosen, degree):
+        with self.suspended(), self.replaced(degree=degree, layers=chosen):
             expected = host.example_outputs(host.module)
         export.require_equal(host.example_outputs(model), expected)
         return model

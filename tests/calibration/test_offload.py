@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 import polylens
-from polylens import InvalidInputError
+from polylens import InvalidInputError, Sequential
 from polylens.calibration import offload
 from polylens.calibration.lockstep import in_step
 from polylens.calibration.offload import Files, Memory, Offloaded, store_for
@@ -28,9 +28,9 @@ MASK = (torch.arange(24) < torch.tensor([24, 20, 24, 9, 24, 24])[:, None]).long(
 HOSTS = [("gpt2", hooked), *((name, h) for name in ("gpt2", "llama") for h in (plain, bridge))]
 
 
-def attach(model, tokens=TOKENS, **options):
-    options = {"calibration": "sequential", "batch_size": 2, "progress": False, **options}
-    return polylens.attach(model, tokens, **options)
+def attach(model, tokens=TOKENS, estimator="samples", offload=None, **options):
+    options = {"degree": 2, "batch_size": 2, "progress": False, **options}
+    return polylens.attach(model, tokens, method=Sequential(estimator, offload=offload), **options)
 
 
 def fitted(model, **options):
@@ -57,12 +57,12 @@ def test_the_same_polynomials_bit_for_bit(name, make, tmp_path, everywhere):
     assert torch.equal(logits(model), before)
 
 
-@pytest.mark.parametrize("inputs", ["gaussian", "joint"])
-def test_every_estimator(inputs, tmp_path, everywhere):
+@pytest.mark.parametrize("estimator", ["gaussian", "joint"])
+def test_every_estimator(estimator, tmp_path, everywhere):
     model = build("llama")
-    expected = fitted(model, inputs=inputs)
+    expected = fitted(model, estimator=estimator)
     for place in (tmp_path, "cpu"):
-        assert_same_bits(fitted(model, inputs=inputs, offload=place), expected)
+        assert_same_bits(fitted(model, estimator=estimator, offload=place), expected)
 
 
 class Meter(TorchDispatchMode):
@@ -205,7 +205,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(when, tmp_path, monkeypatch):
 
     monkeypatch.setattr(offload, "open", full, raising=False)
     with pytest.raises(OSError, match=r"No space left on device.*another directory") as caught:
-        attach(model, offload=tmp_path, inputs="joint")
+        attach(model, offload=tmp_path, estimator="joint")
     assert caught.value.errno == errno.ENOSPC
     assert list(tmp_path.iterdir()) == []
     assert polylens.attached(model) is None
@@ -242,7 +242,6 @@ def test_what_runs_while_an_interrupted_pass_ends_finds_its_tensors(tmp_path):
     [
         ({"offload": "nowhere/at/all"}, "'cpu' or an existing directory"),
         ({"offload": 3}, "is no directory"),
-        ({"offload": "cpu", "calibration": "true"}, "lets no batch wait"),
     ],
 )
 def test_refused(options, message):

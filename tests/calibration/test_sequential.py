@@ -10,9 +10,16 @@ from tests.hosts.test_hosts_agree import bridge, hooked, nnsight, plain
 from tests.hosts.test_moe import MODELS
 
 import polylens
-from polylens import InvalidInputError, Samples, UnsupportedModel, demo
+from polylens import (
+    InvalidInputError,
+    Samples,
+    Sequential,
+    TrueStream,
+    UnsupportedModel,
+    demo,
+)
 from polylens.calibration.lockstep import in_step
-from polylens.calibration.streams import visiting_order
+from polylens.calibration.seen import visiting_order
 from polylens.hosts import host_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
@@ -30,7 +37,7 @@ def model():
 
 
 def attach(model, tokens=CALIBRATION, **options):
-    options = {"calibration": "sequential", "progress": False, **options}
+    options = {"method": Sequential(), "degree": 2, "progress": False, **options}
     return polylens.attach(model, tokens, **options)
 
 
@@ -87,57 +94,57 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(make):
     assert polylens.attached(model) is None
 
 
-@pytest.mark.parametrize("inputs", ["samples", "gaussian", "joint"])
-def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, inputs):
-    plain = {"weighting": "equal", "clip": False}
-    with attach(model, degree=2, inputs=inputs, batch_size=24, **plain) as lens:
+@pytest.mark.parametrize("estimator", ["samples", "gaussian", "joint"])
+def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, estimator):
+    method = Sequential(estimator, tails=None, weighting="equal")
+    with attach(model, method=method, batch_size=24) as lens:
         for layer in (0, 2, 3):
-            with lens.replaced(range(layer)) if layer else nullcontext():
+            with lens.replaced(layers=range(layer)) if layer else nullcontext():
                 x = seen_inputs(lens.host, [layer], [(VISITED, None)])[layer][0]
             x = x[:, 1:].reshape(-1, x.shape[-1])
-            given = polylens.Gaussian.from_samples(x) if inputs == "gaussian" else Samples([x])
-            verb = polylens.fit_joint if inputs == "joint" else polylens.fit
+            given = polylens.Gaussian.from_samples(x) if estimator == "gaussian" else Samples([x])
+            verb = polylens.fit_joint if estimator == "joint" else polylens.fit
             expected = verb(lens.sites[layer].weights(), given, 2)(x)
             assert (lens[layer](x) - expected).norm() < 2e-4 * expected.norm()
 
 
-@pytest.mark.parametrize("inputs", ["samples", "gaussian", "joint"])
-@pytest.mark.parametrize("calibration", ["sequential", "true"])
-def test_inputs_may_be_weighted_by_the_size_of_the_output(model, inputs, calibration):
-    options = {"calibration": calibration, "weighting": "output", "clip": True}
-    with attach(model, degree=2, inputs=inputs, batch_size=24, layers=[0], **options) as lens:
+@pytest.mark.parametrize("estimator", ["samples", "gaussian", "joint"])
+@pytest.mark.parametrize("stream", [Sequential, TrueStream])
+def test_inputs_may_be_weighted_by_the_size_of_the_output(model, estimator, stream):
+    method = stream(estimator, tails=0.0, weighting="output")
+    with attach(model, method=method, batch_size=24, layers=[0]) as lens:
         x = seen_inputs(lens.host, [0], [(VISITED, None)])[0][0]
         x = x[:, 1:].reshape(-1, x.shape[-1])
         weights = lens.sites[0].weights()
         w = 1 / weights(x).double().norm(dim=1)
-        if inputs == "gaussian":
+        if estimator == "gaussian":
             mean = w @ x.double() / w.sum()
             centred = x.double() - mean
             given = polylens.Gaussian(mean, centred.T @ (centred * w[:, None]) / w.sum())
         else:
             given = Samples([(x, w)])
-        verb = polylens.fit_joint if inputs == "joint" else polylens.fit
+        verb = polylens.fit_joint if estimator == "joint" else polylens.fit
         expected = verb(weights, given, 2)(x)
         assert (lens[0](x) - expected).norm() < 2e-4 * expected.norm()
         y = x @ weights.W_in + weights.b_in
-        base = lens[0].base if inputs == "joint" else lens[0]
+        base = lens[0].base if estimator == "joint" else lens[0]
         assert torch.allclose(base.ends.float(), torch.stack([y.amin(0), y.amax(0)]), atol=1e-5)
 
 
 def test_it_loses_less_than_fits_to_the_true_stream(model):
     losses = {}
-    for calibration, inputs in (("true", "gaussian"), ("true", "samples"), ("sequential", None)):
-        options = {"calibration": calibration, "inputs": inputs, "weighting": "equal"}
-        with attach(model, clip=False, **options) as lens:
-            losses[calibration, inputs] = lens.report(HELD_OUT, progress=False).all_row.delta_ce
-    assert losses["sequential", None] < losses["true", "samples"] < losses["true", "gaussian"]
+    plain = {"tails": None, "weighting": "equal"}
+    for method in (Sequential(**plain), TrueStream("samples", **plain), TrueStream(**plain)):
+        with attach(model, method=method) as lens:
+            losses[method] = lens.report(HELD_OUT, progress=False).all_row.delta_ce
+    assert list(losses) == sorted(losses, key=losses.__getitem__)
 
 
 def test_samples_are_the_default_and_the_report_says_so(model):
     with attach(model, layers=[0, 1]) as lens:
         assert lens.inputs_summary == (
             "samples per neuron, 1536 tokens, position 0 excluded, weighted by 1 / |output|, "
-            "asymptotes beyond the preactivations seen and in tails of 0.05, layer by layer"
+            "ends with tails of 0.05, layer by layer"
         )
         assert "layer by layer" in str(lens.report(HELD_OUT, loss=False, progress=False))
 
@@ -155,23 +162,37 @@ def test_padding_is_left_out(model):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"calibration": "backwards"}, "'true', 'sequential'"),
-        ({"inputs": "cauchy"}, "'gaussian', 'samples', 'joint'"),
-        ({"inputs": "mixture"}, "polylens.fit"),
-        ({"tokens": None, "inputs": "norm"}, "Give one of the two"),
-        ({"degree": 13}, "degree"),
+        ({"estimator": "cauchy"}, "'gaussian', 'samples', 'joint'"),
+        ({"estimator": "mixture"}, "polylens.fit"),
         ({"weighting": "input"}, "'equal', 'output'"),
-        ({"calibration": "true", "tokens": None, "inputs": "norm", "clip": True}, "inputs seen"),
-        ({"calibration": "true", "tokens": None, "inputs": "norm", "clip": 0.01}, "inputs seen"),
-        ({"inputs": "gaussian", "clip": 0.01}, 'estimator="samples"'),
-        ({"clip": 0.5}, "below 0.5"),
-        ({"clip": 0}, "below 0.5"),
-        ({"clip": float("nan")}, "below 0.5"),
+        ({"estimator": "gaussian", "tails": 0.01}, 'estimator="samples"'),
+        ({"tails": 0.5}, "below 0.5"),
+        ({"tails": True}, "below 0.5"),
+        ({"tails": "deflaut"}, "below 0.5"),
+        ({"tails": float("nan")}, "below 0.5"),
     ],
 )
-def test_refused_and_nothing_attached(model, options, message):
+@pytest.mark.parametrize("stream", [Sequential, TrueStream])
+def test_options_that_there_are_not_are_refused(stream, options, message):
     with pytest.raises(InvalidInputError, match=message):
-        attach(model, **options)
+        stream(**options)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"calibration": "sequential"}, r"method=Sequential\(\)"),
+        ({"inputs": "norm"}, r"FromNorm\(\)"),
+        ({"clip": False}, r"method=Sequential\(tails="),
+        ({"weighting": "output"}, r"method=TrueStream\(weighting="),
+        ({"checkpoint": "file"}, r"method=Sequential\(checkpoint="),
+        ({"offload": "cpu"}, r"method=Sequential\(offload="),
+        ({"seed": 1}, r"sample_tokens\(model, seed="),
+    ],
+)
+def test_an_old_option_names_the_new_one(model, old, new):
+    with pytest.raises(InvalidInputError, match=f"no longer takes {next(iter(old))}=.*{new}"):
+        attach(model, **old)
     assert polylens.attached(model) is None
 
 

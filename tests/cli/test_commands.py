@@ -104,7 +104,7 @@ def test_report_without_loss(model_dir, text_file):
 
 def test_report_layer_by_layer_on_text_of_the_model_too(model_dir, text_file, tmp_path):
     arguments = ["report", model_dir, "--text", text_file, *SIZES, "--json", tmp_path / "a.json"]
-    arguments += ["--calibration", "sequential", "--sampled-tokens", 64, "--no-loss"]
+    arguments += ["--stream", "sequential", "--sampled-tokens", 64, "--no-loss"]
     result = run(app, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     report = Report.from_dict(json.loads((tmp_path / "a.json").read_text(encoding="utf-8")))
@@ -115,7 +115,7 @@ def test_report_layer_by_layer_on_text_of_the_model_too(model_dir, text_file, tm
 def test_demo(tmp_path):
     out, page = tmp_path / "report.json", tmp_path / "page.html"
     files = ["--json", str(out), "--html", str(page)]
-    result = run(app, ["demo", "--sequences", "4", "--calibration", "sequential", *files])
+    result = run(app, ["demo", "--sequences", "4", "--stream", "sequential", *files])
     assert result.exit_code == 0, result.output
     text = page.read_text(encoding="utf-8")
     assert "<h3>Layer 3</h3>" in text
@@ -158,7 +158,8 @@ def test_mistakes_are_one_line(model_dir, text_file, not_a_model, tmp_path):
     _fails([model_dir, *text, "--layers", "0-x"], "'0-x'", "0-5,10")
     _fails([model_dir, *text, "--layers", "5"], "no layer 5", "[0, 1]")
     _fails([model_dir, *text, "--degree", "-1"], "degree")
-    _fails([model_dir, *text, "--calibration", "parallel"], "calibration='parallel'", "sequential")
+    _fails([model_dir, *text, "--stream", "parallel"], "--stream 'parallel'", "sequential")
+    _fails([model_dir, *text, "--calibration", "sequential"], "--stream")
     _fails([model_dir, *text, "--sampled-tokens", "9"], "--sampled-tokens 9")
     _fails([model_dir, "--text", text_file], "tokens", "8,192 are needed")
     _fails([model_dir, *text, "--seq-len", "999"], "--calibration-tokens 160")

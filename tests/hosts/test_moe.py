@@ -288,11 +288,11 @@ def test_an_expert_that_saw_too_few_tokens_is_named_and_not_fitted():
         attach(model, TOKENS[:1], layers=0)
 
 
-@pytest.mark.parametrize("options", [dict(inputs="norm"), dict(layers=Expert(0, 9))])
+@pytest.mark.parametrize("options", [dict(method=polylens.FromNorm()), dict(layers=Expert(0, 9))])
 def test_what_experts_cannot_do_is_said(options):
     config, name, changes, _ = MODELS["mixtral"]
     model = from_config(config, name, changes)
-    tokens = None if "inputs" in options else MANY
+    tokens = None if "method" in options else MANY
     with pytest.raises((polylens.UnsupportedModel, polylens.InvalidInputError), match=r"router|9"):
         attach(model, tokens, **options)
     assert polylens.attached(model) is None

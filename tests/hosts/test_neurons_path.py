@@ -11,7 +11,7 @@ from tests.models import HOSTS, hooked
 from torch import nn
 
 import polylens
-from polylens import Gaussian, GLUWeights, MLPWeights, fit
+from polylens import FromInputs, Gaussian, GLUWeights, MLPWeights, fit
 from polylens.hosts import host_for
 from polylens.installed.emitter import SiteEmitter
 
@@ -226,7 +226,7 @@ def test_an_activation_in_place_goes_the_long_way(gated, ways):
     model = InPlace(gated)
     x = torch.randn(50, 6)
     lens = polylens.attach(
-        model, inputs=Gaussian.standard(6), degree=2, example_inputs=x, progress=False
+        model, method=FromInputs(Gaussian.standard(6)), degree=2, example_inputs=x, progress=False
     )
     with torch.no_grad(), lens.replaced():
         torch.testing.assert_close(model(x), x + lens[0](x))
@@ -247,7 +247,7 @@ def test_two_readers_of_the_same_neurons_are_not_mixed_up(ways):
     torch.manual_seed(0)
     model, x = TwoHeads(), torch.randn(50, 6)
     lens = polylens.attach(
-        model, inputs=Gaussian.standard(6), degree=2, example_inputs=x, progress=False
+        model, method=FromInputs(Gaussian.standard(6)), degree=2, example_inputs=x, progress=False
     )
     with torch.no_grad(), lens.replaced():
         replaced = model(x)

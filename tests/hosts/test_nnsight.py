@@ -243,7 +243,7 @@ def test_the_inline_function_travels_to_where_polylens_is_not_installed(
 
     model = nnsight.NNsight(build(name))
     with attach(model, exclude_first=keep_first) as lens:
-        function = lens.inline(0, degree)
+        function = lens.inline(0, degree=degree)
         with lens.replaced(layers=0, degree=degree):
             expected = logits(model)
     model._module.save_pretrained(tmp_path)

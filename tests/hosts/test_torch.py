@@ -17,6 +17,7 @@ from tests.host_contract import (
 from torch import nn
 
 import polylens
+from polylens import FromInputs
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.hosts.torch.host import TorchHost
 
@@ -80,7 +81,7 @@ def test_hidden_layers_of_a_classifier_are_replaced_one_by_one():
     ]
     assert refused == {}
     gaussian = polylens.Gaussian(torch.zeros(10), torch.eye(10))
-    lens = polylens.attach(model, inputs=gaussian, layers=0, degree=2, progress=False)
+    lens = polylens.attach(model, method=FromInputs(gaussian), layers=0, degree=2, progress=False)
     assert torch.equal(model(x), reference)
     with lens.replaced():
         expected = model[4](model[3](lens[0](x)))

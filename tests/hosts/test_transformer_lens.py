@@ -16,7 +16,7 @@ from tests.host_contract import (
 from tests.models import BRIDGES, HOSTS, bridge, hooked
 
 import polylens
-from polylens import analysis
+from polylens import TrueStream, analysis
 from polylens.hosts import host_for
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning")
@@ -268,7 +268,7 @@ def test_features_of_a_fit_that_kept_no_moments_are_in_those_of_the_norm(tmp_pat
     model = BRIDGES["llama"]()
     weight = model.original_model.model.layers[1].post_attention_layernorm.weight.detach()
     implied = polylens.Gaussian(torch.zeros(len(weight)), weight.square())
-    options = {"degree": 2, "layers": 1, "inputs": "samples", "progress": False}
+    options = {"degree": 2, "layers": 1, "method": TrueStream("samples"), "progress": False}
     with polylens.attach(model, TOKENS, **options) as lens:
         found = analysis.layer_features(lens, 1, 4, against=7, k=3)
         lens.save(tmp_path / "lens")

@@ -14,8 +14,8 @@ from tests.polynomials.test_factored import D_IN, LAYERS, randn
 
 import polylens
 import polylens.analysis
-from polylens import Gaussian, InvalidInputError, Samples, fit, fit_joint
-from polylens.calibration.streams import visiting_order
+from polylens import Gaussian, InvalidInputError, Samples, Sequential, TrueStream, fit, fit_joint
+from polylens.calibration.seen import visiting_order
 from polylens.fitting import tails
 from polylens.fitting.joint import JointGram
 from polylens.fitting.neuron_gram import NeuronGram
@@ -144,7 +144,8 @@ def test_a_range_that_is_none_is_refused(bad):
 
 @pytest.mark.parametrize("make", [plain, bridge, nnsight, hooked])
 def test_every_host_computes_the_polynomial_with_ends(make, tmp_path):
-    options = {"clip": True, "inputs": "samples", "exclude_first": False, "progress": False}
+    method = TrueStream("samples", tails=0.0)
+    options = {"method": method, "exclude_first": False, "progress": False}
     model, far = make(build("gpt2")), TOKENS.flip(1) % 13
     with polylens.attach(model, TOKENS[:1, :6], degree=3, **options) as lens:
         weights = lens.sites[1].weights()
@@ -155,7 +156,7 @@ def test_every_host_computes_the_polynomial_with_ends(make, tmp_path):
         y, _ = preactivations(weights, x)
         low, high = lens[1].ends.to(y)
         assert ((y < low) | (y > high)).any()
-        with lens.replaced(1), torch.no_grad():
+        with lens.replaced(layers=1), torch.no_grad():
             logits = lens.host.logits(far)
         free = lens[1].without_ends()
         h = free.neurons(y.clamp(low, high)) + beyond(weights.act, y, (low, high))
@@ -164,13 +165,14 @@ def test_every_host_computes_the_polynomial_with_ends(make, tmp_path):
             expected = lens.host.logits(far)
         assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-5)
         lens.save(tmp_path / "lens")
-    with polylens.load(tmp_path / "lens", model) as lens, lens.replaced(1), torch.no_grad():
+    with polylens.load(tmp_path / "lens", model) as lens, lens.replaced(layers=1), torch.no_grad():
         assert torch.equal(lens.host.logits(far), logits)
 
 
 def test_an_exported_model_has_ends_too(tmp_path):
     model, far = build("llama"), TOKENS.flip(1) % 13
-    options = {"clip": True, "inputs": "samples", "exclude_first": False, "progress": False}
+    method = TrueStream("samples", tails=0.0)
+    options = {"method": method, "exclude_first": False, "progress": False}
     with polylens.attach(model, TOKENS[:1, :6], degree=3, **options) as lens:
         exported = lens.export()
         with lens.replaced(), torch.no_grad():
@@ -444,18 +446,18 @@ def test_tails_need_enough_inputs_and_a_degree():
     assert not tails.best_tails(gelu, X.repeat(9, 1), None, 2, 0.3).isinf().all()
 
 
-@pytest.mark.parametrize("calibration", ["true", "sequential"])
-@pytest.mark.parametrize("inputs", ["samples", "joint"])
-def test_attach_fits_with_tails_of_what_it_sees(calibration, inputs):
+@pytest.mark.parametrize("stream", [TrueStream, Sequential])
+@pytest.mark.parametrize("estimator", ["samples", "joint"])
+def test_attach_fits_with_tails_of_what_it_sees(stream, estimator):
     model, tokens = build("llama"), torch.arange(640).reshape(40, 16) * 7 % 50
-    options = {"calibration": calibration, "inputs": inputs, "weighting": "output", "layers": [0]}
-    with polylens.attach(model, tokens, clip=0.1, degree=2, progress=False, **options) as lens:
-        assert "in tails of 0.1" in lens.inputs_summary
+    options = {"method": stream(estimator, tails=0.1, weighting="output"), "layers": [0]}
+    with polylens.attach(model, tokens, degree=2, progress=False, **options) as lens:
+        assert "ends with tails of 0.1" in lens.inputs_summary
         with lens.cache(0) as cache:
             model(tokens)
         x = cache["in", 0].reshape(40, 16, -1)[visiting_order(40), 1:].reshape(-1, lens[0].d_in)
         weights = lens.sites[0].weights()
-        base = lens[0].base if inputs == "joint" else lens[0]
+        base = lens[0].base if estimator == "joint" else lens[0]
         w = 1 / weights(x).double().norm(dim=1)
         expected = tails.best_tails(weights, x, w, 2, 0.1)
         assert torch.allclose(base.ends, expected, rtol=1e-5, atol=1e-6)

@@ -61,7 +61,7 @@ def measured(request):
 
 def passed(lens, layers):
     """Logits of the whole batch with these layers replaced; float64."""
-    with torch.no_grad(), lens.replaced(layers, DEGREE):
+    with torch.no_grad(), lens.replaced(degree=DEGREE, layers=layers):
         return lens.host.logits(HELD_OUT, MASK)
 
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from rich.console import Console
 
 import polylens
-from polylens.calibration.tokens import batches, counted, validate_tokens
+from polylens.calibration.tokens import batches, validate_tokens
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival
+from polylens.hosts.positions import counted
 from polylens.report import columns
 from polylens.report.measure import measure
 from polylens.report.report import SCHEMA, LayerRow, Report

@@ -11,7 +11,7 @@ from tests.hosts.test_hosts_agree import bridge, nnsight, plain
 from tests.hosts.test_moe import MODELS
 
 import polylens
-from polylens import ArtifactError, InvalidInputError, UnsupportedModel
+from polylens import ArtifactError, InvalidInputError, Sequential, UnsupportedModel
 from polylens.files import format as storage
 from polylens.fitting.neuron_gram import NeuronGram
 from polylens.saving.checkpoint import Checkpoint
@@ -28,9 +28,10 @@ def small(layers=LAYERS):
     return from_config(config, name, {**given, "num_hidden_layers": layers})
 
 
-def attach(model, path, **options):
-    options = {"tokens": TOKENS, "calibration": "sequential", "batch_size": 2, **options}
-    return polylens.attach(model, checkpoint=path, progress=False, **options)
+def attach(model, path, estimator="samples", tails="default", offload=None, **options):
+    method = Sequential(estimator, tails, checkpoint=path, offload=offload)
+    options = {"tokens": TOKENS, "degree": 2, "batch_size": 2, "progress": False, **options}
+    return polylens.attach(model, method=method, **options)
 
 
 def interrupted(monkeypatch, model, path, after, **options):
@@ -61,9 +62,9 @@ def half(tmp_path_factory):
 @pytest.mark.parametrize(
     "options",
     [
-        {"inputs": "samples", "attention_mask": MASK},
-        {"inputs": "gaussian"},
-        {"inputs": "joint"},
+        {"estimator": "samples", "attention_mask": MASK},
+        {"estimator": "gaussian"},
+        {"estimator": "joint"},
     ],
     ids=["samples", "gaussian", "joint"],
 )
@@ -172,8 +173,8 @@ def nudged(model):
     ("options", "message"),
     [
         ({"degree": 3}, "degree was 2, now it is 3"),
-        ({"inputs": "joint"}, "inputs was samples per neuron, now it is samples, jointly"),
-        ({"clip": True}, "clip was 0.05, now it is True"),
+        ({"estimator": "joint"}, "estimator was samples per neuron, now it is samples, jointly"),
+        ({"tails": 0.0}, "tails was 0.05, now it is 0.0"),
         ({"exclude_first": False}, "exclude_first was True"),
         ({"batch_size": 4}, "batch_size was 2, now it is 4"),
         ({"layers": [0, 1]}, r"layers was \['0', '1', '2'\], now it is \['0', '1'\]"),
@@ -220,14 +221,11 @@ def test_a_saved_lens_is_no_checkpoint(tmp_path):
         attach(model, tmp_path / "x")
 
 
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [({"calibration": "true"}, InvalidInputError), ({"inputs": "norm"}, InvalidInputError)],
-)
-def test_refused_before_a_file_is_made(options, error, tmp_path):
-    with pytest.raises(error):
-        attach(small(1), tmp_path / "x", **options)
-    assert not (tmp_path / "x").exists()
+def test_refused_before_a_file_is_made(tmp_path):
+    for options in ({"estimator": "gausian"}, {"tails": 0.5}, {"degree": 13}, {"layers": [7]}):
+        with pytest.raises(InvalidInputError):
+            attach(small(1), tmp_path / "x", **options)
+        assert not (tmp_path / "x").exists()
 
 
 def test_experts_and_places_that_cannot_be_written(tmp_path):

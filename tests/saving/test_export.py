@@ -13,7 +13,7 @@ from tests.hosts.test_hosts_agree import bridge, nnsight
 from tests.saving.test_lens_file import TOKENS, attach
 
 import polylens
-from polylens import ArtifactError, AttachmentError, InvalidInputError
+from polylens import ArtifactError, AttachmentError, InvalidInputError, TrueStream
 from polylens.saving.export import NeuronPolynomial
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
@@ -247,7 +247,7 @@ def test_a_model_inside_nnsight():
     ("make", "options", "message"),
     [
         (lambda: bridge(model_of("gpt2")), {}, "attach to the Hugging Face model"),
-        (lambda: model_of("llama"), {"inputs": "joint"}, "joint polynomial"),
+        (lambda: model_of("llama"), {"method": TrueStream("joint")}, "joint polynomial"),
         (lambda: build("lfm2"), {}, "function call"),
         (lambda: build("opt"), {}, "exclude_first=False"),
     ],

@@ -9,7 +9,7 @@ from tests.host_contract import module_snapshot
 from tests.hosts.test_hosts_agree import bridge, nnsight, plain
 
 import polylens
-from polylens import ArtifactError, InvalidInputError
+from polylens import ArtifactError, InvalidInputError, Sequential
 from polylens.files import format as storage
 from polylens.installed import emitter
 from polylens.normal_forms.fingerprint import fingerprint
@@ -47,7 +47,7 @@ def saved(tmp_path_factory):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"calibration": "sequential"}, {"calibration": "sequential", "inputs": "joint"}],
+    [{}, {"method": Sequential()}, {"method": Sequential("joint")}],
     ids=["gaussian", "samples", "joint"],
 )
 def test_loading_gives_the_same_bits(tmp_path, name, options):

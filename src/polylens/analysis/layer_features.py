@@ -20,7 +20,7 @@ from polylens.analysis.readout import (
     top_tokens,
     unembedding_scores,
 )
-from polylens.calibration.streams import norm_inputs
+from polylens.calibration.given import norm_inputs
 from polylens.checks import Layer, label, to_json
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Norm

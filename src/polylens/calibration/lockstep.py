@@ -87,7 +87,7 @@ class _Column:
             raise UnsupportedModel(
                 "a forward pass ended before it had passed through every attached MLP: layers "
                 "that run for some inputs only cannot be calibrated one after the other; use "
-                'calibration="true"'
+                "method=TrueStream()"
             )
         layer, self._held[i] = place
         return layer
@@ -109,7 +109,7 @@ class _Column:
             if place != layer:
                 raise UnsupportedModel(
                     f"batch {i} reaches layer {place} when batch 0 reaches layer {layer}: the "
-                    'order of the layers depends on the input; use calibration="true"'
+                    "order of the layers depends on the input; use method=TrueStream()"
                 )
             yield i, self._arrived(i)
             self._memory.empty(i)

@@ -1,4 +1,4 @@
-"""Batches of inputs: one check of what users pass in, one rule for which positions count."""
+"""Batches of inputs: one check of what users pass in."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,7 +8,6 @@ from torch import Tensor
 
 from polylens.checks import check_at_least
 from polylens.errors import InvalidInputError
-from polylens.hosts.base import Arrival
 
 
 def validate_inputs(
@@ -87,44 +86,6 @@ def batches(
     for start in range(0, len(tokens), size):
         mask = None if attention_mask is None else attention_mask[start : start + size]
         yield tokens[start : start + size], mask
-
-
-def counted(tokens: Tensor, attention_mask: Tensor | None, *, exclude_first: bool) -> Tensor:
-    """[batch, pos] of bool: True where an activation counts.
-
-    Never at padding; with exclude_first not at the first real position of a sequence either,
-    which is position 0 unless the sequence is padded on the left.
-    """
-    shape = tokens.shape[:2]
-    if attention_mask is None:
-        real = torch.ones(shape, dtype=torch.bool, device=tokens.device)
-    else:
-        real = attention_mask.to(tokens.device) != 0
-    return real & (real.long().cumsum(-1) > 1) if exclude_first else real
-
-
-def kept_rows(inputs: Tensor, mask: Tensor | None, *, exclude_first: bool) -> Tensor | None:
-    """Which of the [batch * pos, d] activations of a batch count: indices, or None for all.
-
-    Of a batch of token ids as in `counted`; of a batch of floats all.
-    """
-    if inputs.is_floating_point():
-        return None
-    flags = counted(inputs, mask, exclude_first=exclude_first).reshape(-1)
-    return None if bool(flags.all()) else flags.nonzero().squeeze(1)
-
-
-def rows(arrival: Arrival, kept: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x [n, d_in] and y [n, d_out]: what arrived in the rows that `kept_rows` has chosen.
-
-    At an expert those of its inputs that are among them.
-    """
-    x, y = (t.reshape(-1, t.shape[-1]) for t in (arrival.x, arrival.y))
-    if kept is None:
-        return x, y
-    kept, places = kept.to(x.device), arrival.places
-    chosen = kept if places is None else torch.isin(places.rows, kept)
-    return x[chosen], y[chosen.to(y.device)]
 
 
 def _validate_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

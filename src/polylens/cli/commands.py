@@ -39,11 +39,11 @@ Dtype = Annotated[str, typer.Option(help="float32, float64, bfloat16, float16.")
 Stream = Annotated[
     str,
     typer.Option(
-        "--calibration",
         help='"true": fitted to what the model itself computes. "sequential": layer by layer to '
         "what the replaced layers below produce, to replace all at once.",
     ),
 ]
+OldStream = Annotated[str | None, typer.Option("--calibration", hidden=True)]
 Calibration = Annotated[int, typer.Option(help="From the start of the text.")]
 Heldout = Annotated[int, typer.Option(help="From what follows.")]
 SeqLen = Annotated[int, typer.Option(help="Positions per sequence.")]
@@ -69,11 +69,12 @@ def report(
     heldout_text: Annotated[
         Path | None, typer.Option(help="UTF-8 text of another source, to measure on instead.")
     ] = None,
-    degree: Degree = 2,
+    degree: Degree = 3,
     layers: Annotated[str | None, typer.Option(help="Such as 0-5,10; all by default.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "float32",
-    calibration: Stream = "true",
+    stream: Stream = "true",
+    calibration: OldStream = None,
     calibration_tokens: Calibration = 4096,
     sampled_tokens: Annotated[
         int, typer.Option(min=0, help="Calibrate on this many that the model writes, too.")
@@ -92,7 +93,7 @@ def report(
     with _one_line_errors():
         _check_outputs(json_file, plot_file, html_file)
         _check_losses(no_loss, prefixes)
-        chosen = parse_layers(layers)
+        chosen, method = parse_layers(layers), _method(stream, calibration)
         content = _read(text)
         other = None if heldout_text is None else _read(heldout_text)
         more = _windows("sampled", sampled_tokens, seq_len) if sampled_tokens else 0
@@ -116,8 +117,7 @@ def report(
         if more:
             written = sample_tokens(bridge, more, seq_len, progress=options["progress"])
             tokens = torch.cat([tokens, written.to(tokens.device)])
-        fitted = {"calibration": calibration, "degree": degree, "layers": chosen}
-        lens = attach(bridge, tokens, **fitted, **options)
+        lens = attach(bridge, tokens, degree=degree, method=method, layers=chosen, **options)
         measures = {"loss": not no_loss, "prefixes": prefixes, "worst": worst}
         result = lens.report(heldout, decode=tokenizer.decode, **measures, **options)
         _show(result, json_file, plot_file)
@@ -127,7 +127,8 @@ def report(
 @app.command()
 def demo(
     degree: Degree = 3,
-    calibration: Stream = "true",
+    stream: Stream = "true",
+    calibration: OldStream = None,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
     html_file: HtmlFile = None,
@@ -145,12 +146,13 @@ def demo(
         from polylens import demo as embedded
         from polylens.attachment import attach
 
+        method = _method(stream, calibration)
         training, heldout = (
             embedded.batches(text, sequences, DEMO_LENGTH) for text in embedded.texts()
         )
         progress = sys.stderr.isatty()
-        fitted = {"calibration": calibration, "degree": degree, "progress": progress}
-        lens = attach(embedded.load_bridge(), training, **fitted)
+        bridge = embedded.load_bridge()
+        lens = attach(bridge, training, degree=degree, method=method, progress=progress)
         tokenizer = embedded.ByteTokenizer()
         measures = {"loss": not no_loss, "prefixes": prefixes, "worst": worst}
         result = lens.report(heldout, decode=tokenizer.decode, progress=progress, **measures)
@@ -260,6 +262,23 @@ def trace(
         for path in (out, plot_file):
             if path is not None:
                 _wrote(path)
+
+
+def _method(stream: str, old: str | None) -> Any:
+    """What `attach` takes for a stream.
+
+    Raises:
+        InvalidInputError: neither "true" nor "sequential", or the option's old name.
+    """
+    if old is not None:
+        raise InvalidInputError(f"--calibration is called --stream now: --stream {old}")
+    from polylens.calibration.sequential import Sequential
+    from polylens.calibration.true_stream import TrueStream
+
+    methods = {"true": TrueStream, "sequential": Sequential}
+    if stream not in methods:
+        raise InvalidInputError(f"--stream {stream!r} is unknown; there are {', '.join(methods)}")
+    return methods[stream]()
 
 
 def parse_steps(text: str | None) -> list[int] | None:

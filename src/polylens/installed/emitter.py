@@ -5,12 +5,10 @@ from torch import Tensor
 
 from polylens.errors import StalePolynomialError
 from polylens.hosts.base import Arrival, MLPSite, Tap
+from polylens.hosts.positions import at_starts, has_starts, keep_starts
 from polylens.normal_forms.fingerprint import Fingerprint, fingerprint, same_weights
 from polylens.polynomials.factored import Polynomial
-from polylens.polynomials.joint import JointPolynomial
-
-# What stands beside an MLP: both are over the weights that the model has.
-Fitted = Polynomial | JointPolynomial
+from polylens.polynomials.joint import Fitted
 
 
 class SiteEmitter:
@@ -23,8 +21,7 @@ class SiteEmitter:
 
     Attributes:
         replacing: degree of the replacement, or None while the true output flows on.
-        keep_first: leave position 0 of every sequence true. Sequences of one position are
-            continuations of a cached prompt and are replaced.
+        keep_first: leave every sequence true where it starts, see `hosts.positions`.
     """
 
     def __init__(self, site: MLPSite, polynomial: Fitted, keep_first: bool) -> None:
@@ -64,7 +61,7 @@ class SiteEmitter:
             tap("error", y - out)
         if self.replacing is None:
             return y
-        return keep_first(out, arrival) if self.keep_first else out
+        return keep_starts(out, arrival) if self.keep_first else out
 
     def neurons(self, y: Tensor, *others: Tensor) -> Tensor | None:
         """What the out-projection reads while replacing, from what the host has computed."""
@@ -78,8 +75,8 @@ class SiteEmitter:
         if not all(t.dtype == W.dtype and t.device == W.device for t in (y, *others)):
             return None
         out = polynomial.neurons(y, *z)
-        if self.keep_first and has_first(out):
-            out.narrow(-2, 0, 1).copy_(h.narrow(-2, 0, 1))
+        if self.keep_first and has_starts(out):
+            at_starts(out).copy_(at_starts(h))
         return out
 
     def truncated(self, degree: int) -> Fitted:
@@ -122,19 +119,6 @@ class SiteEmitter:
         optima = self.polynomial.all_degrees(x)[: degree + 1]
         parts = [optima[0], *(optima[1:] - optima[:-1])]
         return torch.stack([tap(f"degree_{k}", part) for k, part in enumerate(parts)]).sum(0)
-
-
-def keep_first(out: Tensor, arrival: Arrival) -> Tensor:
-    """out [batch, pos, d] with the true y at position 0; a single position continues a prompt."""
-    y, places = arrival.y, arrival.places
-    if places is not None:
-        return torch.where(places.first[:, None], y, out)
-    return torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2) if has_first(out) else out
-
-
-def has_first(out: Tensor) -> bool:
-    """Whether out [batch, pos, d] has a position 0 that starts a sequence."""
-    return out.dim() >= 3 and out.shape[-2] > 1
 
 
 def _identity(tensors: dict[str, Tensor]) -> dict[str, tuple]:

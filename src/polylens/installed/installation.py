@@ -4,11 +4,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
-from polylens.checks import Layer, check_degree, check_layers
+from polylens.checks import Layer, check_degree, check_layers, renamed
 from polylens.errors import AttachmentError, InvalidInputError
 from polylens.hosts.base import Host, MLPSite
-from polylens.installed.emitter import Fitted, SiteEmitter
+from polylens.installed.emitter import SiteEmitter
 from polylens.normal_forms.fingerprint import Fingerprint
+from polylens.polynomials.joint import Fitted
 
 Self = TypeVar("Self", bound="Installation")
 
@@ -93,9 +94,10 @@ class Installation:
             f"degree {self.degree}, {self.inputs_summary}, {state})"
         )
 
+    @renamed()
     @contextmanager
     def replaced(
-        self: Self, layers: Iterable[Layer] | Layer | None = None, degree: int | None = None
+        self: Self, *, degree: int | None = None, layers: Iterable[Layer] | Layer | None = None
     ) -> Iterator[Self]:
         """Within the context, these MLPs' outputs are those of their polynomials.
 
@@ -106,8 +108,8 @@ class Installation:
         the true layer. Otherwise it is evaluated beside the true layer, to the same values.
 
         Args:
-            layers: one, several, or all (default).
             degree: 0 ... fitted degree (default), by truncation.
+            layers: one, several, or all (default).
 
         Raises:
             InvalidInputError: unknown layer, degree above the fitted one.

@@ -186,6 +186,10 @@ class JointPolynomial(Approximation):
         return cls(base, tables["center"], tables["z_mean"], corrections, ridge, held_out)
 
 
+# What stands beside an MLP: both are over the weights that the model has.
+Fitted = Polynomial | JointPolynomial
+
+
 def features(
     base: Polynomial, center: Tensor, z_mean: Tensor, x: Tensor, n: int
 ) -> tuple[Tensor, Tensor | None]:

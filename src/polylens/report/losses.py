@@ -9,13 +9,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from polylens.calibration.lockstep import Step
-from polylens.calibration.tokens import counted, kept_rows, rows
 from polylens.checks import Layer, block
 from polylens.errors import InvalidInputError
-from polylens.hosts.base import Arrival
+from polylens.hosts.base import Arrival, Function
+from polylens.hosts.positions import keep_starts, kept_rows, rows, targets, unpadded
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
-from polylens.report.scores import Cost, Scores, score, targets
+from polylens.report.scores import Cost, Scores, score
 from polylens.report.worst import Rise, WorstRises
 
 # Below this many nats an ablation is harmless, and the share of it recovered means nothing.
@@ -99,7 +99,7 @@ def measure_losses(
     stream, rises = _ReplacedStream(lens, degree, layers), WorstRises(worst, lead)
     base, n_positions, n_targets = 0.0, 0, []
     for batch, mask in steps:
-        real = counted(batch, mask, exclude_first=False)
+        real = unpadded(batch, mask)
         n_targets.append(targets(real, lead).sum(1).cpu())
         n_positions += int(real.sum())
         truth, true = _truth(lens, batch, mask, real, lead)
@@ -108,7 +108,7 @@ def measure_losses(
         for group, cost in replaced.items():
             whole = group == everything
             watching = stream.watch(batch, mask) if whole else nullcontext()
-            with lens.replaced(group, degree), watching:
+            with lens.replaced(degree=degree, layers=group), watching:
                 changed = score(lens.host.logits(batch, mask), truth, batch, real, lead)
             cost.update(changed, true)
             if whole:
@@ -116,7 +116,7 @@ def measure_losses(
             bar.update()
         for group, cost in ablated.items():
             constants = {
-                layer: _constant(means[layer], batch.shape, lens.exclude_first)
+                layer: _constant(means[layer], lens.exclude_first)
                 for layer in group
                 if layer in means
             }
@@ -189,16 +189,11 @@ def _columns(
     return {**found, "ablation_delta_ce": harm, "loss_recovered": recovered}
 
 
-def _constant(mean: Tensor, shape: torch.Size, keep_first: bool):
-    """The mean in place of an MLP's output; position 0 stays true where `replaced` keeps it."""
+def _constant(mean: Tensor, keep_first: bool) -> Function:
+    """The mean in place of an MLP's output, but for what stays true under `replaced`, too."""
 
     def ablate(arrival: Arrival) -> Tensor:
-        y, places = arrival.y, arrival.places
-        flat = y.reshape(-1, y.shape[-1])
-        out = mean.to(y).expand_as(flat)
-        if keep_first:
-            every = torch.arange(len(flat), device=y.device) % shape[1] == 0
-            out = torch.where((every if places is None else places.first)[:, None], flat, out)
-        return out.reshape(y.shape)
+        out = mean.to(arrival.y).expand_as(arrival.y)
+        return keep_starts(out, arrival) if keep_first else out
 
     return ablate

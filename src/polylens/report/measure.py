@@ -8,11 +8,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from polylens.calibration.lockstep import Step
-from polylens.calibration.streams import require_deterministic, watch
-from polylens.calibration.tokens import batches, counted, rows, validate_inputs
+from polylens.calibration.seen import require_deterministic, watch
+from polylens.calibration.tokens import batches, validate_inputs
 from polylens.checks import Layer, check_degree, check_layers, label
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival
+from polylens.hosts.positions import counted, rows
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
 from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of

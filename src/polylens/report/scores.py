@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from polylens.hosts.base import TOLERANCE, Host, relative_error
+from polylens.hosts.positions import targets
 
 
 class Scores(NamedTuple):
@@ -71,11 +72,6 @@ def score(
             kl[i] = torch.where(here, divergence, 0)
             agree[i] = here & (log_q.argmax(-1) == log_p.argmax(-1))
     return Scores(torch.stack(ce), kl, agree)
-
-
-def targets(real: Tensor, lead: int = 1) -> Tensor:
-    """[batch, pos - lead] of bool: where a real position predicts a real token."""
-    return real[:, : real.shape[1] - lead] & real[:, lead:]
 
 
 class Cost:

@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import Tensor
 
-from polylens.calibration.streams import Calibration
+from polylens.calibration.seen import Calibration
+from polylens.calibration.sequential import Sequential
 from polylens.checks import Layer, label
 from polylens.errors import ArtifactError
 from polylens.files import format as storage
 from polylens.hosts.base import MLPSite
-from polylens.installed.emitter import Fitted
+from polylens.polynomials.joint import Fitted
 from polylens.saving import lens_file as artifact
 
 # What is named, at most, of the weights that differ.
@@ -77,7 +78,7 @@ class Checkpoint:
 
 
 def identity(
-    calibration: Calibration, layers: Iterable[Layer], estimator: str, degree: int
+    calibration: Calibration, layers: Iterable[Layer], method: Sequential, degree: int
 ) -> dict[str, Any]:
     """All that the polynomials of a calibration depend on, as JSON.
 
@@ -97,10 +98,9 @@ def identity(
         "attention_mask": _data(masks) if masks else None,
         "batch_size": len(steps[0][0]),
         "exclude_first": calibration.exclude_first,
-        "weighting": calibration.weighting,
-        # as version 0.1 wrote it, whose files can be gone on with
-        "clip": {None: False, 0.0: True}.get(calibration.tails, calibration.tails),
-        "inputs": estimator,
+        "weighting": method.weighting,
+        "tails": method.share_beyond,
+        "estimator": method.kind.name,
         "degree": degree,
         "layers": [label(layer) for layer in layers],
     }
@@ -111,12 +111,23 @@ def _data(batches: list) -> str:
     return f"{batches[0].dtype} {shape} with SHA-256 {storage.sha256(('', b) for b in batches)}"
 
 
+def _in_words_of_now(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity, also one whose estimator and tails were called inputs and clip."""
+    saved = dict(saved)
+    if "clip" in saved:
+        clip = saved.pop("clip")
+        saved["tails"] = (0.0 if clip else None) if isinstance(clip, bool) else clip
+        saved["estimator"] = saved.pop("inputs")
+    return saved
+
+
 def _require_same(path: Any, saved: Any, mine: Mapping[str, Any]) -> None:
     if saved is None:
         raise ArtifactError(
             f"{path} holds a lens that was saved, not a calibration that can go on; "
             "polylens.load it, or give another path as checkpoint="
         )
+    saved = _in_words_of_now(saved)
     different = [
         f"{name} was {saved.get(name)}, now it is {value}"
         for name, value in mine.items()

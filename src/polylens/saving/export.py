@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from polylens.checks import Layer, label
 from polylens.errors import ArtifactError, AttachmentError
 from polylens.hosts.base import TOLERANCE, relative_error
+from polylens.hosts.positions import at_starts, has_starts, with_starts
 from polylens.hosts.recording import half
 from polylens.hosts.torch.copying import GLUPlace, Place
-from polylens.installed.emitter import Fitted, has_first
 from polylens.polynomials.evaluation import PerNeuron
 from polylens.polynomials.factored import Polynomial
+from polylens.polynomials.joint import Fitted
 
 FORMAT = 2
 # Of the weight files: what asks for a model without polynomials does not find them.
@@ -30,8 +31,7 @@ class NeuronPolynomial(PerNeuron):
     Called as f(y) in an MLP, f(y, z) in a GLU; [batch, pos, d_mlp] each and what comes back.
 
     Attributes:
-        true: the activation; what position 0 of sequences passes through with `keep_first`.
-            Sequences of one position are continuations of a cached prompt.
+        true: the activation; what starts of sequences pass through with `keep_first`.
     """
 
     def __init__(self, true: nn.Module, tables: Mapping[str, Tensor], keep_first: bool) -> None:
@@ -44,11 +44,10 @@ class NeuronPolynomial(PerNeuron):
 
     def forward(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         h = super().forward(y, z).contiguous()
-        if not (self.keep_first and has_first(h)):
+        if not (self.keep_first and has_starts(h)):
             return h
-        first = self.true(y[..., :1, :].clone())
-        first = first if z is None else first * z[..., :1, :]
-        return torch.cat([first, h[..., 1:, :]], dim=-2)
+        first = self.true(at_starts(y).clone())
+        return with_starts(h, first if z is None else first * at_starts(z))
 
 
 class PolynomialGLU(nn.Module):
@@ -90,7 +89,7 @@ def built(
         if not isinstance(polynomial, Polynomial):
             raise AttachmentError(
                 f"layer {layer} has a joint polynomial, whose readouts have no place in the "
-                'model; attach with inputs="samples" or "gaussian" to export'
+                'model; attach with estimator="samples" or "gaussian" to export'
             )
         place, name = places[layer], label(layer)
         tensors[name] = polynomial.tables()

@@ -12,10 +12,9 @@ from polylens.checks import Layer, label, labelled
 from polylens.errors import ArtifactError
 from polylens.files import format as storage
 from polylens.hosts.base import MLPSite, Weights
-from polylens.installed.emitter import Fitted
 from polylens.normal_forms.fingerprint import Fingerprint, fingerprint, same_weights
 from polylens.polynomials.factored import Polynomial
-from polylens.polynomials.joint import JointPolynomial
+from polylens.polynomials.joint import Fitted, JointPolynomial
 
 KIND = "lens"
 # What of one layer goes into a file: its entry in the header, and its tensors.
@@ -91,8 +90,8 @@ def read(
     if header.get("unfinished"):
         raise ArtifactError(
             f"{path} holds {len(header['layers'])} of {len(header['calibration']['layers'])} "
-            "layers, of a calibration that was interrupted; attach(..., checkpoint=) with this "
-            "file and the same arguments as before finishes it"
+            "layers, of a calibration that was interrupted; attach(..., method="
+            "Sequential(checkpoint=...)) with this file and the same arguments finishes it"
         )
     return header, decode(path, header, tensors, sites, refused)
 

@@ -15,6 +15,7 @@ from polylens.checks import Expert
 from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
 from polylens.hosts.base import TOLERANCE, Arrival, MLPSite, Places, relative_error
 from polylens.hosts.passage import Step, batch_shape
+from polylens.hosts.positions import starts
 from polylens.hosts.recording import half, position, quiet, stacked
 from polylens.normal_forms.weights import GLUWeights
 
@@ -201,8 +202,7 @@ class ExpertPassage:
 
     def _places(self, rows: Tensor, total: int) -> Places:
         batch, pos = self._shape if len(self._shape) == 2 else (total, 1)
-        many = pos > 1 and batch * pos == total
-        return Places(rows, rows % pos == 0 if many else torch.zeros_like(rows, dtype=torch.bool))
+        return Places(rows, starts(rows, pos if batch * pos == total else 1))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,227 @@
+"""What a model is run on to see the inputs of its layers, and what of them counts in a fit."""
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from polylens.calibration.lockstep import Step
+from polylens.calibration.tokens import batches, validate_inputs
+from polylens.checks import Layer, label
+from polylens.errors import (
+    AttachmentError,
+    InvalidInputError,
+    NumericalWarning,
+    PolylensError,
+    UnsupportedModel,
+)
+from polylens.fitting.estimator import Estimator
+from polylens.fitting.fit import estimator
+from polylens.hosts.base import Arrival, Host, MLPSite, Observer
+from polylens.hosts.positions import counted, kept_rows, rows
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.joint import Fitted
+
+WEIGHTINGS = {"equal": "", "output": "weighted by 1 / |output|"}
+# Norms of outputs below this share of the largest weigh no more than it.
+SMALLEST = 1e-6
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a model is run on to see the inputs of its layers.
+
+    Attributes:
+        host: the model.
+        steps: (inputs, attention mask) of each batch.
+        exclude_first: leave out where sequences start, and keep it true where polynomials flow on.
+        progress: show a progress bar.
+    """
+
+    host: Host
+    steps: Sequence[Step]
+    exclude_first: bool
+    progress: bool
+
+    @classmethod
+    def on(
+        cls,
+        host: Host,
+        tokens: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        exclude_first: bool,
+        batch_size: int,
+        progress: bool,
+    ) -> "Calibration":
+        """On these tokens [batch, pos] (floats, where the model reads those).
+
+        Raises:
+            InvalidInputError: unusable tokens, mask or batch size.
+        """
+        tokens, mask = validate_inputs(tokens, attention_mask, reads_tokens=host.reads_tokens)
+        order = visiting_order(len(tokens)).to(tokens.device)
+        steps = list(batches(tokens[order], None if mask is None else mask[order], batch_size))
+        return cls(host, steps, exclude_first, progress)
+
+    def describe(self, origin: str) -> list[str]:
+        """How many inputs there are, of which origin, and what was left out."""
+        if self.host.reads_tokens:
+            count = sum(int(counted(*step, exclude_first=False).sum()) for step in self.steps)
+        else:
+            count, origin = sum(len(batch) for batch, _ in self.steps), "inputs"
+        return [f"{count} {origin}", *["position 0 excluded"] * self.exclude_first]
+
+    def kept(self, i: int) -> Tensor | None:
+        """Rows of batch i that count, None for all."""
+        return kept_rows(*self.steps[i], exclude_first=self.exclude_first)
+
+
+@dataclass(frozen=True)
+class SeenInputs:
+    """Fits to the inputs that layers are seen to read while the model runs on tokens.
+
+    Args:
+        estimator: what turns them into a polynomial: "gaussian", "samples", "joint", or a
+            subclass of `Estimator`.
+        tails: how much may lie beyond the ends of a neuron's polynomial; there its preactivation
+            follows the asymptote of the activation, which is 0 or y for SiLU and GELU. None: no
+            ends. 0.0: ends at the lowest and highest preactivation seen. A share, 0.05: further
+            inside, so that so much of the layer's preactivations lies beyond, at the neurons and
+            on the sides where it pays most; for "samples" and "joint", whose fit knows of it, at
+            the cost of about three fits to 1,200 tokens, which are kept until then.
+        weighting: of the inputs: "equal", or "output": by 1 / |true output|. What comes after a
+            layer is normalised, so that rare huge outputs, which decide equal squares, matter
+            less than their size.
+
+    Raises:
+        InvalidInputError: an estimator, tails or a weighting that there is not.
+    """
+
+    estimator: str | type[Estimator]
+    tails: float | Literal["default"] | None
+    weighting: str
+
+    stream: ClassVar[str]
+    # Sequences sampled from the model where no tokens are given.
+    sampled: ClassVar[int]
+
+    def __post_init__(self) -> None:
+        self.kind.check_tails(self.share_beyond)
+        if self.weighting not in WEIGHTINGS:
+            raise InvalidInputError(
+                f"weighting={self.weighting!r} is unknown; there are "
+                f"{', '.join(map(repr, WEIGHTINGS))}"
+            )
+
+    @property
+    def kind(self) -> type[Estimator]:
+        return estimator(self.estimator)
+
+    @property
+    def share_beyond(self) -> float | None:
+        """`tails`, or what the estimator takes on this stream."""
+        if isinstance(self.tails, str) and self.tails == "default":
+            return self.kind.default_tails[self.stream]
+        return self.tails  # type: ignore[return-value]  # another text is refused
+
+    def begin(self, weights: MLPWeights | GLUWeights, degree: int) -> Estimator:
+        """An estimator that has seen nothing yet."""
+        return self.kind(weights, degree, self.share_beyond)
+
+    def show(self, seen: Estimator, arrival: Arrival, kept: Tensor | None) -> None:
+        """Let an estimator see what arrived in the rows that count."""
+        x, y = rows(arrival, kept)
+        seen.update(x, self._weights(y))
+
+    def _weights(self, y: Tensor) -> Tensor | None:
+        """[n] of inputs with true outputs y [n, d_out]; None for equal ones."""
+        if self.weighting == "equal" or not len(y):
+            return None
+        size = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64)
+        floor = SMALLEST * float(size.max())
+        return 1 / size.clamp(min=floor) if floor > 0 else None
+
+    def describe(self) -> list[str]:
+        """The options that are not the plain ones."""
+        tails, described = self.share_beyond, []
+        if self.weighting != "equal":
+            described.append(WEIGHTINGS[self.weighting])
+        if tails is not None:
+            within = f"tails of {tails:.3g}" if tails else "at the preactivations seen"
+            described.append(f"ends {'with ' * bool(tails)}{within}")
+        return described
+
+
+def visiting_order(n: int) -> Tensor:
+    """A permutation of n sequences, so that the first are like all where texts follow texts."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def watch(
+    host: Host,
+    layers: Iterable[Layer],
+    steps: Iterable[Step],
+    exclude_first: bool,
+    see: Callable[[Layer, Arrival, Tensor | None], None],
+) -> None:
+    """One forward pass over the batches; see(layer, arrival, kept) at every layer of every batch.
+
+    `rows(arrival, kept)` are the true inputs and outputs that count.
+    """
+    kept: Tensor | None = None
+
+    def observer(layer: Layer) -> Observer:
+        return lambda arrival: see(layer, arrival, kept)
+
+    with host.observe({layer: observer(layer) for layer in layers}):
+        for step in steps:
+            kept = kept_rows(*step, exclude_first=exclude_first)
+            host.run(*step)
+
+
+def require_deterministic(model: nn.Module) -> None:
+    """AttachmentError if a forward pass would apply dropout."""
+    if not model.training:
+        return
+    active = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
+    ]
+    if active:
+        raise AttachmentError(
+            f"the model is in training mode with dropout ({active[0]} and {len(active) - 1} more), "
+            "so its MLP inputs are random; call model.eval() first"
+        )
+
+
+def solved(seen: Estimator, layer: Layer, site: MLPSite) -> Fitted:
+    """The fit to all inputs seen so far; what it warns of and refuses names the layer."""
+    with warnings.catch_warnings(record=True) as caught, naming(layer, site):
+        warnings.simplefilter("always", NumericalWarning)
+        found = seen.solve()
+    for each in caught:
+        about = f"{_named(layer, site)}: " if each.category is NumericalWarning else ""
+        warnings.warn(f"{about}{each.message}", each.category, stacklevel=2)
+    return found
+
+
+@contextmanager
+def naming(layer: Layer, site: MLPSite) -> Iterator[None]:
+    """Add layer and path to whatever polylens raises inside."""
+    try:
+        yield
+    except UnsupportedModel:
+        raise
+    except PolylensError as error:
+        raise type(error)(f"{_named(layer, site)}: {error}") from error
+
+
+def _named(layer: Layer, site: MLPSite) -> str:
+    return f"layer {label(layer)} ({site.path})"

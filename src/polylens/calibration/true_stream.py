@@ -1,0 +1,84 @@
+"""Every layer is fitted to the inputs that it has in the unchanged model."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from polylens.calibration.seen import Calibration, SeenInputs, solved, watch
+from polylens.checks import Expert, Layer
+from polylens.fitting.estimator import Estimator
+from polylens.hosts.base import Arrival, MLPSite
+from polylens.polynomials.joint import Fitted
+
+FEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class TrueStream(SeenInputs):
+    """Fit every layer to the inputs that it has in the unchanged model: to study single layers.
+
+    `attach(model, tokens)` takes it. Each polynomial is the best one of its layer as it is; with
+    many layers replaced at once their errors pile up, for which there is `Sequential`.
+
+    Args:
+        estimator: "gaussian": the Gaussian with the moments of the inputs, whose optimum is in
+            closed form the one over all polynomials (default); "samples": least squares over the
+            inputs themselves, neuron by neuron, which heavier tails than a Gaussian's do not
+            mislead; "joint": the same with the features of all neurons for every output, closer
+            and dearer; or a subclass of `Estimator`.
+        tails: how much may lie beyond the ends of a neuron's polynomial, see `SeenInputs`; none
+            has ends by default with "gaussian", 0.05 with the others.
+        weighting: of the inputs: "equal", or "output", by 1 / |true output|.
+
+    Without tokens 32 x 128 are sampled from the model.
+
+    Cost: one forward pass over the tokens, in which each layer takes
+    - "gaussian": d_in^2 float64 of memory and one product cov @ W;
+    - "samples": (2 degree + 2)^2 float64 per neuron and about the layer's own products;
+    - "joint": two Gram matrices of 1 + d_in + 2 (degree - 1) d_mlp features in float64 (half of
+      the d_mlp without a gate), and as many multiplications for each token as one has entries.
+    """
+
+    estimator: str | type[Estimator] = "gaussian"
+    tails: float | Literal["default"] | None = "default"
+    weighting: str = "equal"
+
+    stream: ClassVar[str] = "true"
+    sampled: ClassVar[int] = 32
+
+
+def on_true_stream(
+    calibration: Calibration,
+    sites: Mapping[Layer, MLPSite],
+    method: TrueStream,
+    degree: int,
+    refused: dict[Layer, str],
+) -> Iterator[tuple[Layer, Fitted]]:
+    """(layer, polynomial fitted to the inputs that it has in the unchanged model).
+
+    One forward pass over the batches for all layers. Layers are handed out one at a time and
+    their sums freed. An expert is fitted to the tokens that are routed to it. One that saw
+    fewer than FEW_TOKENS is left out, and why is put into `refused`.
+
+    Raises:
+        InvalidInputError: NaN activations (which layer, how many).
+    """
+    estimators = {layer: method.begin(site.weights(), degree) for layer, site in sites.items()}
+
+    def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
+        method.show(estimators[layer], arrival, kept)
+
+    steps = tqdm(calibration.steps, "calibrating", disable=not calibration.progress)
+    watch(calibration.host, sites, steps, calibration.exclude_first, see)
+    for layer, site in tqdm(sites.items(), "fitting", disable=not calibration.progress):
+        seen = estimators.pop(layer)
+        if isinstance(layer, Expert) and seen.count < FEW_TOKENS:
+            refused[layer] = (
+                f"{site.path}: the router sent {seen.count} of these tokens there, at least "
+                f"{FEW_TOKENS} are needed to fit an expert; give more tokens"
+            )
+            continue
+        yield layer, solved(seen, layer, site)
