@@ -12,8 +12,11 @@ from polylens.errors import InvalidInputError
 from polylens.fitting.fit import fit
 from polylens.hosts.base import Host, MLPSite, Norm
 from polylens.inputs.gaussian import Gaussian
-from polylens.inputs.model import InputModel
+from polylens.inputs.mixture import GaussianMixture
+from polylens.inputs.samples import Samples
 from polylens.polynomials.joint import Fitted
+
+InputModel = Gaussian | GaussianMixture | Samples
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class FromInputs:
     """Fit every layer under input models of one's own. No tokens are read.
 
     Args:
-        inputs: a Gaussian or another input model, or {layer: one}.
+        inputs: a Gaussian, GaussianMixture or Samples, or {layer: one}.
 
     Raises:
         InvalidInputError: something else.

@@ -85,8 +85,16 @@ def with_starts(out: Tensor, true: Tensor) -> Tensor:
     return torch.cat([true, out[..., 1:, :]], dim=-2)
 
 
-def keep_starts(out: Tensor, arrival: Arrival) -> Tensor:
-    """out [batch, pos, d] or, of an expert, [n, d], with the true output where sequences start."""
-    if arrival.places is not None:
-        return torch.where(arrival.places.first[:, None], arrival.y, out)
+def keep_starts(out: Tensor, arrival: Arrival, pos: int | None = None) -> Tensor:
+    """out, with the true output where sequences start.
+
+    Args:
+        out: [batch, pos, d], of an expert [n, d].
+        pos: where it may be [batch * pos, d], too.
+    """
+    first = None if arrival.places is None else arrival.places.first
+    if first is None and pos is not None and out.dim() == 2:
+        first = starts(torch.arange(len(out), device=out.device), pos)
+    if first is not None:
+        return torch.where(first[:, None], arrival.y, out)
     return with_starts(out, at_starts(arrival.y)) if has_starts(out) else out

@@ -116,7 +116,7 @@ def measure_losses(
             bar.update()
         for group, cost in ablated.items():
             constants = {
-                layer: _constant(means[layer], lens.exclude_first)
+                layer: _constant(means[layer], batch.shape[1], lens.exclude_first)
                 for layer in group
                 if layer in means
             }
@@ -189,11 +189,11 @@ def _columns(
     return {**found, "ablation_delta_ce": harm, "loss_recovered": recovered}
 
 
-def _constant(mean: Tensor, keep_first: bool) -> Function:
+def _constant(mean: Tensor, pos: int, keep_first: bool) -> Function:
     """The mean in place of an MLP's output, but for what stays true under `replaced`, too."""
 
     def ablate(arrival: Arrival) -> Tensor:
         out = mean.to(arrival.y).expand_as(arrival.y)
-        return keep_starts(out, arrival) if keep_first else out
+        return keep_starts(out, arrival, pos) if keep_first else out
 
     return ablate
