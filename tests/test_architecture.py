@@ -5,8 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import polylens
 
 ROOT = Path(polylens.__file__).parent
@@ -70,7 +68,6 @@ def test_few_modules_are_at_the_root():
     assert len(list(ROOT.glob("*.py"))) <= 12
 
 
-@pytest.mark.xfail(strict=True, reason="eleven imports are still to be turned")
 def test_imports_go_down_only():
     assert upward(graph_of_source()) == []
 
