@@ -10,14 +10,13 @@ from torch import nn
 
 import polylens
 from polylens import Expert
-from polylens.errors import InvalidInputError, UnsupportedModel
+from polylens.errors import InvalidInputError
 from polylens.training.tracer import (
     Trace,
     TraceData,
     Tracer,
     TraceRow,
     TraceWarning,
-    sequential_layers,
     trace_training,
 )
 
@@ -139,6 +138,43 @@ def test_resuming_loads_only_what_is_missing(data, tmp_path):
         Trace.load(path)
 
 
+def test_a_file_is_resumed_whole_or_left_alone(data, tmp_path, monkeypatch):
+    path = tmp_path / "trace.jsonl"
+    trace_training([(0, network())], data, 1, path=path, progress=False)
+    before = path.read_text()
+
+    def crash(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", crash)
+    with pytest.raises(KeyboardInterrupt):
+        Tracer(data, 1, path=path)
+    assert path.read_text() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_gated_networks_and_images_need_no_reader():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.linear, self.out = nn.Linear(6, 9), nn.Linear(6, 9), nn.Linear(9, 3)
+
+        def forward(self, x):
+            x = x.flatten(1)
+            return self.out(nn.functional.silu(self.gate(x)) * self.linear(x))
+
+    x, net = torch.randn(400, 2, 3), Gated()
+    named = {"standard": polylens.Gaussian.standard(6)}
+    data = TraceData(x[:300], x[300:], None, named)
+    (row,) = trace_training([(0, net)], data, 2, progress=False).rows
+    assert row.inputs == "standard"
+    columns = {"W_in": net.linear, "W_gate": net.gate, "W_out": net.out}
+    weights = {name: linear.weight.T for name, linear in columns.items()}
+    weights |= {"b_in": net.linear.bias, "b_gate": net.gate.bias, "b_out": net.out.bias}
+    fitted = polylens.fit(polylens.GLUWeights(**weights, act="silu"), named["standard"], 2)
+    assert row.r2_model == pytest.approx(fitted.r2.tolist())
+
+
 def test_callback_in_a_plain_loop(data):
     tracer, net = Tracer(data, 1), network()
     for step in range(10):
@@ -194,8 +230,14 @@ def test_bad_input_is_refused(data):
         Tracer(data, -1)
     with pytest.raises(InvalidInputError, match="nothing to draw"):
         Trace(()).plot()
-    with pytest.raises(UnsupportedModel, match="pass layers="):
-        sequential_layers(nn.Linear(2, 2))
+    with pytest.warns(TraceWarning, match="no layer to attach to"):
+        trace_training([(0, nn.Linear(6, 3))], data, 1, progress=False)
+    with pytest.raises(InvalidInputError, match="no longer takes layers="):
+        Tracer(data, 1, layers=len)
+    inputs = {"standard": polylens.Gaussian.standard(6)}
+    behind = nn.Sequential(nn.LayerNorm(6), *network())
+    with pytest.warns(TraceWarning, match="none does"):
+        trace_training([(0, behind)], TraceData(x, x, None, inputs), 1, progress=False)
 
 
 def test_many_layers_are_drawn_by_degree():

@@ -10,9 +10,7 @@ import hashlib
 import json
 import os
 import struct
-import uuid
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from polylens.errors import ArtifactError
+from polylens.files.whole import beside
 
 # What JSON and safetensors hold exactly of one thing, and its inverse finds again.
 Record = tuple[dict[str, Any], dict[str, Tensor]]
@@ -56,7 +55,6 @@ def write(
 
     Cost: memory for a CPU copy of the tensors that are not contiguous there already.
     """
-    target = Path(os.path.realpath(path))
     record = {"sha256": BLANK.decode(), "kind": kind, "schema": SCHEMA, "metadata": metadata}
     try:
         text = json.dumps(record, allow_nan=False, ensure_ascii=True)
@@ -66,22 +64,13 @@ def write(
         raise ArtifactError(
             f"cannot save a {kind}: its metadata changes in JSON; use strings as keys and lists"
         )
-    temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
-    temporary.open("xb").close()  # the usual OSError where this cannot be written
-    try:
+    with beside(path) as temporary:
         save_file(_apart(tensors), temporary, metadata={KEY: text})
         with temporary.open("r+b") as file:
             offset, _ = _stored_digest(file)
             digest = _digest(file, offset)
             file.seek(offset)
             file.write(digest)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_directory(target.parent)
 
 
 def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -178,14 +167,3 @@ def _digest(file: BinaryIO, offset: int) -> bytes:
     while chunk := file.read(CHUNK):
         sha.update(chunk)
     return sha.hexdigest().encode()
-
-
-def _sync_directory(directory: Path) -> None:
-    """Makes the rename durable, where the system can."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

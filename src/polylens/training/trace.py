@@ -30,9 +30,9 @@ class TraceData:
             polynomials are fitted to.
         held_out: the same kind, that R2 and loss are measured on.
         labels: [n] classes of `held_out`, for the loss and accuracy of a classifier.
-        inputs: input models by name for the first layer of a classifier, such as
-            {"gaussian": ..., "mixture": ...}; the Gaussian of `calibration` by default. Deeper
-            layers have the Gaussian of what reaches them.
+        inputs: input models by name for the layers of a classifier that read its own input,
+            such as {"gaussian": ..., "mixture": ...}; the Gaussian of `calibration` by default.
+            Deeper layers have the Gaussian of what reaches them.
     """
 
     calibration: Tensor

@@ -2,8 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Container, Iterable
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Container, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,21 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from polylens.checks import check_at_least, to_json
-from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
-from polylens.fitting.fit import fit
-from polylens.inputs.gaussian import Gaussian
-from polylens.inputs.residuals import ResidualSums
-from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.attachment import attach
+from polylens.checks import Layer, check_at_least, renamed, to_json
+from polylens.errors import InvalidInputError, PolylensError
+from polylens.files.whole import beside
+from polylens.hosts.base import Arrival, Observer
+from polylens.hosts.recording import quiet
+from polylens.lens import Lens
 from polylens.report.scores import lead_of, score
 from polylens.training.rows import TraceRow as TraceRow
 from polylens.training.trace import Trace as Trace
 from polylens.training.trace import TraceData as TraceData
 
-Layers = dict[int, tuple[MLPWeights | GLUWeights, Callable[[Tensor], Tensor]]]
-Readers = Callable[[nn.Module], Layers]
+# Inputs of a model that reads no tokens, in one forward pass.
+BATCH = 4096
+FOUND = "nothing: the MLPs of any torch module are found by what flows through them"
 
 
 class TraceWarning(UserWarning):
@@ -49,13 +50,12 @@ class Tracer:
             measured steps are not measured again.
         steps: steps to measure, or a function that says whether one is due; 0 and the powers of
             two by default.
-        layers: of a classifier: model -> {layer: (weights, function from the model's input to the
-            layer's)}, for models that `sequential_layers` cannot read.
 
     Raises:
         InvalidInputError: a degree that cannot be fitted; a file of another degree.
     """
 
+    @renamed(layers=FOUND)
     def __init__(
         self,
         data: TraceData,
@@ -63,10 +63,9 @@ class Tracer:
         *,
         path: str | Path | None = None,
         steps: Container[int] | Callable[[int], bool] | None = None,
-        layers: Readers | None = None,
     ) -> None:
         check_at_least("degree", degree, 0)
-        self.data, self.degree, self.layers = data, degree, layers
+        self.data, self.degree = data, degree
         self.path = None if path is None else Path(path)
         self._due = _power_of_two if steps is None else steps
         self._rows: list[TraceRow] = []
@@ -100,7 +99,7 @@ class Tracer:
         except Exception as error:  # whatever a hub, a disk or a pickle may raise
             return self._failed(step, "loading", error)
         try:
-            rows = measure(step, model, self.data, self.degree, self.layers)
+            rows = measure(step, model, self.data, self.degree)
         except PolylensError as error:
             return self._failed(step, "measuring", error)
         self._keep(rows)
@@ -127,7 +126,8 @@ class Tracer:
                 "another path or the same degree"
             )
         # Failed steps are tried again, and a line cut short must not glue to the next.
-        path.write_text("".join(json.dumps(_record(row)) + "\n" for row in rows))
+        with beside(path) as new:
+            new.write_text("".join(json.dumps(_record(row)) + "\n" for row in rows))
         self._rows = rows
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -143,13 +143,13 @@ class Tracer:
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
+@renamed(layers=FOUND)
 def trace_training(
     checkpoints: Iterable[tuple[int, Any]],
     data: TraceData | tuple,
     degree: int,
     *,
     path: str | Path | None = None,
-    layers: Readers | None = None,
     progress: bool = True,
 ) -> Trace:
     """R2 of every degree up to `degree`, by layer, and the loss, over checkpoints.
@@ -161,7 +161,6 @@ def trace_training(
         degree: highest degree.
         path: JSON-lines file to append to and resume from; checkpoints that it holds are not
             loaded again, failed ones are tried again.
-        layers: as in `Tracer`.
         progress: show a progress bar.
 
     Returns:
@@ -174,7 +173,7 @@ def trace_training(
     Source: Belrose & Rigg 2025, on the growth of complexity over training.
     """
     data = data if isinstance(data, TraceData) else TraceData(*data)
-    tracer = Tracer(data, degree, path=path, steps=lambda step: True, layers=layers)
+    tracer = Tracer(data, degree, path=path, steps=lambda step: True)
     for step, source in tqdm(checkpoints, "tracing", disable=not progress):
         if tracer.is_due(step):
             is_model = isinstance(source, nn.Module) or not callable(source)
@@ -182,91 +181,95 @@ def trace_training(
     return tracer.trace
 
 
-def measure(
-    step: int, model: Any, data: TraceData, degree: int, layers: Readers | None = None
-) -> list[TraceRow]:
-    """One row per layer and input model; the model's training flags are as before."""
-    with _evaluating(model):
-        if data.is_text:
-            return _language_model_rows(step, model, data, degree)
-        return _classifier_rows(step, model, data, degree, layers or sequential_layers)
-
-
-def sequential_layers(model: nn.Module) -> Layers:
-    """The normal forms of an nn.Sequential: every Linear, activation, Linear in a row.
-
-    A model with a method `normal_form()` that returns MLPWeights or GLUWeights counts as one
-    layer that reads the model's input.
+def measure(step: int, model: Any, data: TraceData, degree: int) -> list[TraceRow]:
+    """One row per layer and input model; the model's training flags are as before.
 
     Raises:
-        UnsupportedModel: neither; pass layers= then.
+        InvalidInputError: weights that are not finite; input models where no layer reads the
+            model's own input; otherwise as `attach` and `Lens.report`.
     """
-    normal_form: Any = getattr(model, "normal_form", None)
-    if normal_form is not None:
-        return {0: (normal_form(), lambda x: x)}
-    found: Layers = {}
-    modules = list(model) if isinstance(model, nn.Sequential) else []
-    for i, (first, act, last) in enumerate(zip(modules, modules[1:], modules[2:], strict=False)):
-        if isinstance(first, nn.Linear) and isinstance(last, nn.Linear):
-            W_in, W_out = first.weight.T, last.weight.T
-            weights = MLPWeights(W_in, W_out, act, first.bias, last.bias)  # type: ignore[arg-type]
-            found[len(found)] = (weights, nn.Sequential(*modules[:i]))
-    if not found:
-        raise UnsupportedModel(
-            f"{type(model).__name__} is no nn.Sequential with Linear, activation, Linear and has "
-            "no normal_form(); pass layers=, a function from the model to its layers"
+    with quiet(model) if isinstance(model, nn.Module) else torch.no_grad():
+        _require_finite(model)
+        if data.is_text:
+            with attach(model, data.calibration, degree=degree, progress=False) as lens:
+                report = lens.report(data.held_out, loss=False, progress=False)
+                loss = _text_loss(lens, data.held_out)
+            return [TraceRow(step, row.layer, "gaussian", row.r2, loss=loss) for row in report]
+        loss, accuracy = _scores(model, data)
+        return [
+            TraceRow(step, layer, name, r2, polynomial_r2, loss, accuracy)
+            for layer, name, r2, polynomial_r2 in _of_features(model, data, degree)
+        ]
+
+
+def _of_features(
+    model: nn.Module, data: TraceData, degree: int
+) -> list[tuple[Layer, str, tuple[float, ...] | None, tuple[float, ...]]]:
+    """(layer, input model, R2 held out, R2 under it), by layer."""
+    options = {"degree": degree, "example_inputs": data.calibration[:2], "progress": False}
+
+    def measured(lens: Lens, name: str, layers: Collection[Layer]):
+        if not layers:
+            return []
+        report = lens.report(
+            data.held_out, layers=layers, loss=False, batch_size=BATCH, progress=False
         )
+        return [(row.layer, name, row.r2, tuple(lens[row.layer].r2.tolist())) for row in report]
+
+    with attach(model, data.calibration, batch_size=BATCH, **options) as lens:
+        first = _readers(lens, data.held_out) if data.inputs else []
+        rows = measured(lens, "gaussian", [n for n in lens.layers if n not in first])
+    if data.inputs and not first:
+        raise InvalidInputError(
+            "inputs= are of the layers that read the model's own input, and none does: each has "
+            "the Gaussian of what reaches it; leave inputs= out"
+        )
+    named = []
+    for name, inputs in data.inputs.items():
+        with attach(model, inputs=inputs, layers=first, **options) as lens:
+            named += measured(lens, name, first)
+    return [*sorted(named, key=lambda row: first.index(row[0])), *rows]
+
+
+def _readers(lens: Lens, x: Tensor) -> list[Layer]:
+    """The layers that read the model's own input."""
+    found: list[Layer] = []
+    x = x[:2].to(lens.host.device)
+
+    def observer(layer: Layer) -> Observer:
+        def look(arrival: Arrival) -> None:
+            if torch.equal(arrival.x.flatten(), x.flatten()):
+                found.append(layer)
+
+        return look
+
+    with lens.host.observe({layer: observer(layer) for layer in lens.layers}):
+        lens.host.run(x)
     return found
 
 
-@torch.no_grad()
-def _classifier_rows(
-    step: int, model: nn.Module, data: TraceData, degree: int, layers: Readers
-) -> list[TraceRow]:
-    loss = accuracy = None
-    if data.labels is not None:
-        logits = model(data.held_out)
-        loss = float(nn.functional.cross_entropy(logits, data.labels))
-        accuracy = float((logits.argmax(1) == data.labels).double().mean())
-    rows = []
-    for layer, (weights, before) in layers(model).items():
-        x, held_out = before(data.calibration), before(data.held_out)
-        first = x is data.calibration or torch.equal(x, data.calibration)
-        named = dict(data.inputs) if first else {}
-        for name, inputs in (named or {"gaussian": Gaussian.from_samples(x)}).items():
-            polynomial = fit(weights, inputs, degree)
-            sums = ResidualSums()
-            sums.update(weights(held_out), polynomial.all_degrees(held_out))
-            both = sums.r2(f"layer {layer}"), tuple(polynomial.r2.tolist())
-            rows.append(TraceRow(step, layer, name, *both, loss, accuracy))
-    return rows
+def _scores(model: nn.Module, data: TraceData) -> tuple[float | None, float | None]:
+    """(cross entropy, accuracy) of a classifier on what is held out, where there are labels."""
+    if data.labels is None:
+        return None, None
+    logits = model(data.held_out)
+    accuracy = float((logits.argmax(1) == data.labels).double().mean())
+    return float(nn.functional.cross_entropy(logits, data.labels)), accuracy
 
 
-def _language_model_rows(step: int, model: Any, data: TraceData, degree: int) -> list[TraceRow]:
-    from polylens.attachment import attach
-
-    total = 0.0
-    with torch.no_grad(), attach(model, data.calibration, degree=degree, progress=False) as lens:
-        report = lens.report(data.held_out, loss=False, progress=False)
-        lead = lead_of(lens.host, data.held_out)
-        for tokens in data.held_out.split(8):
-            real = torch.ones_like(tokens, dtype=torch.bool)
-            total += float(score(lens.host.logits(tokens), None, tokens, real, lead).ce.sum())
-    loss = total / data.held_out[:, lead:].numel()
-    return [TraceRow(step, row.layer, "gaussian", row.r2, loss=loss) for row in report]
+def _text_loss(lens: Lens, tokens: Tensor) -> float:
+    """Cross entropy of a language model, nats per token."""
+    total, lead = 0.0, lead_of(lens.host, tokens)
+    for batch in tokens.split(8):
+        real = torch.ones_like(batch, dtype=torch.bool)
+        total += float(score(lens.host.logits(batch), None, batch, real, lead).ce.sum())
+    return total / tokens[:, lead:].numel()
 
 
-@contextmanager
-def _evaluating(model: Any):
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    flags = [module.training for module in modules]
-    try:
-        if modules:
-            model.eval()
-        yield
-    finally:
-        for module, flag in zip(modules, flags, strict=True):
-            module.training = flag
+def _require_finite(model: Any) -> None:
+    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+        if not parameter.isfinite().all():
+            raise InvalidInputError(f"the weights {name} are NaN or infinite somewhere")
 
 
 def _record(row: TraceRow) -> dict[str, Any]:
