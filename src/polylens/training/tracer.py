@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from polylens.attachment import attach
+from polylens.calibration.given import FromInputs
 from polylens.checks import Layer, check_at_least, renamed, to_json
 from polylens.errors import InvalidInputError, PolylensError
 from polylens.files.whole import beside
@@ -226,7 +227,7 @@ def _of_features(
         )
     named = []
     for name, inputs in data.inputs.items():
-        with attach(model, inputs=inputs, layers=first, **options) as lens:
+        with attach(model, method=FromInputs(inputs), layers=first, **options) as lens:
             named += measured(lens, name, first)
     return [*sorted(named, key=lambda row: first.index(row[0])), *rows]
 
