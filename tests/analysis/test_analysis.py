@@ -111,8 +111,10 @@ def test_restricted_function_and_r2_by_hand(polynomial, u):
 def test_globally_fitted_polynomials_open_the_same_way(u, kind):
     x = torch.randn(600, D_IN, dtype=torch.float64)
     mixture = polylens.GaussianMixture.from_labels(x, torch.arange(600) % 2)
-    inputs = mixture if kind == "mixture" else Samples(x)
-    polynomial = polylens.fit_global(layer("mlp"), inputs, 2)
+    if kind == "mixture":
+        polynomial = polylens.fit_global(layer("mlp"), mixture, 2)
+    else:
+        polynomial = polylens.fit_joint(layer("mlp"), Samples(x), 2)
     restricted = analysis.eigenfeatures(polynomial, u, D_IN).restricted()
     torch.testing.assert_close(restricted(x), polynomial(x) @ u, **EXACT)
     found = analysis.interactions(polynomial, x[:4], u)

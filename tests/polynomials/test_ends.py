@@ -130,7 +130,7 @@ def test_a_range_travels_with_the_polynomial(ended, tmp_path):
     again = poly.with_ends(single.ends, limited.asymptotes)
     assert torch.allclose(single(X.float()).double(), again.double()(X), rtol=1e-4, atol=1e-4)
     limited = limited.double()
-    sent = InlinePolynomial(limited.weights.tensors(), limited.tables())
+    sent = InlinePolynomial(limited.weights.tensors(), limited.evaluation_tables())
     assert torch.allclose(sent(X), limited(X), rtol=1e-10)
 
 

@@ -7,6 +7,7 @@ from tests.oracles import FITS, generator, input_model, random_gaussian, random_
 import polylens
 from polylens import (
     ArtifactError,
+    DensePolynomial,
     Gaussian,
     GaussianMixture,
     InvalidInputError,
@@ -15,6 +16,7 @@ from polylens import (
     fit_global,
 )
 from polylens.activations.table import TABLE, elu, leaky_relu, swish, xielu
+from polylens.files import format as storage
 from polylens.inputs.model import from_record
 
 # Parameters that a name printed to six digits would lose.
@@ -196,3 +198,51 @@ def test_the_identity_check_notices_one_bit():
     b.P.view(torch.int64)[0, 0, 0] ^= 1
     with pytest.raises(AssertionError, match="P"):
         assert_identical(a, b)
+
+
+FORGED = {
+    "a NaN": lambda meta, t: t["P"].view(-1)[3].fill_(float("nan")),
+    "negative s": lambda meta, t: t["s"].neg_(),
+    "a permuted shape": lambda meta, t: t.update(P=t["P"].T.contiguous()),
+    "a row less": lambda meta, t: t.update(P=t["P"][:-1].clone()),
+    "single precision": lambda meta, t: t.update(m=t["m"].float()),
+    "no m": lambda meta, t: t.pop("m"),
+    "another degree": lambda meta, t: meta.update(degree=2),
+    "no degree": lambda meta, t: meta.update(degree="three"),
+    "no layer": lambda meta, t: meta.update(layer=None),
+    "a layer of another size": lambda meta, t: t.update({"layer.W_in": t["layer.W_in"][:, 1:]}),
+    "swapped ends": lambda meta, t: t.update(ends=t["ends"].flip(0)),
+    "a ridge of text": lambda meta, t: meta.update(ridge="0"),
+    "no metadata": lambda meta, t: meta.clear(),
+    "r2 of another degree": lambda meta, t: t.update(r2=torch.ones(2).double()),
+}
+
+
+@pytest.mark.parametrize("forged", FORGED)
+@pytest.mark.parametrize("scope", ["neuron", "joint"])
+def test_a_forged_file_with_a_right_checksum_is_refused(scope, forged, tmp_path):
+    saved = FITS[scope](random_layer(3), input_model("samples", 1), 3, tails=0.0)
+    saved.save(tmp_path / "x")
+    metadata, tensors = storage.read(tmp_path / "x", saved.kind)
+    FORGED[forged](metadata, tensors)
+    storage.write(tmp_path / "x", saved.kind, metadata, tensors)
+    with pytest.raises(ArtifactError, match="x"):
+        type(saved).load(tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["whiten", "T1_1", "T2_2", "explained"])
+def test_a_forged_dense_polynomial_is_refused(name, tmp_path):
+    saved = fit_global(random_layer(3), input_model("mixture", 1), 2)
+    saved.save(tmp_path / "x")
+    metadata, tensors = storage.read(tmp_path / "x", saved.kind)
+    tensors[name] = tensors[name][..., 1:].contiguous()
+    storage.write(tmp_path / "x", saved.kind, metadata, tensors)
+    with pytest.raises(ArtifactError, match="must be float64"):
+        DensePolynomial.load(tmp_path / "x")
+
+
+def test_only_what_is_not_zero_by_definition_is_stored(tmp_path):
+    saved = fit(random_layer(3, "glu"), input_model("samples", 1), 4)
+    saved.save(tmp_path / "x")
+    tensors = storage.read(tmp_path / "x", saved.kind)[1]
+    assert [len(tensors[name]) for name in ("P", "Q")] == [15, 10]

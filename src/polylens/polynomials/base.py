@@ -1,6 +1,7 @@
 """What every fitted polynomial offers, whatever form it is kept in."""
 
 import os
+from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -12,6 +13,7 @@ from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.model import InputModel, from_record
 from polylens.normal_forms.weights import GLUWeights, MLPWeights, weights_of
+from polylens.polynomials.records import checked, reading
 
 Self = TypeVar("Self", bound="Approximation")
 
@@ -19,7 +21,7 @@ Self = TypeVar("Self", bound="Approximation")
 class Approximation(nn.Module):
     """A polynomial that approximates a layer under a model of its inputs.
 
-    Subclasses say what they consist of (`_record`, `_of`) and, where they have
+    Subclasses say what they consist of (`record`, `of_record`) and, where they have
     closed forms of it, how well they do (`optimum_r2`, `r2_under`).
     """
 
@@ -74,30 +76,47 @@ class Approximation(nn.Module):
         Raises:
             ArtifactError, OSError: see `polylens.files.format.write`.
         """
-        metadata, tensors = self._record()
+        metadata, tensors = self.record()
+        context, beside = context_record(self.weights, self.inputs)
         if self._r2 is not None:
-            tensors = {**tensors, "r2": self._r2}
-        storage.write(path, self.kind, metadata, tensors)
+            beside["r2"] = self._r2
+        storage.write(path, self.kind, metadata | context, tensors | beside)
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
         """The same polynomial, bit for bit, on the CPU.
 
         Raises:
-            ArtifactError: a damaged file, one of another kind, an activation that is not
-                registered here (its name).
+            ArtifactError: a damaged or forged file, one of another kind, an activation that is
+                not registered here (its name).
             OSError: no such file.
         """
         metadata, tensors = storage.read(path, cls.kind)
-        loaded = cls._of(metadata, tensors)
-        loaded._r2 = tensors.get("r2")
+        tensors |= storage.within(tensors, "base.")  # as 0.1 wrote joint polynomials
+        with reading(path):
+            weights, inputs = context_of(metadata, tensors)
+            loaded = cls.of_record(weights, metadata, tensors, inputs)
+            if "r2" in tensors:
+                (loaded._r2,) = checked(tensors, {"r2": (loaded.degree + 1,)})
         return loaded
 
-    def _record(self) -> Record:
+    def record(self) -> Record:
+        """What a file keeps of it beside the layer and the input model."""
         raise NotImplementedError
 
     @classmethod
-    def _of(cls: type[Self], metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Self:
+    def of_record(
+        cls: type[Self],
+        weights: MLPWeights | GLUWeights | None,
+        metadata: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        inputs: InputModel | None = None,
+    ) -> Self:
+        """Inverse of `record`; other tensors beside its own are ignored.
+
+        Raises:
+            ArtifactError, or what else comes of metadata and tensors that it cannot have.
+        """
         raise NotImplementedError
 
     def _require_degree(self, degree: int, what: str) -> None:

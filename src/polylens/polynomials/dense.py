@@ -1,18 +1,23 @@
 """A polynomial in dense coefficient tensors, for optima that have no factored form."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from polylens.activations.activation import MAX_DEGREE
 from polylens.checks import check_degree
-from polylens.errors import InvalidInputError
+from polylens.errors import ArtifactError, InvalidInputError
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.model import InputModel
 from polylens.inputs.residuals import share_explained
-from polylens.polynomials.base import Approximation, context_of, context_record
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.base import Approximation
 from polylens.polynomials.explained_variance import variance_under
 from polylens.polynomials.quadratic_form import QuadraticForm
+from polylens.polynomials.records import checked
 
 
 class DensePolynomial(Approximation):
@@ -165,27 +170,46 @@ class DensePolynomial(Approximation):
         mean_square = float(self.T0_0.square().sum())
         return share_explained(total - self.explained, total, mean_square)
 
-    def _record(self) -> Record:
-        metadata, tensors = context_record(self.weights, self.inputs)
-        own = {
+    def record(self) -> Record:
+        """The tensors of every optimum, and where xi is zero."""
+        metadata = {
             "degree": self.degree,
             "iterations": self.iterations,
             "residual": self.residual,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        return metadata | own, tensors | dict(self.named_buffers())
+        return metadata, dict(self.named_buffers())
 
     @classmethod
-    def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "DensePolynomial":
-        weights, inputs = context_of(metadata, tensors)
+    def of_record(
+        cls,
+        weights: MLPWeights | GLUWeights | None,
+        metadata: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        inputs: InputModel | None = None,
+    ) -> "DensePolynomial":
+        n, dtype = metadata["degree"], getattr(torch, metadata["dtype"])
+        if type(n) is not int or not 0 <= n <= MAX_DEGREE or not isinstance(dtype, torch.dtype):
+            raise ArtifactError(f"the degree is {n!r}, the dtype {dtype!r}")
+        (d_out,), (d_in, rank) = tensors["T0_0"].shape, tensors["whiten"].shape
+        if weights is not None and (weights.d_in, weights.d_out) != (d_in, d_out):
+            raise ArtifactError(f"it is [{d_in}] -> [{d_out}], the layer is not")
+        shapes: dict[str, tuple[int, ...]] = {
+            "center": (d_in,),
+            "whiten": (d_in, rank),
+            "explained": (n + 1,),
+        }
+        names = [[f"T{degree}_{k}" for k in range(degree + 1)] for degree in range(n + 1)]
+        shapes |= {name: (d_out, *[rank] * k) for each in names for k, name in enumerate(each)}
+        center, whiten, explained, *_ = checked(tensors, shapes)
         return cls(
-            [[tensors[f"T{n}_{k}"] for k in range(n + 1)] for n in range(metadata["degree"] + 1)],
-            tensors["center"],
-            tensors["whiten"],
-            tensors["explained"],
+            [[tensors[name] for name in each] for each in names],
+            center,
+            whiten,
+            explained,
             weights=weights,
             inputs=inputs,
             iterations=metadata["iterations"],
             residual=metadata["residual"],
-            dtype=getattr(torch, metadata["dtype"]),
+            dtype=dtype,
         )

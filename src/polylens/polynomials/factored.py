@@ -1,22 +1,26 @@
 """A polynomial in factored form: a small polynomial per neuron between two weight matrices."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from polylens.activations.activation import MAX_DEGREE
 from polylens.activations.hermite import hermite_to_monomial
 from polylens.checks import check_degree
-from polylens.errors import InvalidInputError
+from polylens.errors import ArtifactError, InvalidInputError
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.model import InputModel
 from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights, Sized
-from polylens.polynomials.base import Approximation, context_of, context_record
+from polylens.polynomials.base import Approximation
 from polylens.polynomials.ends import Ends
 from polylens.polynomials.evaluation import Rows, evaluate
 from polylens.polynomials.explained_variance import explained_variance, r2_under
 from polylens.polynomials.monomials import expanded_about, outer_powers
 from polylens.polynomials.quadratic_form import QuadraticForm
+from polylens.polynomials.records import checked, packed, unpacked
 
 _COEFFICIENTS = ("m", "s", "P", "Q", "ends")
 
@@ -104,18 +108,44 @@ class Polynomial(Sized, Approximation):
     def r2_under(self, components: list[tuple[float, Gaussian]]) -> Tensor:
         return r2_under(self.weights, components, self.m, self.s, self.P, self.Q)
 
-    def _record(self) -> Record:
-        metadata, tensors = context_record(self.weights, self.inputs)
-        own = {name: getattr(self, name) for name in ("m", "s", "P", "Q")} | {"y_range": self.ends}
-        tensors.update({name: tensor for name, tensor in own.items() if tensor is not None})
-        return {**metadata, "ridge": self.ridge, "asymptotes": self.asymptotes}, tensors
+    def record(self) -> Record:
+        """m, s and the coefficients that are not zero by definition, in float64.
+
+        They are (degree + 1)(degree + 2) / 2 + degree (degree + 1) / 2 + 2 numbers for a neuron of
+        a GLU, two more with ends.
+        """
+        metadata = {"degree": self.degree, "ridge": self.ridge, "asymptotes": self.asymptotes}
+        tensors = {"m": self.m, "s": self.s, "P": packed(self.P, 1)}
+        tensors |= {} if self.Q is None else {"Q": packed(self.Q, 0)}
+        return metadata, tensors | ({} if self.ends is None else {"ends": self.ends})
 
     @classmethod
-    def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "Polynomial":
-        weights, inputs = context_of(metadata, tensors)
-        assert weights is not None
-        own = (tensors.get(name) for name in ("m", "s", "P", "Q", "y_range"))
-        return cls(weights, *own, inputs, metadata["ridge"], metadata.get("asymptotes", False))  # type: ignore
+    def of_record(
+        cls,
+        weights: MLPWeights | GLUWeights | None,
+        metadata: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        inputs: InputModel | None = None,
+    ) -> "Polynomial":
+        if weights is None:
+            raise ArtifactError("the layer is missing")
+        d, glu = weights.d_mlp, isinstance(weights, GLUWeights)
+        n = metadata.get("degree", len(tensors["P"]) - 1)
+        if type(n) is not int or not 0 <= n <= MAX_DEGREE:
+            raise ArtifactError(f"the degree is {n!r}")
+        own = {"m": tensors["m"], "s": tensors["s"], "P": unpacked(tensors["P"], n, 1)}
+        shapes = {"m": (d,), "s": (d,), "P": (n + 1, n + 1, d)}
+        if glu:
+            own["Q"], shapes["Q"] = unpacked(tensors["Q"], n, 0), (n + 1, n, d)
+        m, s, P, *Q = (tensor.to(weights.device) for tensor in checked(own, shapes))
+        if (s < 0).any():
+            raise ArtifactError("s has negative entries")
+        ridge, asymptotes = metadata["ridge"], metadata.get("asymptotes", False)
+        if not isinstance(ridge, (int, float)) or not isinstance(asymptotes, bool):
+            raise ArtifactError(f"ridge={ridge!r} or asymptotes={asymptotes!r} cannot be")
+        poly = cls(weights, m, s, P, Q[0] if glu else None, None, inputs, ridge, asymptotes)
+        ends = tensors.get("ends", tensors.get("y_range"))  # the latter in files of 0.1
+        return poly if ends is None else poly.with_ends(ends, asymptotes)
 
     def extra_repr(self) -> str:
         kind = "mlp" if self.Q is None else "glu"
@@ -347,7 +377,7 @@ class Polynomial(Sized, Approximation):
             )
         return self._horner_cache[key]
 
-    def tables(self) -> dict[str, Tensor]:
+    def evaluation_tables(self) -> dict[str, Tensor]:
         """What `polylens.polynomials.evaluation.PerNeuron` consists of, in new memory."""
         own = self._horner(self.degree)
         stacked = {name: torch.stack(rows) for name, rows in own.tables.items() if rows}

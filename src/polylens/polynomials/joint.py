@@ -1,5 +1,6 @@
 """A polynomial per neuron, corrected by the features of all neurons."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,13 +8,15 @@ from torch import Tensor
 
 from polylens.activations.hermite import hermite_polynomials
 from polylens.checks import check_degree
-from polylens.files import format as storage
+from polylens.errors import ArtifactError
 from polylens.files.format import Record
+from polylens.inputs.model import InputModel
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.base import Approximation
 from polylens.polynomials.evaluation import clamped, gained
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.quadratic_form import QuadraticForm
+from polylens.polynomials.records import checked
 
 
 class JointPolynomial(Approximation):
@@ -112,8 +115,9 @@ class JointPolynomial(Approximation):
 
     def over(self, weights: MLPWeights | GLUWeights) -> "JointPolynomial":
         """The same coefficients over the same weights, wherever and in whatever dtype they are."""
-        moved = {name: tensor.to(weights.device) for name, tensor in self.tables().items()}
-        return JointPolynomial.on(self.base.over(weights), moved)
+        own = [t.to(weights.device) for t in (self.center, self.z_mean, *self.corrections)]
+        base = self.base.over(weights)
+        return JointPolynomial(base, own[0], own[1], own[2:], self.ridge, self.held_out)
 
     @property
     def ends(self) -> Tensor | None:
@@ -162,28 +166,33 @@ class JointPolynomial(Approximation):
         q = None if V is None else readout[self.base.d_mlp :] * inverse
         return QuadraticForm(W, readout[: self.base.d_mlp] * inverse**2, V, q)
 
-    def _record(self) -> Record:
-        metadata, tensors = self.base._record()
-        return metadata, storage.prefixed(tensors, "base.") | self.tables()
-
-    @classmethod
-    def _of(cls, metadata: dict[str, Any], tensors: dict[str, Tensor]) -> "JointPolynomial":
-        return cls.on(Polynomial._of(metadata, storage.within(tensors, "base.")), tensors)
-
-    def tables(self) -> dict[str, Tensor]:
-        """Everything but the base, by name."""
+    def record(self) -> Record:
+        """That of the base, and the readouts, each as large as the layer's own."""
+        metadata, tensors = self.base.record()
         own = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
         # the ridge may be infinite, which JSON does not know
         for name in ("ridge", "held_out"):
             own[name] = torch.tensor(getattr(self, name), dtype=torch.float64)
-        return own
+        return metadata, tensors | own
 
     @classmethod
-    def on(cls, base: Polynomial, tables: dict[str, Tensor]) -> "JointPolynomial":
-        """Inverse of `tables`; other tensors among them are ignored."""
-        corrections = [tables[f"D{n}"] for n in range(base.degree + 1)]
-        ridge, held_out = (tuple(tables[name].tolist()) for name in ("ridge", "held_out"))
-        return cls(base, tables["center"], tables["z_mean"], corrections, ridge, held_out)
+    def of_record(
+        cls,
+        weights: MLPWeights | GLUWeights | None,
+        metadata: Mapping[str, Any],
+        tensors: Mapping[str, Tensor],
+        inputs: InputModel | None = None,
+    ) -> "JointPolynomial":
+        base = Polynomial.of_record(weights, metadata, tensors, inputs)
+        shapes: dict[str, tuple[int, ...]] = {"center": (base.d_in,), "z_mean": (base.d_mlp,)}
+        for n in range(base.degree + 1):
+            shapes[f"D{n}"] = feature_count(base.weights, n), base.d_out
+        own = (tensor.to(base.m.device) for tensor in checked(tensors, shapes))
+        center, z_mean, *corrections = own
+        ridge, held_out = (tuple(tensors[name].tolist()) for name in ("ridge", "held_out"))
+        if not len(ridge) == len(held_out) == base.degree + 1:
+            raise ArtifactError(f"{len(ridge)} strengths and {len(held_out)} errors of degrees")
+        return cls(base, center, z_mean, corrections, ridge, held_out)
 
 
 # What stands beside an MLP: both are over the weights that the model has.

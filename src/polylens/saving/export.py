@@ -92,7 +92,7 @@ def built(
                 'model; attach with estimator="samples" or "gaussian" to export'
             )
         place, name = places[layer], label(layer)
-        tensors[name] = polynomial.tables()
+        tensors[name] = polynomial.evaluation_tables()
         layers[name] = {
             "act": place.act,
             "glu": None if place.glu is None else asdict(place.glu),

@@ -15,8 +15,10 @@ from polylens.hosts.base import MLPSite, Weights
 from polylens.normal_forms.fingerprint import Fingerprint, fingerprint, same_weights
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import Fitted, JointPolynomial
+from polylens.polynomials.records import reading
 
 KIND = "lens"
+KINDS: dict[str, type[Fitted]] = {cls.kind: cls for cls in (Polynomial, JointPolynomial)}
 # What of one layer goes into a file: its entry in the header, and its tensors.
 Entry = tuple[dict[str, Any], dict[str, Tensor]]
 
@@ -24,9 +26,7 @@ Entry = tuple[dict[str, Any], dict[str, Tensor]]
 def entry(site: MLPSite, polynomial: Fitted, sums: Fingerprint | None = None) -> Entry:
     """What a file keeps of one layer: the coefficients, and what identifies the weights.
 
-    Of a polynomial only m, s and the coefficients that are not zero by definition are kept, in
-    float64: (degree + 1)(degree + 2) / 2 + degree (degree + 1) / 2 + 2 numbers for a neuron of
-    a GLU. Of the weights a SHA-256 of their values and three sums are kept.
+    Of the polynomial its own `record`, of the weights a SHA-256 of their values and three sums.
 
     Args:
         sums: the fingerprint of the polynomial's weights, where it is known.
@@ -34,15 +34,13 @@ def entry(site: MLPSite, polynomial: Fitted, sums: Fingerprint | None = None) ->
     weights, name = polynomial.weights, label(site.layer)
     sums = fingerprint(weights) if sums is None else sums
     act, values = activation_record(weights.act)
-    own = polynomial.base if isinstance(polynomial, JointPolynomial) else polynomial
+    metadata, tensors = polynomial.record()
     record = {
         "layer": name,
         "path": site.path,
         "kind": site.kind,
         "sizes": [site.d_in, site.d_mlp, site.d_out],
-        "degree": polynomial.degree,
-        "ridge": own.ridge,
-        "asymptotes": own.asymptotes,
+        "polynomial": {"kind": polynomial.kind, **metadata},
         "activation": act,
         "weights": {
             "dtype": str(weights.dtype),
@@ -50,8 +48,9 @@ def entry(site: MLPSite, polynomial: Fitted, sums: Fingerprint | None = None) ->
             "sums": {role: list(each) for role, each in sums.items()},
         },
     }
-    tensors = storage.prefixed(_tables(polynomial), f"{name}:")
-    return record, tensors | storage.prefixed(values, f"{name}:activation.")
+    return record, storage.prefixed(tensors, f"{name}:") | storage.prefixed(
+        values, f"{name}:activation."
+    )
 
 
 def write(
@@ -104,54 +103,44 @@ def decode(
     refused: Mapping[Layer, str],
 ) -> dict[Layer, Fitted]:
     """The polynomials that are in a file's header and tensors; see `read`."""
-    there = {site.layer: site for site in sites}
-    found = {}
-    for record in header["layers"]:
-        layer = labelled(record["layer"])
+    there, found = {site.layer: site for site in sites}, {}
+    with reading(path):
+        layers = {labelled(record["layer"]): record for record in header["layers"]}
+    for layer, record in layers.items():
         if layer not in there:
             reason = refused.get(layer, f"it has layers {list(map(label, there))}")
             raise ArtifactError(
-                f"{path} has a polynomial for layer {record['layer']} ({record['path']}), which "
+                f"{path} has a polynomial for layer {label(layer)} ({record.get('path')}), which "
                 f"cannot be read in this model: {reason}"
             )
-        mine = storage.within(tensors, f"{record['layer']}:")
-        found[layer] = _polynomial(f"{path}, layer {record['layer']}", there[layer], record, mine)
+        weights = there[layer].weights()
+        with reading(f"{path}, layer {label(layer)}"):
+            mine = storage.within(tensors, f"{label(layer)}:")
+            found[layer] = _polynomial(there[layer], weights, record, mine)
     return found
 
 
 def _polynomial(
-    where: str, site: MLPSite, record: Mapping[str, Any], tensors: dict[str, Tensor]
+    site: MLPSite, weights: Weights, record: Mapping[str, Any], tensors: dict[str, Tensor]
 ) -> Fitted:
-    weights = site.weights()
     act = activation_of(record["activation"], storage.within(tensors, "activation."))
     saved = (record["kind"], record["sizes"], act.name)
     here = (site.kind, [site.d_in, site.d_mlp, site.d_out], weights.act.name)
     if saved != here:
         raise ArtifactError(
-            f"{where}: saved for (kind, [d_in, d_mlp, d_out], activation) = {saved}, the model "
-            f"has {here} at {site.path}; it is another model"
+            f"saved for (kind, [d_in, d_mlp, d_out], activation) = {saved}, the model has {here} "
+            f"at {site.path}; it is another model"
         )
-    _require_same_weights(where, weights, record["weights"])
-    n = record["degree"]
-    tensors = {name: tensor.to(weights.device) for name, tensor in tensors.items()}
-    P = _unpacked(tensors["P"], n + 1, n + 1, 1)
-    Q = _unpacked(tensors["Q"], n + 1, n, 0) if "Q" in tensors else None
-    own = (tensors["m"], tensors["s"], P, Q, tensors.get("y_range"))
-    asymptotes = record.get("asymptotes", False)
-    polynomial = Polynomial(weights, *own, ridge=record["ridge"], asymptotes=asymptotes)
-    return JointPolynomial.on(polynomial, tensors) if "center" in tensors else polynomial
+    _require_same_weights(weights, record["weights"])
+    own = record.get("polynomial")
+    if own is None:  # as 0.1 wrote it
+        own = {**record, "kind": (JointPolynomial if "center" in tensors else Polynomial).kind}
+    if own["kind"] not in KINDS:
+        raise ArtifactError(f"a {own['kind']!r} is not known here")
+    return KINDS[own["kind"]].of_record(weights, own, tensors)
 
 
-def _tables(polynomial: Fitted) -> dict[str, Tensor]:
-    """The coefficients, and for a joint fit its readouts, each as large as the layer's own."""
-    if isinstance(polynomial, JointPolynomial):
-        return _tables(polynomial.base) | polynomial.tables()
-    kept = {"m": polynomial.m, "s": polynomial.s, "P": _packed(polynomial.P, 1)}
-    kept |= {} if polynomial.Q is None else {"Q": _packed(polynomial.Q, 0)}
-    return kept | ({} if polynomial.ends is None else {"y_range": polynomial.ends})
-
-
-def _require_same_weights(where: str, weights: Weights, record: Mapping[str, Any]) -> None:
+def _require_same_weights(weights: Weights, record: Mapping[str, Any]) -> None:
     if str(weights.dtype) == record["dtype"]:
         same = storage.sha256(weights.tensors().items()) == record["sha256"]
     else:
@@ -159,22 +148,7 @@ def _require_same_weights(where: str, weights: Weights, record: Mapping[str, Any
         same = same_weights(record["sums"], fingerprint(weights), weights, eps)
     if not same:
         raise ArtifactError(
-            f"{where}: the model's weights are not those that the polynomial was fitted to "
+            "the model's weights are not those that the polynomial was fitted to "
             "(another checkpoint, folded norms, training or an edit); load the model as it was "
             "when the lens was saved, or attach anew"
         )
-
-
-def _packed(table: Tensor, extra: int) -> Tensor:
-    """[numbers, d_mlp] of table [n + 1, ., d_mlp], whose row k has k + extra entries."""
-    return torch.cat([row[: k + extra] for k, row in enumerate(table)])
-
-
-def _unpacked(packed: Tensor, rows: int, columns: int, extra: int) -> Tensor:
-    """Inverse of `_packed`."""
-    table = packed.new_zeros(rows, columns, packed.shape[1])
-    start = 0
-    for k in range(rows):
-        table[k, : k + extra] = packed[start : start + k + extra]
-        start += k + extra
-    return table

@@ -98,7 +98,7 @@ class NNsightHost(TorchHost):
 
         for part in (InlinePolynomial, PerNeuron):
             nnsight.register(part.__module__)
-        return InlinePolynomial(polynomial.weights.tensors(), polynomial.tables())
+        return InlinePolynomial(polynomial.weights.tensors(), polynomial.evaluation_tables())
 
 
 class TraceablePoint(PolyPoint):
