@@ -4,6 +4,7 @@ import inspect
 import types
 
 import pytest
+import torch
 
 import polylens
 
@@ -34,3 +35,36 @@ def test_a_name_that_is_gone_names_the_new_one():
         _ = polylens.from_hub
     with pytest.raises(AttributeError, match=r"no attribute 'no_such_name'$"):
         _ = polylens.no_such_name
+
+
+def test_what_is_public_has_a_short_repr():
+    weights = polylens.MLPWeights(torch.randn(6, 9), torch.randn(9, 5), "gelu")
+    gaussian = polylens.Gaussian.standard(6)
+    polynomial = polylens.fit(weights, gaussian, 2)
+    samples = polylens.Samples(torch.randn(500, 6))
+    mixture = polylens.GaussianMixture.from_samples(torch.randn(500, 6), 2)
+    model, tokens = polylens.demo.load_model(), torch.randint(256, (4, 32))
+    u, data = torch.randn(5), polylens.TraceData(tokens, tokens)
+    with polylens.attach(model, method=polylens.FromNorm(), progress=False) as lens:
+        report = lens.report(tokens, loss=False, progress=False)
+    found = [
+        *(weights, gaussian, samples, mixture, polynomial, lens, report, data),
+        polylens.fit_joint(weights, samples),
+        polylens.fit_global(weights, mixture, 2),
+        polynomial.quadratic_form(u),
+        polylens.explained_variance(weights, gaussian, 2),
+        polylens.activation("gelu"),
+        lens.sites[0],
+        polylens.Tracer(data),
+        polylens.Expert(3, 7),
+        *(polylens.TrueStream(), polylens.Sequential(), polylens.FromInputs({0: gaussian})),
+        polylens.analysis.eigenfeatures(polynomial, u, 2),
+        polylens.analysis.singular_features(polynomial),
+        polylens.analysis.output_directions(polynomial),
+        polylens.analysis.interactions(polynomial, torch.randn(3, 6), u),
+    ]
+    for each in found:
+        text = repr(each)
+        assert text.startswith(type(each).__name__)
+        assert len(text) <= 300, text
+        assert "tensor(" not in text

@@ -10,6 +10,7 @@ from torch import Tensor
 from polylens.analysis.figures import attacks_figure
 from polylens.analysis.linear import singular_features
 from polylens.analysis.metric import check_count
+from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class AttackRow:
     accuracy: float
 
 
-@dataclass(frozen=True)
-class Attacks:
+@dataclass(frozen=True, repr=False)
+class Attacks(Brief):
     """What `evaluate_attacks` measured.
 
     Attributes:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polylens.activations.hermite import times_linear
 from polylens.analysis.metric import check_count
+from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms.correlations import pairs
@@ -16,8 +17,8 @@ from polylens.normal_forms.preactivation import preactivation_moments
 from polylens.normal_forms.weights import GLUWeights
 
 
-@dataclass(frozen=True)
-class OutputDirections:
+@dataclass(frozen=True, repr=False)
+class OutputDirections(Brief):
     """Orthonormal output directions by the variance that one degree contributes along them.
 
     Attributes:

@@ -19,6 +19,7 @@ from polylens.analysis.metric import (
     gaussian_of,
     metric_of,
 )
+from polylens.brief import Brief
 from polylens.errors import ConvergenceError, InvalidInputError
 from polylens.polynomials.quadratic_form import QuadraticForm
 
@@ -36,8 +37,8 @@ NEURONS = 256
 ZERO = 1e-12
 
 
-@dataclass(frozen=True)
-class RestrictedQuadratic:
+@dataclass(frozen=True, repr=False)
+class RestrictedQuadratic(Brief):
     """g(x) = constant + x . linear + sum_i values_i ((x - center) . vectors_i)^2, in float64.
 
     Attributes:
@@ -87,8 +88,8 @@ class RestrictedQuadratic:
         return 1 - float((value - wanted).square().sum() / spread)
 
 
-@dataclass(frozen=True)
-class EigenFeatures:
+@dataclass(frozen=True, repr=False)
+class EigenFeatures(Brief):
     """The largest eigenpairs of L^T Gamma_u L, L L^T the metric (L = 1 for the plain one).
 
     Along u the second-order term is sum_i values_i (vectors_i . x)^2 over all features; the

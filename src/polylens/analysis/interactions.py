@@ -11,14 +11,15 @@ from polylens.analysis.features import second_order
 from polylens.analysis.figures import interactions_figure
 from polylens.analysis.metric import check_inputs, direction
 from polylens.analysis.readout import behind_norm
+from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class Interactions:
+@dataclass(frozen=True, repr=False)
+class Interactions(Brief):
     """f_2(x) . u = constant + sum_a linear_a + sum_ab pairs_ab for the input x = sum_a writers_a.
 
     Attributes:

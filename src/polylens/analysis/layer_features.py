@@ -20,6 +20,7 @@ from polylens.analysis.readout import (
     top_tokens,
     unembedding_scores,
 )
+from polylens.brief import Brief
 from polylens.calibration.given import norm_inputs
 from polylens.checks import Layer, label, to_json
 from polylens.errors import UnsupportedModel
@@ -48,8 +49,8 @@ class FeatureRow:
     low: TokenScores
 
 
-@dataclass(frozen=True)
-class LayerFeatures:
+@dataclass(frozen=True, repr=False)
+class LayerFeatures(Brief):
     """The eigenfeatures of one layer along one token's logit.
 
     Attributes:

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from polylens.analysis.metric import MetricLike, check_count, metric_of
+from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 
 
-@dataclass(frozen=True)
-class SingularFeatures:
+@dataclass(frozen=True, repr=False)
+class SingularFeatures(Brief):
     """L^T beta = sum_i values_i q_i outputs_i^T, L L^T the metric on inputs.
 
     Attributes:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -48,8 +48,8 @@ class MLPSite:
     d_mlp: int
     d_out: int
     error: float
-    tensors: Callable[[], dict[str, Tensor]]
-    weights: Callable[[], Weights]
+    tensors: Callable[[], dict[str, Tensor]] = field(repr=False)
+    weights: Callable[[], Weights] = field(repr=False)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from polylens.activations.hermite import (
     quadrature_coefficients,
     times_linear,
 )
+from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.residuals import is_constant, share_explained
@@ -40,8 +41,8 @@ GELU_PANELS = (-12.0, -3.0, 3.0, 12.0)
 Components = list[tuple[float, Gaussian]]
 
 
-@dataclass(frozen=True)
-class ExplainedVariance:
+@dataclass(frozen=True, repr=False)
+class ExplainedVariance(Brief):
     """Variance of a layer's output, summed over output directions, and how it is explained.
 
     Attributes:

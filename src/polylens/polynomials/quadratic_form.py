@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from polylens.brief import Brief
 
-@dataclass(frozen=True)
-class QuadraticForm:
+
+@dataclass(frozen=True, repr=False)
+class QuadraticForm(Brief):
     """Gamma = W diag(p) W^T + (W diag(q) V^T + V diag(q) W^T) / 2, symmetric [d_in, d_in].
 
     Attributes:

@@ -24,7 +24,7 @@ SCHEMA = "polylens.report/2"
 READABLE = (SCHEMA, "polylens.report/1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The figures of a lens on held-out tokens; `print(report)`, or leave it last in a cell.
 
@@ -56,6 +56,10 @@ class Report:
     refused: dict[Layer, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     worst: tuple[WorstToken, ...] = ()
+
+    def __repr__(self) -> str:
+        loss = "" if self.base_ce is None else f", base CE {self.base_ce:.3f}"
+        return f"Report({self.model}, {len(self)} layers, degree {self.degree}{loss})"
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -12,6 +12,7 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
+from polylens.brief import Brief
 from polylens.checks import Layer, from_json
 from polylens.errors import InvalidInputError
 from polylens.training.figure import training_figure
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class TraceData:
+@dataclass(frozen=True, repr=False)
+class TraceData(Brief):
     """What every checkpoint is measured on.
 
     Attributes:
@@ -63,8 +64,8 @@ class TraceData:
         return not self.calibration.is_floating_point()
 
 
-@dataclass(frozen=True)
-class Trace:
+@dataclass(frozen=True, repr=False)
+class Trace(Brief):
     """Rows by step; failed checkpoints have a row with `error`."""
 
     rows: tuple[TraceRow, ...]

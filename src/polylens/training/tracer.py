@@ -60,7 +60,7 @@ class Tracer:
     def __init__(
         self,
         data: TraceData,
-        degree: int,
+        degree: int = 3,
         *,
         path: str | Path | None = None,
         steps: Container[int] | Callable[[int], bool] | None = None,
@@ -74,6 +74,9 @@ class Tracer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self._resume(self.path)
+
+    def __repr__(self) -> str:
+        return f"Tracer(degree={self.degree}, {len(self.trace.steps)} steps, path={self.path})"
 
     @property
     def trace(self) -> Trace:
@@ -148,7 +151,7 @@ class Tracer:
 def trace_training(
     checkpoints: Iterable[tuple[int, Any]],
     data: TraceData | tuple,
-    degree: int,
+    degree: int = 3,
     *,
     path: str | Path | None = None,
     progress: bool = True,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ class ExpertSite(MLPSite):
     """
 
     layer: Expert
-    stack: "Stack"
+    stack: "Stack" = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
