@@ -432,6 +432,10 @@ def test_readouts_through_the_norms():
     assert analysis.single_token("x", lambda text: [9]) == 9
 
 
+NETWORK = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+LENS = polylens.attach(NETWORK.eval(), torch.randn(20, 3), degree=2, progress=False)
+
+
 def bad_calls():
     _, p, x = classifier()
     eye, labels = torch.eye(10, dtype=torch.float64), torch.zeros(300, dtype=torch.long)
@@ -439,6 +443,8 @@ def bad_calls():
     features = analysis.eigenfeatures(p, u, 3)
     flat = polylens.MLPWeights(W_in=torch.ones(10, 2), W_out=torch.ones(2, 4), act="relu")
     one = polylens.fit(flat, polylens.Gaussian.standard(10), 2)
+    holed = x[:3].clone()
+    holed[1, 2] = float("nan")
     return {
         "shape \\(4,\\)": lambda: analysis.eigenfeatures(p, torch.ones(5)),
         "zero vector": lambda: analysis.eigenfeatures(p, torch.zeros(4)),
@@ -474,6 +480,19 @@ def bad_calls():
         "against itself": lambda: analysis.token_direction(eye, 1, 1, centred=True),
         "to fit W_E": lambda: analysis.embedding_scores(x, eye, centred=True),
         "one direction": lambda: analysis.top_tokens(eye),
+        "such as lens\\[0\\]": lambda: analysis.eigenfeatures(LENS, u),
+        "polylens.fit\\(weights": lambda: analysis.singular_features(flat),
+        "the module Linear": lambda: analysis.interactions(torch.nn.Linear(2, 2), x[:3], u),
+        "got NoneType; lens": lambda: analysis.linear_attack(None, x, labels, 1.0),
+        "got int; lens": lambda: analysis.output_directions(3),
+        "lens must be": lambda: analysis.logit_direction(p, 1, 5),
+        "cache must be .* second of": lambda: analysis.residual_writers(LENS, (1, {}), 0, 1),
+        "u must be a tensor of numbers": lambda: analysis.eigenfeatures(p, " the"),
+        "u must be real": lambda: analysis.eigenfeatures(p, u.bool()),
+        "tolerance must be": lambda: analysis.eigenfeatures(p, u, tolerance="1e-3"),
+        "writers have 1 NaN": lambda: analysis.interactions(p, holed, u),
+        "network must be a function": lambda: analysis.evaluate_attacks(None, p, x, labels, 1.0),
+        "networks must be a list": lambda: analysis.transfer(p.weights, [p], x, labels, 1.0),
         "one polynomial per network": lambda: analysis.transfer([p], [], x, labels, 1.0),
     }
 
@@ -496,6 +515,7 @@ def test_figures_draw_and_refuse(tmp_path):
     drawn = (features.plot((2, 5)), attacks.plot(), found.plot())
     for i, figure in enumerate((*drawn, figures.class_features_figure(by_class, (5, 2)))):
         figure.savefig(tmp_path / f"{i}.png")
+    assert len(features.plot().axes) == 1
     with pytest.raises(InvalidInputError, match="height"):
         features.plot((3, 3))
     with pytest.raises(InvalidInputError, match="nothing to draw"):

@@ -101,6 +101,8 @@ def test_a_report_of_something_else_is_refused(made):
     other = type(report).from_dict({**report.to_dict(), "rows": []})
     with pytest.raises(InvalidInputError, match="give the report of this lens"):
         html_page(lens, other)
+    with pytest.raises(InvalidInputError, match="in this order"):
+        html_page(report, lens)
     with pytest.raises(InvalidInputError, match="no layer 2"):
         html_page(lens, report, layers=2)
 

@@ -226,6 +226,25 @@ def test_bad_input_is_refused(data):
         TraceData(x, torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(InvalidInputError, match="3 labels for 300"):
         TraceData(x, x, torch.zeros(3))
+    for labels, inputs, message in (
+        ([0] * 300, {}, "labels must be a tensor"),
+        (None, polylens.Gaussian.standard(6), "inputs must be input models by name"),
+        (None, {"gaussian": "norm"}, "inputs must be input models by name"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            TraceData(x, x, labels, inputs)
+    with pytest.raises(InvalidInputError, match="of one shape"):
+        TraceData(x, x[:, :5])
+    tokens = torch.zeros(2, 3, dtype=torch.long)
+    with pytest.raises(InvalidInputError, match="of token ids"):
+        TraceData(tokens, tokens, torch.zeros(2))
+    with pytest.raises(InvalidInputError, match="data must be a TraceData"):
+        trace_training([(0, network())], x, 1)
+    for checkpoints in (nn.Linear(2, 2), [network()], 3):
+        with pytest.raises(InvalidInputError, match="checkpoints must be pairs"):
+            trace_training(checkpoints, data, 1, progress=False)
+    with pytest.raises(InvalidInputError, match="steps must be"):
+        Tracer(data, 1, steps=5)
     with pytest.raises(InvalidInputError, match="degree must be"):
         Tracer(data, -1)
     with pytest.raises(InvalidInputError, match="nothing to draw"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polylens.analysis.arguments import as_numbers, check_functions, check_polynomial
 from polylens.analysis.figures import attacks_figure
 from polylens.analysis.linear import singular_features
 from polylens.analysis.metric import check_count
@@ -162,9 +163,9 @@ def evaluate_attacks(
     polynomial: Any,
     x: Tensor,
     labels: Tensor,
-    norms: Iterable[float],
+    norms: Iterable[float] | float,
     *,
-    attacks: Sequence[str] = ATTACKS,
+    attacks: Sequence[str] | str = ATTACKS,
     target: int | None = None,
     draws: int = 10,
     steps: int = 10,
@@ -186,12 +187,18 @@ def evaluate_attacks(
         InvalidInputError: as `linear_attack`; an unknown attack; no input that the network has
             right.
     """
+    if not callable(network):
+        raise InvalidInputError(
+            "network must be a function from inputs [n, d_in] to logits [n, classes], got "
+            f"{type(network).__name__}"
+        )
+    attacks = [attacks] if isinstance(attacks, str) else list(attacks)
+    norms = list(norms) if isinstance(norms, Iterable) else [norms]
     unknown = set(attacks) - set(ATTACKS)
-    norms = list(norms)
     if unknown or not attacks or not norms:
         raise InvalidInputError(
             f"attacks must be some of {', '.join(ATTACKS)}, with one norm or more; got "
-            f"{list(attacks)} and {norms}"
+            f"{attacks} and {norms}"
         )
     x, labels = _checked(polynomial, x, labels, norms[0], target)
     right = _predictions(network, x) == labels
@@ -243,7 +250,8 @@ def transfer(
         InvalidInputError: as `linear_attack`; not one polynomial per network; a network that
             has no input right.
     """
-    if len(networks) != len(polynomials) or not networks:
+    networks, polynomials = check_functions(networks, "networks"), list(polynomials)
+    if len(networks) != len(polynomials):
         raise InvalidInputError(
             f"transfer needs one polynomial per network, got {len(networks)} networks and "
             f"{len(polynomials)} polynomials"
@@ -293,7 +301,8 @@ def _predictions(network: Network, x: Tensor) -> Tensor:
 def _checked(
     polynomial: Any, x: Tensor, labels: Tensor, norm: float, target: int | None
 ) -> tuple[Tensor, Tensor]:
-    x, labels = torch.as_tensor(x), torch.as_tensor(labels)
+    check_polynomial(polynomial)
+    x, labels = as_numbers(x, "x"), as_numbers(labels, "labels")
     d_in, classes = polynomial.d_in, polynomial.d_out
     if x.dim() != 2 or x.shape[1] != d_in or labels.shape != x.shape[:1] or not len(x):
         raise InvalidInputError(
@@ -304,6 +313,6 @@ def _checked(
         raise InvalidInputError(f"labels must be integers in 0 ... {classes - 1}")
     if target is not None and target not in range(classes):
         raise InvalidInputError(f"target must be a class in 0 ... {classes - 1}, got {target!r}")
-    if not norm >= 0 or norm == float("inf"):
+    if not isinstance(norm, int | float) or not 0 <= norm < float("inf"):
         raise InvalidInputError(f"norm must be finite and >= 0, got {norm!r}")
     return x, labels

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polylens.activations.hermite import times_linear
+from polylens.analysis.arguments import check_polynomial
 from polylens.analysis.metric import check_count
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
@@ -68,6 +69,7 @@ def degree_energy(polynomial: Any, degree: int = 2) -> Tensor:
 
     Cost: O(d_mlp^2 (d_in + d_out)), in blocks of 1024 x 1024 neurons.
     """
+    check_polynomial(polynomial)
     gaussian = polynomial.inputs
     if not isinstance(gaussian, Gaussian):
         raise InvalidInputError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polylens.analysis.arguments import check_polynomial
 from polylens.analysis.eigensolver import extreme_eigenpairs
 from polylens.analysis.figures import spectrum_figure
 from polylens.analysis.metric import (
@@ -165,8 +166,8 @@ class EigenFeatures(Brief):
             self.u,
         )
 
-    def plot(self, shape: tuple[int, int], n: int = 4) -> "Figure":
-        """Spectrum, and the first n patterns of either sign as images of this shape."""
+    def plot(self, shape: tuple[int, int] | None = None, n: int = 4) -> "Figure":
+        """Spectrum, and of images of this shape the first n patterns of either sign."""
         return spectrum_figure(self.values, self.patterns, float(self.share[-1]), shape, n)
 
 
@@ -210,12 +211,13 @@ def eigenfeatures(
     """
     if method not in ("auto", "dense", "iterative"):
         raise InvalidInputError(f"method must be 'auto', 'dense' or 'iterative', got {method!r}")
+    check_polynomial(polynomial)
     device = next(iter(polynomial.buffers())).device
     u = direction(u, polynomial.d_out, device)
     form = polynomial.quadratic_form(u)
     if tolerance is None:
         tolerance = 1e-9 if form.W.dtype == torch.float64 else SINGLE
-    if not TIGHTEST <= tolerance < 1:
+    if not isinstance(tolerance, float) or not TIGHTEST <= tolerance < 1:
         raise InvalidInputError(f"tolerance must be in {TIGHTEST} ... 1, got {tolerance!r}")
     in_metric = metric_of(polynomial, metric)
     rank = min(in_metric.rank, form.W.shape[1] * (1 if form.V is None else 2))

@@ -21,30 +21,33 @@ SIGNED = ((0.0, COLOURS[0]), (0.5, "#FFFFFF"), (1.0, COLOURS[1]))
 
 
 def spectrum_figure(
-    values: Tensor, patterns: Tensor, share: float, shape: tuple[int, int], n: int = 4
+    values: Tensor, patterns: Tensor, share: float, shape: tuple[int, int] | None, n: int = 4
 ) -> "Figure":
     """Left the eigenvalues, right the first n patterns of either sign as images.
 
     Args:
         values: [k] by falling absolute value; patterns: [d_in, k].
         share: of the energy that they keep together.
-        shape: (height, width) of an image; height * width = d_in.
+        shape: (height, width) of an image; height * width = d_in. None for inputs that are no
+            images: the eigenvalues alone.
         n: pictures per row.
 
     Raises:
         InvalidInputError: a shape that does not give d_in, n < 1.
     """
     d_in = len(patterns)
-    if len(shape) != 2 or shape[0] * shape[1] != d_in or n < 1:
+    if shape is not None and (len(shape) != 2 or shape[0] * shape[1] != d_in or n < 1):
         raise InvalidInputError(
             f"shape must be (height, width) with height * width = {d_in}, and n >= 1; got "
             f"{shape!r} and {n}"
         )
     sizes = values.cpu().numpy()
     signed = {"+": np.flatnonzero(sizes > 0)[:n], "−": np.flatnonzero(sizes < 0)[:n]}
-    with figure((1.7 + 0.85 * n, 2.2)) as drawn:
-        parts: Any = drawn.subfigures(1, 2, width_ratios=(1.7, 0.85 * n))
-        left, right = parts
+    with figure((3.2 if shape is None else 1.7 + 0.85 * n, 2.2)) as drawn:
+        left: Any = drawn
+        right: Any = None
+        if shape is not None:
+            left, right = drawn.subfigures(1, 2, width_ratios=(1.7, 0.85 * n))
         panel = left.subplots()
         ranks = np.arange(1, len(sizes) + 1)
         for sign, style, colour in (
@@ -61,6 +64,8 @@ def spectrum_figure(
         panel.set_title(f"{len(sizes)} features:\n{share:.1%} of energy")
         panel.legend(frameon=False, handletextpad=0.1, borderaxespad=0.1)
         tidy(panel)
+        if shape is None:
+            return drawn
         pictures = right.subplots(2, n, squeeze=False)
         for row, (sign, chosen) in zip(pictures, signed.items(), strict=True):
             _draw_pictures(row, values, patterns, chosen, shape)

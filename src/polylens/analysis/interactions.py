@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polylens.analysis.arguments import check_polynomial
 from polylens.analysis.features import second_order
 from polylens.analysis.figures import interactions_figure
 from polylens.analysis.metric import check_inputs, direction
@@ -82,6 +83,7 @@ def interactions(
 
     Cost: O(n d_in d_mlp + n^2 d_mlp) and no d_in x d_in matrix.
     """
+    check_polynomial(polynomial)
     device = next(iter(polynomial.buffers())).device
     u = direction(u, polynomial.d_out, device)
     writers = check_inputs(writers, polynomial.d_in, device)
@@ -89,6 +91,10 @@ def interactions(
         raise InvalidInputError(
             f"writers must be [n, {polynomial.d_in}] with n >= 1, got {tuple(writers.shape)}; "
             "interactions are about one position at a time"
+        )
+    if not torch.isfinite(writers).all():
+        raise InvalidInputError(
+            f"writers have {int((~torch.isfinite(writers)).sum())} NaN or infinite entries"
         )
     names = tuple(str(i) for i in range(len(writers))) if names is None else tuple(names)
     if len(names) != len(writers):

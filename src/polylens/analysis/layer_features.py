@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from polylens.analysis.arguments import check_lens
 from polylens.analysis.features import EigenFeatures, eigenfeatures
 from polylens.analysis.metric import gaussian_of
 from polylens.analysis.readout import (
@@ -226,6 +227,7 @@ def _norms_behind(lens: Any, layer: Layer) -> tuple[Norm, Norm | None]:
 
 
 def _language_host(lens: Any) -> Any:
+    check_lens(lens)
     if not hasattr(lens.host, "final_norm"):
         raise UnsupportedModel(
             f"a {lens.host.name} has no embedding and unembedding by name; load the model in "

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polylens.analysis.arguments import check_polynomial
 from polylens.analysis.metric import MetricLike, check_count, metric_of
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
@@ -52,6 +53,7 @@ def singular_features(
 
     Cost: one SVD of [d_in, d_out]. Source: Belrose & Rigg 2025.
     """
+    check_polynomial(polynomial)
     beta, _ = polynomial.linear()
     in_metric = metric_of(polynomial, metric)
     weighted = in_metric.into(beta)

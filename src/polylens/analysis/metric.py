@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polylens.analysis.arguments import as_numbers
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.model import InputModel
@@ -101,9 +102,9 @@ def direction(u: Any, size: int, device: torch.device, name: str = "u") -> Tenso
     """u as a float64 vector.
 
     Raises:
-        InvalidInputError: another size, not finite, or zero.
+        InvalidInputError: no real numbers, another size, not finite, or zero.
     """
-    u = torch.as_tensor(u, device=device).detach()
+    u = as_numbers(u, name, device)
     if tuple(u.shape) != (size,):
         raise InvalidInputError(
             f"{name} must be one direction of shape ({size},), got {tuple(u.shape)}; a class or "
@@ -131,8 +132,12 @@ def check_count(k: Any, most: int, what: str) -> int:
 
 
 def check_inputs(x: Any, d_in: int, device: torch.device) -> Tensor:
-    """x [..., d_in] as float64 on the device."""
-    x = torch.as_tensor(x, device=device).detach()
+    """x [..., d_in] as float64 on the device.
+
+    Raises:
+        InvalidInputError: no floating point, or another size.
+    """
+    x = as_numbers(x, "x", device)
     if x.shape[-1:] != (d_in,) or not x.is_floating_point():
         raise InvalidInputError(
             f"x must be floating point [..., {d_in}], got {x.dtype} {tuple(x.shape)}"

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polylens.analysis.arguments import check_lens
 from polylens.analysis.interactions import through_norm
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Norm
@@ -36,6 +37,12 @@ def residual_writers(
             that is not attached, or one that reads neither the residual stream nor a norm of it,
             such as one with a parallel attention.
     """
+    check_lens(lens)
+    if not hasattr(cache, "decompose_resid") and cache != {}:
+        hint = "; give the second of (logits, cache)" if isinstance(cache, tuple) else ""
+        raise InvalidInputError(
+            f"cache must be that of model.run_with_cache(tokens), got {type(cache).__name__}{hint}"
+        )
     lens[layer]  # refuses one that is not attached
     try:
         norm = lens.host.norm(lens.sites[layer])

@@ -102,6 +102,11 @@ def html_page(
 
     Cost: per opened layer one d_out x d_out eigenproblem, O(d_mlp^2 d_in), and its eigenfeatures.
     """
+    if not isinstance(lens, Lens) or not isinstance(report, Report):
+        raise InvalidInputError(
+            f"give a lens and its report, in this order; got {type(lens).__name__} and "
+            f"{type(report).__name__}"
+        )
     reported = [row.layer for row in report.rows if row.layer is not None]
     strangers = [layer for layer in reported if layer not in lens.layers]
     if strangers or not reported:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich import box
@@ -15,6 +15,7 @@ from torch import Tensor
 from polylens.brief import Brief
 from polylens.checks import Layer, from_json
 from polylens.errors import InvalidInputError
+from polylens.inputs.model import InputModel
 from polylens.training.figure import training_figure
 from polylens.training.rows import TraceRow as TraceRow
 
@@ -39,7 +40,7 @@ class TraceData(Brief):
     calibration: Tensor
     held_out: Tensor
     labels: Tensor | None = None
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, InputModel] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("calibration", "held_out"):
@@ -57,6 +58,25 @@ class TraceData(Brief):
         if self.labels is not None and len(self.labels) != len(self.held_out):
             raise InvalidInputError(
                 f"{len(self.labels)} labels for {len(self.held_out)} held-out inputs"
+            )
+        if self.is_text and (self.labels is not None or self.inputs):
+            raise InvalidInputError(
+                "labels= and inputs= are for a classifier; of token ids the next ones are predicted"
+            )
+        if self.labels is not None and not isinstance(self.labels, Tensor):
+            raise InvalidInputError(
+                f"labels must be a tensor of classes [n], got {type(self.labels).__name__}"
+            )
+        if not self.is_text and self.calibration.shape[1:] != self.held_out.shape[1:]:
+            raise InvalidInputError(
+                f"calibration and held_out must be inputs of one shape, got "
+                f"{tuple(self.calibration.shape)} and {tuple(self.held_out.shape)}"
+            )
+        named = self.inputs.values() if isinstance(self.inputs, Mapping) else [None]
+        if not all(isinstance(model, InputModel) for model in named):
+            raise InvalidInputError(
+                "inputs must be input models by name, such as {'gaussian': "
+                f"Gaussian.from_samples(x)}}, got {self.inputs!r:.80}"
             )
 
     @property

@@ -26,6 +26,7 @@ from polylens.training.trace import TraceData as TraceData
 
 # Inputs of a model that reads no tokens, in one forward pass.
 BATCH = 4096
+PAIRS = "checkpoints must be pairs (step, model or function that returns one)"
 FOUND = "nothing: the MLPs of any torch module are found by what flows through them"
 
 
@@ -45,7 +46,7 @@ class Tracer:
     `Trainer(callbacks=[tracer])` measures before the first step and after each due one.
 
     Args:
-        data: a TraceData.
+        data: a TraceData, or the tuple of its fields.
         degree: highest degree.
         path: JSON-lines file that rows are appended to; what it holds already is kept, and its
             measured steps are not measured again.
@@ -59,13 +60,19 @@ class Tracer:
     @renamed(layers=FOUND)
     def __init__(
         self,
-        data: TraceData,
+        data: TraceData | tuple[Any, ...],
         degree: int = 3,
         *,
         path: str | Path | None = None,
         steps: Container[int] | Callable[[int], bool] | None = None,
     ) -> None:
         check_at_least("degree", degree, 0)
+        data = _trace_data(data)
+        if not (steps is None or callable(steps) or isinstance(steps, Container)):
+            raise InvalidInputError(
+                f"steps must be those to measure, such as {{0, 100}}, or a function from a step to "
+                f"bool, got {steps!r}"
+            )
         self.data, self.degree = data, degree
         self.path = None if path is None else Path(path)
         self._due = _power_of_two if steps is None else steps
@@ -150,7 +157,7 @@ class Tracer:
 @renamed(layers=FOUND)
 def trace_training(
     checkpoints: Iterable[tuple[int, Any]],
-    data: TraceData | tuple,
+    data: TraceData | tuple[Any, ...],
     degree: int = 3,
     *,
     path: str | Path | None = None,
@@ -176,9 +183,13 @@ def trace_training(
 
     Source: Belrose & Rigg 2025, on the growth of complexity over training.
     """
-    data = data if isinstance(data, TraceData) else TraceData(*data)
+    if not isinstance(checkpoints, Iterable):
+        raise InvalidInputError(f"{PAIRS}, got {type(checkpoints).__name__}")
     tracer = Tracer(data, degree, path=path, steps=lambda step: True)
-    for step, source in tqdm(checkpoints, "tracing", disable=not progress):
+    for checkpoint in tqdm(checkpoints, "tracing", disable=not progress):
+        if not isinstance(checkpoint, tuple) or len(checkpoint) != 2:
+            raise InvalidInputError(f"{PAIRS}, got {type(checkpoint).__name__} in it")
+        step, source = checkpoint
         if tracer.is_due(step):
             is_model = isinstance(source, nn.Module) or not callable(source)
             tracer.measure(step, (lambda source=source: source) if is_model else source)
@@ -268,6 +279,17 @@ def _text_loss(lens: Lens, tokens: Tensor) -> float:
         real = torch.ones_like(batch, dtype=torch.bool)
         total += float(score(lens.host.logits(batch), None, batch, real, lead).ce.sum())
     return total / tokens[:, lead:].numel()
+
+
+def _trace_data(data: Any) -> TraceData:
+    if isinstance(data, TraceData):
+        return data
+    if not isinstance(data, tuple) or not 2 <= len(data) <= 4:
+        raise InvalidInputError(
+            "data must be a TraceData, or (calibration, held_out), (..., labels) or (..., inputs), "
+            f"got {type(data).__name__}"
+        )
+    return TraceData(*data)
 
 
 def _require_finite(model: Any) -> None:

@@ -1,0 +1,66 @@
+"""What the analyses are given: the right kind of thing, or an error that says which."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from polylens.errors import InvalidInputError
+from polylens.installed.installation import Installation
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.base import Approximation
+
+
+def check_polynomial(value: Any) -> None:
+    """InvalidInputError for anything but a polynomial."""
+    if isinstance(value, Approximation):
+        return
+    if isinstance(value, Installation):
+        layer = next(iter(value.layers))
+        got = f"a lens, which holds one for each layer; give one of them, such as lens[{layer}]"
+    elif isinstance(value, MLPWeights | GLUWeights):
+        got = "a layer's weights; polylens.fit(weights, inputs) makes a polynomial of them"
+    elif isinstance(value, nn.Module):
+        got = f"the module {type(value).__name__}; polylens.attach(model, tokens) makes them"
+    else:
+        got = f"{type(value).__name__}; lens[layer] and polylens.fit(...) are polynomials"
+    raise InvalidInputError(f"polynomial must be one, got {got}")
+
+
+def check_lens(value: Any) -> None:
+    """InvalidInputError for anything but a lens."""
+    if not isinstance(value, Installation):
+        raise InvalidInputError(
+            "lens must be what polylens.attach(model, tokens) returns, got "
+            f"{type(value).__name__}; of a single polynomial there are eigenfeatures, "
+            "singular_features and interactions"
+        )
+
+
+def as_numbers(value: Any, name: str, device: torch.device | None = None) -> Tensor:
+    """The tensor itself, or that of an array or list; of real numbers.
+
+    Raises:
+        InvalidInputError: anything else.
+    """
+    try:
+        numbers = torch.as_tensor(value, device=device).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"{name} must be a tensor of numbers, got {type(value).__name__}"
+        ) from error
+    if numbers.is_complex() or numbers.dtype == torch.bool:
+        raise InvalidInputError(f"{name} must be real numbers, got {numbers.dtype}")
+    return numbers
+
+
+def check_functions(values: Any, name: str) -> list[Any]:
+    """InvalidInputError for anything but functions, several of them."""
+    several = list(values) if isinstance(values, Iterable) else []
+    if not several or not all(callable(value) for value in several):
+        raise InvalidInputError(
+            f"{name} must be a list of functions from inputs [n, d_in] to logits [n, classes], "
+            f"got {type(values).__name__}"
+        )
+    return several
