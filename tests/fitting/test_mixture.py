@@ -1,6 +1,7 @@
 """Gaussian mixtures: the model itself, the per-neuron fit and the global optimum."""
 
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,16 +10,16 @@ from tests.oracles import (
     assert_r2,
     assert_same_function,
     generator,
-    monomials,
     random_gaussian,
     random_layer,
     random_mixture,
 )
 
 from polylens import InvalidInputError
+from polylens.activations.activation import Activation
 from polylens.errors import ConvergenceError
 from polylens.fitting.fit import fit
-from polylens.fitting.global_optimum import normal_equations
+from polylens.fitting.global_optimum import least_squares
 from polylens.fitting.global_optimum.fit import fit_global
 from polylens.fitting.global_optimum.quadratic_moments import (
     BlockJacobi,
@@ -30,6 +31,7 @@ from polylens.fitting.global_optimum.quadratic_moments import (
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.mixture import GaussianMixture
 from polylens.inputs.samples import Samples
+from polylens.normal_forms.weights import MLPWeights
 
 both = pytest.mark.parametrize("kind", ["mlp", "glu"])
 
@@ -37,7 +39,7 @@ both = pytest.mark.parametrize("kind", ["mlp", "glu"])
 @pytest.fixture
 def conjugate_gradients(monkeypatch):
     """Degree 2 by the iterative solver, however few the monomials."""
-    monkeypatch.setattr(normal_equations, "MAX_FEATURES", 0)
+    monkeypatch.setattr(least_squares, "MAX_FEATURES", 0)
 
 
 def test_moments_of_the_mixture():
@@ -106,11 +108,11 @@ def test_global_beats_neuron_beats_single_gaussian(kind):
 
 
 @both
-def test_conjugate_gradients_equal_normal_equations(kind, monkeypatch):
+def test_conjugate_gradients_equal_least_squares(kind, monkeypatch):
     layer, mixture = random_layer(3, kind, "gelu", d_in=5), random_mixture(3, 5)
     direct = fit_global(layer, mixture, 2)
     assert direct.iterations is None
-    monkeypatch.setattr(normal_equations, "MAX_FEATURES", 0)
+    monkeypatch.setattr(least_squares, "MAX_FEATURES", 0)
     iterative = fit_global(layer, mixture, 2, tolerance=1e-11)
     assert iterative.residual <= 1e-11
     assert 0 < iterative.iterations < 100
@@ -127,7 +129,7 @@ def test_conjugate_gradients_on_deficient_supports(conjugate_gradients, monkeypa
     mixture = GaussianMixture(torch.ones(3) / 3, means, factors.mT @ factors)
     layer = random_layer(0, "glu", d_in=9)
     iterative = fit_global(layer, mixture, 2, tolerance=1e-10)
-    monkeypatch.setattr(normal_equations, "MAX_FEATURES", 1000)
+    monkeypatch.setattr(least_squares, "MAX_FEATURES", 1000)
     direct = fit_global(layer, mixture, 2)
     # the support is where the two must agree
     assert_same_function(iterative, direct, mixture.sample(50, generator(0)), 1e-6)
@@ -140,9 +142,85 @@ def test_components_that_share_a_covariance_take_a_few_iterations(seed):
     spread = torch.diag(0.1 + torch.rand(50, generator=g, dtype=torch.float64))
     means = 0.5 * torch.randn(3, 50, generator=g, dtype=torch.float64)
     layer = random_layer(seed, act="relu", d_in=50, d_mlp=30, d_out=10)
-    fitted = fit(layer, GaussianMixture(torch.ones(3) / 3, means, spread), 2, "global")
+    fitted = fit_global(layer, GaussianMixture(torch.ones(3) / 3, means, spread[None]), 2)
     assert fitted.residual <= 1e-8
     assert fitted.iterations < 10
+
+
+def exact_optimum(weights, means, deviations, powers, degree):
+    """R2 of the best polynomial for one of more powers, in rationals."""
+    top = 2 * (len(powers) - 1)
+    moments = [Fraction(0)] * (top + 1)
+    for w, mu, s in zip(weights, means, deviations, strict=True):
+        local = [Fraction(1), Fraction(mu)]
+        for k in range(2, top + 1):
+            local.append(mu * local[-1] + (k - 1) * Fraction(s) ** 2 * local[-2])
+        moments = [total + Fraction(w) * m for total, m in zip(moments, local, strict=True)]
+    a = [Fraction(power) for power in powers]
+    right = [sum(c * moments[i + j] for j, c in enumerate(a)) for i in range(len(a))]
+    rows = [[moments[i + j] for j in range(degree + 1)] + [right[i]] for i in range(degree + 1)]
+    explained = Fraction(0)
+    for i in range(degree + 1):  # of a positive definite matrix: no pivoting
+        explained += rows[i][-1] ** 2 / rows[i][i]
+        for below in rows[i + 1 :]:
+            factor = below[i] / rows[i][i]
+            below[i:] = [x - factor * y for x, y in zip(below[i:], rows[i][i:], strict=True)]
+    mean_square = right[0] ** 2
+    total = sum(c * r for c, r in zip(a, right, strict=True))
+    return float((explained - mean_square) / (total - mean_square))
+
+
+@pytest.mark.parametrize(
+    ("weights", "means", "deviations"),
+    [
+        ([0.75, 0.25], [0, 3], [1, 2]),
+        ([1 - 2**-10, 2**-10], [0, 0], [1, 100]),  # one in a thousand far out
+        ([1 - 2**-20, 2**-20], [0, 1000], [1, 1]),
+        ([0.5, 0.25, 0.25], [-1000, 0, 1000], [1, 2, 1]),
+        ([0.5, 0.5], [2, 2], [1, 0.0009765625]),
+    ],
+)
+def test_heavy_tails_and_far_components_reach_the_optimum(weights, means, deviations):
+    powers = (0.125, 1.0, 0.25, -0.25, 0.0625, 0.015625, -0.00390625, 0.0009765625)
+    act = Activation(
+        "septic", lambda y: sum(c * y**k for k, c in enumerate(powers)), powers, powers
+    )
+    one = torch.ones(1, 1, dtype=torch.float64)
+    mixture = GaussianMixture(
+        torch.tensor(weights).double(),
+        torch.tensor(means).double()[:, None],
+        torch.tensor(deviations).double()[:, None, None] ** 2,
+    )
+    r2 = fit_global(MLPWeights(W_in=one, W_out=one, act=act), mixture, 6).r2
+    for degree in range(1, 7):
+        exact = exact_optimum(weights, means, deviations, powers, degree)
+        assert float(r2[degree]) == pytest.approx(exact, abs=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["direct", "iterative"])
+@pytest.mark.parametrize("ratio", [1e-3, 1e-6, 1e-8, 1e8])
+def test_units_of_a_feature_change_nothing(ratio, solver, monkeypatch):
+    if solver == "iterative":
+        monkeypatch.setattr(least_squares, "MAX_FEATURES", 0)
+    layer, mixture = random_layer(0, "glu"), random_mixture(0)
+    units = torch.tensor([ratio, 1.0, 1.0, 1.0], dtype=torch.float64)
+    moved = replace(layer, W_in=layer.W_in / units[:, None], W_gate=layer.W_gate / units[:, None])
+    there = GaussianMixture(
+        mixture.weights, mixture.means * units, mixture.covs * units[:, None] * units
+    )
+    x = mixture.sample(50, generator(0))
+    fits = [fit_global(layer, mixture, 2, tolerance=1e-11)]
+    fits.append(fit_global(moved, there, 2, tolerance=1e-11))
+    scale = float(fits[0](x).abs().max())
+    assert float((fits[0](x) - fits[1](x * units)).abs().max()) < 1e-8 * scale
+    torch.testing.assert_close(fits[0].r2, fits[1].r2)
+    one, single = mixture.components[0], torch.ones(1, dtype=torch.float64)
+    there = GaussianMixture(
+        single, (one.mean * units)[None], (one.cov * units[:, None] * units)[None]
+    )
+    torch.testing.assert_close(
+        fit_global(moved, there, 2, tolerance=1e-11).r2, fit(layer, one, 2).r2
+    )
 
 
 def test_not_converged_is_an_error(conjugate_gradients):
@@ -181,7 +259,7 @@ def test_thin_and_shared_covariances_change_nothing():
     shared = [Component(0.3, means[0], full.cov), Component(0.5, means[1], full.cov)]
     operator = MixtureMoments([*shared, Component(0.2, means[2], thin.cov)])
     assert [spread.factor is None for spread in operator.spreads] == [True, False]
-    with_copies = [Component(w, mu, cov.clone()) for w, mu, cov in shared]
+    with_copies = [Component(c.weight, c.mean, c.cov.clone()) for c in shared]
     apart = [MixtureMoments([c])(q) for c in with_copies]
     # more than the rank that is worth a factor, less than nothing in value
     filled = thin.cov + 1e-13 * torch.eye(8, dtype=torch.float64)
@@ -212,20 +290,25 @@ def test_the_common_basis_diagonalises_what_can_be():
         assert float((cov - torch.diag(cov.diagonal())).abs().max()) < 1e-4
 
 
-def test_gaussian_moments_are_those_of_draws():
+def test_hermite_features_are_those_of_draws():
     gaussian = random_gaussian(3, 3)
-    powers = normal_equations.exponents(3, 4)
-    exact = normal_equations.gaussian_moments(powers, gaussian.mean, gaussian.cov)
+    factor = torch.linalg.cholesky(gaussian.cov).T
+    rows = least_squares.hermite_features(gaussian.mean, factor, 2)
+    exact = rows.T @ rows  # products of features under the Gaussian
     x = gaussian.sample(400_000, generator(0))
-    phi = monomials(x, 4)
-    error = phi.std(0) / len(x) ** 0.5
-    assert ((exact - phi.mean(0)).abs() <= 5 * error + 1e-12).all()
+    one, two = torch.ones_like(x[:, 0]), (x * x - 1) / 2**0.5
+    a, b, c = x.T
+    phi = torch.stack([one, a, b, c, two[:, 0], a * b, a * c, two[:, 1], b * c, two[:, 2]], 1)
+    for i, column in enumerate(phi.T):
+        sampled = column[:, None] * phi
+        error = sampled.std(0) / len(x) ** 0.5
+        assert ((exact[i] - sampled.mean(0)).abs() <= 5 * error + 1e-12).all()
 
 
 @pytest.mark.parametrize("solver", ["direct", "iterative"])
 def test_chosen_outputs_are_those_of_all(solver, monkeypatch):
     if solver == "iterative":
-        monkeypatch.setattr(normal_equations, "MAX_FEATURES", 0)
+        monkeypatch.setattr(least_squares, "MAX_FEATURES", 0)
     layer, mixture = random_layer(0), random_mixture(0)
     U = torch.randn(3, 2, generator=generator(0), dtype=torch.float64)
     x = mixture.sample(20, generator(0))

@@ -56,11 +56,15 @@ class Quadratic(NamedTuple):
 
 
 class Component(NamedTuple):
-    """One Gaussian of a mixture: its weight, mean [r] and cov [r, r]."""
+    """One Gaussian of a mixture: its weight, mean [r] and cov [r, r].
+
+    factor [rank, r], with cov = factor^T factor, where one is known.
+    """
 
     weight: float
     mean: Tensor
     cov: Tensor
+    factor: Tensor | None = None
 
 
 class Spread(NamedTuple):
@@ -91,7 +95,7 @@ class MixtureMoments:
         self.spreads = [
             Spread(
                 components[members[0]].cov,
-                _factor(components[members[0]].cov),
+                _thin(components[members[0]]),
                 torch.tensor(members, device=like.device),
             )
             for members in groups.values()
@@ -127,12 +131,14 @@ class MixtureMoments:
         return Quadratic(mean.sum(0), torch.einsum("ko,kr->or", mean, mu) + gradient.sum(0), matrix)
 
 
-def _factor(cov: Tensor) -> Tensor | None:
-    values, vectors = torch.linalg.eigh(cov)
-    kept = values > 1e-14 * values[-1]
-    if float(kept.sum()) > THIN * len(cov):
-        return None
-    return vectors[:, kept] * values[kept].sqrt()
+def _thin(component: Component) -> Tensor | None:
+    """F [r, rank] with cov = F F^T, where its products are the cheaper ones."""
+    factor = component.factor
+    if factor is None:
+        values, vectors = torch.linalg.eigh(component.cov)
+        kept = values > 1e-14 * values[-1]
+        factor = (vectors[:, kept] * values[kept].sqrt()).T
+    return None if len(factor) > THIN * len(component.cov) else factor.T.contiguous()
 
 
 def _add_sandwich(
@@ -167,7 +173,7 @@ class BlockJacobi:
         r = len(components[0].mean)
         cross = torch.zeros_like(components[0].cov)  # E[x_i^2 x_j^2]
         block = cross.new_zeros(2 * r + 1, 2 * r + 1)
-        for weight, mu, cov in components:
+        for weight, mu, cov, _ in components:
             square = cov.diagonal() + mu * mu
             fourth = torch.outer(square, square) + 2 * cov * (cov + 2 * torch.outer(mu, mu))
             cross += weight * fourth
