@@ -86,7 +86,8 @@ def under_models(
     found: dict[Layer, Fitted] = {}
     for layer, site in tqdm(sites.items(), "fitting", disable=not progress):
         with naming(layer, site):
-            found[layer] = fit(site.weights(), models[layer], degree)
+            weights = site.weights()
+            found[layer] = fit(weights, models[layer], degree).over(weights)
     return found
 
 

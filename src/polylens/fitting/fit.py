@@ -16,6 +16,7 @@ from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.mixture import GaussianMixture
 from polylens.inputs.samples import Samples
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.base import kept
 from polylens.polynomials.ends import require_tails
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
@@ -49,6 +50,7 @@ def estimator(kind: str | type[Estimator]) -> type[Estimator]:
     outputs=_GLOBAL,
     tolerance=_GLOBAL,
 )
+@kept()
 def fit(
     weights: MLPWeights | GLUWeights,
     inputs: Gaussian | GaussianMixture | Samples,
@@ -61,7 +63,8 @@ def fit(
     The best P_i(y_i) + z_i Q_i(y_i) for every neuron, f_n = h W_out + b_out: in closed form
     under a Gaussian or a mixture, from streamed Gram systems for samples; any size; factored.
     Under a Gaussian it is the optimum over *all* polynomials of degree <= n in x; under a mixture
-    that is `fit_global`, and over the features of all neurons on samples `fit_joint`.
+    that is `fit_global`, and over the features of all neurons on samples `fit_joint`. The result
+    has a copy of the weights: it stays as it is when they are trained.
 
     Samples that can be read twice are (moments and which of them decide the tails, then normal
     equations); memory is independent of their number.
@@ -88,18 +91,19 @@ def fit(
         poly = _seen(SamplesEstimator(weights, degree, tails), inputs, torch.float64).solve()
         assert isinstance(poly, Polynomial)
         poly.inputs = inputs
-        return poly
+        return poly.own_weights()
     if tails is not None:
         raise InvalidInputError(
             f"tails={tails!r} is for Samples: a {type(inputs).__name__} has no lowest and highest "
             "preactivation; use with_ends(ends) on the fit"
         )
     if isinstance(inputs, Gaussian):
-        return fit_gaussian(weights, inputs, degree)
-    return fit_mixture(weights, inputs, degree)
+        return fit_gaussian(weights, inputs, degree).own_weights()
+    return fit_mixture(weights, inputs, degree).own_weights()
 
 
 @renamed(clip=_CLIP)
+@kept()
 def fit_joint(
     weights: MLPWeights | GLUWeights,
     samples: Samples,
@@ -126,7 +130,7 @@ def fit_joint(
     poly = _seen(JointEstimator(weights, degree, tails), samples, dtype).solve()
     assert isinstance(poly, JointPolynomial)
     poly.base.inputs = samples
-    return poly
+    return poly.own_weights()
 
 
 def _seen(estimator: E, samples: Samples, dtype: torch.dtype) -> E:

@@ -1,7 +1,8 @@
 """What every fitted polynomial offers, whatever form it is kept in."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -119,6 +120,17 @@ class Approximation(nn.Module):
         """
         raise NotImplementedError
 
+    def _forget(self) -> None:
+        """Let go of what was derived from tensors that are others now."""
+        self._r2 = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # what is loaded would be written to tensors that the layer, or another degree, may share
+        for name, tensor in self._buffers.items():
+            self._buffers[name] = None if tensor is None else tensor.clone()
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
+
     def _require_degree(self, degree: int, what: str) -> None:
         if self.degree < degree:
             raise InvalidInputError(
@@ -133,6 +145,17 @@ class Approximation(nn.Module):
                 f"u must be a finite vector of shape ({self.d_out},), got {tuple(u.shape)}"
             )
         return u
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """What is computed here is for later: it has no graph, nor is it of inference_mode."""
+    with torch.no_grad():
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                yield
+        else:
+            yield
 
 
 def context_record(weights: MLPWeights | GLUWeights | None, inputs: InputModel | None) -> Record:

@@ -14,7 +14,7 @@ from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.model import InputModel
 from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights, Sized
-from polylens.polynomials.base import Approximation
+from polylens.polynomials.base import Approximation, kept
 from polylens.polynomials.ends import Ends
 from polylens.polynomials.evaluation import Rows, evaluate
 from polylens.polynomials.explained_variance import explained_variance, r2_under
@@ -38,9 +38,10 @@ class Polynomial(Sized, Approximation):
 
     t = (y - m) / s standardises the activated preactivation y; z is a GLU's linear branch and
     Q is None for an MLP. The optimum of every degree up to `degree` is stored, so `truncate`
-    costs nothing. A torch module like any other: any batch axes, autograd, `.to`, state_dict;
-    coefficients stay in float64, evaluation runs in the weights' dtype (elementwise part in
-    float32 for half precision).
+    costs nothing. The weights are those that it was made over: `fit` gives it a copy, in a lens
+    they are the model's own. A torch module like any other: any batch axes, autograd, `.to`,
+    state_dict; coefficients stay in float64, evaluation runs in the weights' dtype (elementwise
+    part in float32 for half precision).
 
     Attributes:
         m, s: [d_mlp] mean and standard deviation of the preactivation, float64.
@@ -173,6 +174,18 @@ class Polynomial(Sized, Approximation):
         return torch.stack(
             [self._project(self._neurons(v, z, k, reuse=False)) for k in range(self.degree + 1)]
         )
+
+    def own_weights(self) -> "Polynomial":
+        """Itself, from now on with a copy of the weights, which nobody else writes to."""
+        with kept():
+            for name in ROLES:
+                tensor = self._buffers[name]
+                self._buffers[name] = None if tensor is None else tensor.clone()
+        return self
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._horner_cache = {}
 
     def over(self, weights: MLPWeights | GLUWeights) -> "Polynomial":
         """The same coefficients over the same weights, wherever and in whatever dtype they are."""
@@ -361,21 +374,21 @@ class Polynomial(Sized, Approximation):
         dtype = torch.float32 if half else self.W_in.dtype
         key = (degree, dtype)
         if key not in self._horner_cache:
-            powers, z_powers = self._monomials(degree)
-            shift = self._activated_first()[1] - self.m
-            # Powers beyond the dtype's range belong to neurons of vanishing variance.
-            limit = torch.finfo(dtype).max
-            tables = {"P": powers.clamp(-limit, limit).to(dtype).unbind()}
-            if z_powers is not None:
-                tables["Q"] = z_powers.clamp(-limit, limit).to(dtype).unbind()
-            if self.ends is not None:
-                tables |= Ends(self.act, self.ends, self.asymptotes).tables(self.m, dtype)
-            self._horner_cache[key] = _Horner(
-                shift.to(dtype),
-                self.m.to(dtype),
-                tables,
-            )
+            with kept():
+                self._horner_cache[key] = self._computed_horner(degree, dtype)
         return self._horner_cache[key]
+
+    def _computed_horner(self, degree: int, dtype: torch.dtype) -> _Horner:
+        powers, z_powers = self._monomials(degree)
+        shift = self._activated_first()[1] - self.m
+        # Powers beyond the dtype's range belong to neurons of vanishing variance.
+        limit = torch.finfo(dtype).max
+        tables: dict[str, Rows] = {"P": powers.clamp(-limit, limit).to(dtype).unbind()}
+        if z_powers is not None:
+            tables["Q"] = z_powers.clamp(-limit, limit).to(dtype).unbind()
+        if self.ends is not None:
+            tables |= Ends(self.act, self.ends, self.asymptotes).tables(self.m, dtype)
+        return _Horner(shift.to(dtype), self.m.to(dtype), tables)
 
     def evaluation_tables(self) -> dict[str, Tensor]:
         """What `polylens.polynomials.evaluation.PerNeuron` consists of, in new memory."""

@@ -12,7 +12,7 @@ from polylens.errors import ArtifactError
 from polylens.files.format import Record
 from polylens.inputs.model import InputModel
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.polynomials.base import Approximation
+from polylens.polynomials.base import Approximation, kept
 from polylens.polynomials.evaluation import clamped, gained
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.quadratic_form import QuadraticForm
@@ -56,6 +56,7 @@ class JointPolynomial(Approximation):
         self.register_buffer("center", center)
         self.register_buffer("z_mean", z_mean)
         self._readouts: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._read_from = base._horner_cache
         for n, correction in enumerate(corrections):
             self.register_buffer(f"D{n}", correction.contiguous())
 
@@ -95,8 +96,11 @@ class JointPolynomial(Approximation):
     def _evaluate(self, x: Tensor, n: int) -> Tensor:
         phi, beyond = features(self.base, self.center, self.z_mean, x, n)
         key = (n, phi.dtype)
+        if self._read_from is not self.base._horner_cache:  # the base is another one now
+            self._readouts, self._read_from = {}, self.base._horner_cache
         if key not in self._readouts:
-            self._readouts[key] = self._readout(n).to(phi.dtype)
+            with kept():
+                self._readouts[key] = self._readout(n).to(phi.dtype)
         out = phi @ self._readouts[key]
         out = out if beyond is None else out + beyond @ self.base.W_out.to(beyond.dtype)
         return out.to(x.dtype)
@@ -112,6 +116,15 @@ class JointPolynomial(Approximation):
             self._buffers[name] = tensor.to(self.base.W_in.device)
         self._readouts = {}
         return self
+
+    def own_weights(self) -> "JointPolynomial":
+        """Itself, from now on with a copy of the weights, which nobody else writes to."""
+        self.base.own_weights()
+        return self
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._readouts = {}
 
     def over(self, weights: MLPWeights | GLUWeights) -> "JointPolynomial":
         """The same coefficients over the same weights, wherever and in whatever dtype they are."""

@@ -13,6 +13,7 @@ from polylens.fitting.global_optimum.parts import Coordinates, coordinates, prod
 from polylens.fitting.global_optimum.quadratic_moments import Component, Quadratic, common_basis
 from polylens.inputs.mixture import GaussianMixture
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.base import kept
 from polylens.polynomials.dense import DensePolynomial
 
 MAX_ITERATIONS = 500
@@ -21,7 +22,7 @@ MAX_QUADRATIC_BYTES = 1 << 30
 
 
 @renamed()
-@torch.no_grad()
+@kept()
 def fit_global(
     weights: MLPWeights | GLUWeights,
     mixture: GaussianMixture,
@@ -66,7 +67,7 @@ def fit_global(
     require_fit(weights, mixture, degree, GaussianMixture, remedy)
     if not tolerance > 0:
         raise InvalidInputError(f"tolerance must be positive, got {tolerance}")
-    layer = _along(weights.to(torch.float64), outputs)
+    layer = _along(weights.to(torch.float64, copy=True), outputs)
     try:
         white = coordinates(mixture.to(layer.device))
         if degree == 2 and not least_squares.is_small(white.rank, 2):
