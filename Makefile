@@ -1,19 +1,30 @@
-# `make test` and `make demo` set themselves up in .venv; they need only Python >= 3.10.
+# Every target sets itself up in .venv (`newest` and `lowest` in ones of their own); it needs only
+# Python >= 3.10.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+CONSTRAINTS ?= constraints.txt
 TRANSFORMER_LENS ?= ==3.9.0
 
 # Logical cores; a worker costs the imports once more, so few of them.
 PARALLEL = -n logical --maxprocesses 4 --dist worksteal
 
-.PHONY: demo test lint types benchmarks clean
+# What runs no model: the same on every TransformerLens.
+WITHOUT_MODEL = $(addprefix --ignore=tests/,activations files fitting \
+	polynomials/test_factored.py polynomials/test_saving.py \
+	polynomials/test_explained_variance.py report/test_figure.py test_laws.py)
 
-$(VENV)/installed: pyproject.toml constraints.txt
+# Python 3.10, the lowest that pyproject.toml allows, where there is one.
+PYTHON310 = $(shell for python in python3.10 "$$(pyenv prefix 3.10 2>/dev/null)/bin/python"; do \
+	"$$python" -c "" 2>/dev/null && echo "$$python" && exit; done; echo $(PYTHON))
+
+.PHONY: demo test newest lowest laws coverage lint types benchmarks clean
+
+$(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]" "transformer-lens$(TRANSFORMER_LENS)"
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]" "transformer-lens$(TRANSFORMER_LENS)"
 	touch $@
 
 demo: $(VENV)/installed
@@ -21,6 +32,22 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST) --junitxml=$(VENV)/tests.xml
+
+# The tests on the newest TransformerLens 4.
+newest:
+	$(MAKE) test VENV=.venv4 TRANSFORMER_LENS=">=4" PYTEST="-m 'not smollm2 and not laws' $(WITHOUT_MODEL)"
+
+# The tests on the lowest versions that pyproject.toml allows.
+lowest:
+	$(MAKE) test VENV=.venv-lowest PYTHON="$(PYTHON310)" CONSTRAINTS=constraints-lowest.txt
+
+# The laws on hundreds of random examples instead of the same few.
+laws: $(VENV)/installed
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "hypothesis or laws" --hypothesis-profile=laws
+
+# The tests, and which lines and branches of each file they reach.
+coverage:
+	$(MAKE) test PYTEST="--cov --cov-report=term:skip-covered"
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -35,4 +62,4 @@ benchmarks: $(VENV)/installed
 	for part in coefficients mixture layers growth; do $(BIN)/python benchmarks/core.py $$part; done
 
 clean:
-	rm -rf .venv .venv4 .pytest_cache .hypothesis
+	rm -rf .venv .venv4 .venv-lowest .pytest_cache .hypothesis .coverage

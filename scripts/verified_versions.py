@@ -25,7 +25,7 @@ HOSTS: dict[str, Callable[[str, str], bool]] = {
     "`HookedTransformer`": lambda file, name: "transformer_lens" in file and "hooked" in name,
     "`TransformerBridge`": lambda file, name: "transformer_lens" in file and "bridge" in name,
     "Hugging Face and torch modules": lambda file, name: file.endswith(
-        ("torch_host", "dataflow", "float_inputs")
+        ("test_torch", "test_moe", "dataflow", "float_inputs")
     ),
     "`nnsight`": lambda file, name: file.endswith("test_nnsight"),
 }

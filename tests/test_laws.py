@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from polylens.activations.table import leaky_relu
@@ -32,7 +32,6 @@ from tests.oracles import (
     random_mixture,
 )
 
-law = settings(derandomize=True, deadline=None, max_examples=5)
 seeds = st.integers(0, 10_000)
 kinds = st.sampled_from(["mlp", "glu"])
 acts = st.sampled_from(ACTIVATIONS)
@@ -50,7 +49,6 @@ fits = pytest.mark.parametrize(
 
 
 @given(seeds, kinds, models, st.floats(0.05, 0.9), st.integers(1, 4))
-@law
 def test_linear_in_the_activation(seed, kind, model, slope, degree):
     layer, inputs = random_layer(seed, kind), input_model(model, seed)
     P = {}
@@ -63,7 +61,6 @@ def test_linear_in_the_activation(seed, kind, model, slope, degree):
 
 @fits
 @given(seeds, kinds, st.sampled_from([QUADRATIC, CUBIC]))
-@law
 def test_exact_for_polynomial_activations(model, scope, seed, kind, act):
     layer, inputs = random_layer(seed, kind, act, d_in=2), input_model(model, seed, 2)
     degree = (2 if act is QUADRATIC else 3) + (kind == "glu")
@@ -75,7 +72,6 @@ def test_exact_for_polynomial_activations(model, scope, seed, kind, act):
 
 @fits
 @given(seeds, kinds, acts)
-@law
 def test_r2_never_falls_and_truncation_is_refitting(model, scope, seed, kind, act):
     layer, inputs = random_layer(seed, kind, act, d_in=2), input_model(model, seed, 2)
     poly = FITS[scope](layer, inputs, 4)
@@ -91,7 +87,6 @@ def test_r2_never_falls_and_truncation_is_refitting(model, scope, seed, kind, ac
 
 
 @given(seeds, kinds, acts)
-@law
 def test_residual_is_uncorrelated_with_monomials(seed, kind, act):
     layer = random_layer(seed, kind, act, d_in=3)
     for inputs, scope in (
@@ -104,7 +99,6 @@ def test_residual_is_uncorrelated_with_monomials(seed, kind, act):
 
 
 @given(seeds, kinds, acts)
-@law
 def test_residual_on_samples_is_orthogonal_exactly(seed, kind, act):
     """Per neuron, to the features of that neuron; one neuron read out as it is."""
     layer = replace(
@@ -126,7 +120,6 @@ def test_residual_on_samples_is_orthogonal_exactly(seed, kind, act):
 
 @fits
 @given(seeds, kinds)
-@law
 def test_order_of_neurons_does_not_matter(model, scope, seed, kind):
     layer, inputs = random_layer(seed, kind, "silu", d_in=2), input_model(model, seed, 2)
     order = torch.randperm(layer.d_mlp, generator=generator(seed))
@@ -141,7 +134,6 @@ def test_order_of_neurons_does_not_matter(model, scope, seed, kind):
 
 
 @given(seeds, st.floats(0.01, 100.0), models)
-@law
 def test_relu_may_be_rescaled(seed, scale, model):
     layer, inputs = random_layer(seed, "mlp", "relu"), input_model(model, seed)
     scaled = replace(
@@ -152,7 +144,6 @@ def test_relu_may_be_rescaled(seed, scale, model):
 
 
 @given(seeds, kinds, models)
-@law
 def test_affine_change_of_inputs(seed, kind, model):
     """x -> x A + c with the weights changed to undo it."""
     layer, g = random_layer(seed, kind, "gelu"), generator(seed)
@@ -177,7 +168,6 @@ def test_affine_change_of_inputs(seed, kind, model):
 
 
 @given(seeds, kinds, acts)
-@law
 def test_scopes_coincide_for_a_gaussian(seed, kind, act):
     layer, inputs = random_layer(seed, kind, act, d_in=3), random_gaussian(seed, 3, rank=2)
     one = GaussianMixture(torch.ones(1), inputs.mean[None], inputs.cov[None])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tests.oracles import (
     ACTIVATIONS,
@@ -24,13 +24,11 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials import explained_variance as quality
 from polylens.polynomials.explained_variance import explained_variance
 
-law = settings(derandomize=True, deadline=None, max_examples=5)
 seeds = st.integers(0, 10_000)
 kinds = st.sampled_from(["mlp", "glu"])
 
 
 @given(seeds, kinds, st.sampled_from(ACTIVATIONS))
-@law
 def test_agrees_with_draws(seed, kind, act):
     layer, inputs = random_layer(seed, kind, act), random_gaussian(seed, rank=3)
     poly = fit(layer, inputs, 4)
@@ -115,7 +113,6 @@ def test_exact_for_polynomial_activations(kind):
 
 
 @given(seeds, kinds)
-@law
 def test_blocks_do_not_matter(seed, kind):
     layer, inputs = random_layer(seed, kind, "silu"), random_gaussian(seed)
     whole = explained_variance(layer, inputs, 3)

@@ -1,0 +1,50 @@
+"""The examples in docstrings run, and every public verb has one."""
+
+import doctest
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import polylens
+
+ROOT = Path(polylens.__file__).parent
+OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+
+# What a reader of the documentation calls first.
+VERBS = ("Gaussian", "GaussianMixture", "MLPWeights", "GLUWeights", "Samples")
+
+
+def modules():
+    for path in sorted(ROOT.rglob("*.py")):
+        if ">>> " in path.read_text():
+            yield ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+
+
+def examples():
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    found = (test for name in modules() for test in finder.find(import_module(name), name))
+    return [test for test in found if test.examples]
+
+
+def run(test):
+    printed = []
+    runner = doctest.DocTestRunner(optionflags=OPTIONS)
+    result = runner.run(test, out=printed.append)
+    assert not result.failed, "".join(printed)
+
+
+@pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)
+def test_example(test):
+    run(test)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_verbs_have_an_example(verb):
+    assert ">>> " in getattr(polylens, verb).__doc__
+
+
+def test_an_example_that_prints_something_else_fails():
+    test = doctest.DocTestParser().get_doctest(">>> 1 + 1\n3\n", {}, "wrong", None, None)
+    with pytest.raises(AssertionError, match="Expected"):
+        run(test)
