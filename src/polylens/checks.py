@@ -4,7 +4,10 @@ import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
 
 from polylens.errors import InvalidInputError, UnsupportedModel
 
@@ -77,6 +80,38 @@ def _brief(value: object) -> str:
     return text if len(text) <= 60 else f"a {type(value).__name__}"
 
 
+# What torch computes with everywhere.
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def floating(name: str, value: object) -> Tensor:
+    """A tensor, an array or nested lists as a floating-point tensor; a tensor is itself.
+
+    Raises:
+        InvalidInputError: no numbers, or integers, booleans, complex or sparse ones.
+    """
+    if isinstance(value, torch.nn.Module):
+        raise InvalidInputError(
+            f"{name} must be a tensor, got a {type(value).__name__}: give its weight, of an "
+            "nn.Linear transposed (weight.T), since polylens computes x @ W"
+        )
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(value).__name__
+        raise InvalidInputError(f"{name} must be a tensor, got {got}: {error}") from error
+    if tensor.dtype not in FLOATING or tensor.layout != torch.strided:
+        raise InvalidInputError(
+            f"{name} must be floating point (and dense), got {_described(tensor)}"
+        )
+    return tensor
+
+
+def _described(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f", {tensor.layout}"
+    return f"{tensor.dtype} {list(tensor.shape)}{layout}"
+
+
 def check_degree(degree: int, fitted: int, remedy: str) -> int:
     """The degree itself.
 
@@ -86,7 +121,7 @@ def check_degree(degree: int, fitted: int, remedy: str) -> int:
     Raises:
         InvalidInputError: not an integer in 0 ... fitted.
     """
-    if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= fitted:
+    if type(degree) is not int or not 0 <= degree <= fitted:
         hint = f"; {remedy} with degree={degree}" if type(degree) is int and degree > 0 else ""
         raise InvalidInputError(
             f"degree must be an integer from 0 to {fitted}, got {degree!r}: this is fitted to "
@@ -97,7 +132,7 @@ def check_degree(degree: int, fitted: int, remedy: str) -> int:
 
 def check_at_least(name: str, value: int, least: int) -> None:
     """InvalidInputError for a number of that name that is no integer >= least."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if type(value) is not int or value < least:
         raise InvalidInputError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
@@ -155,11 +190,11 @@ def block(layer: Layer) -> int:
     return layer.layer if isinstance(layer, Expert) else layer
 
 
-def to_json(layer: Layer | None) -> Any:
+def to_json(layer: Layer | None) -> list[int] | int | None:
     """As reports and traces keep it: `3`, and `[3, 7]` for expert 7 of layer 3."""
     return [layer.layer, layer.expert] if isinstance(layer, Expert) else layer
 
 
-def from_json(value: Any) -> Layer | None:
+def from_json(value: list[int] | int | None) -> Layer | None:
     """The layer that `to_json` made this of."""
     return Expert(*value) if isinstance(value, list) else value

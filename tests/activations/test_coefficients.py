@@ -139,3 +139,42 @@ def test_registration_refuses_names_kinks_and_slopes(registry):
         register_activation("new", F.silu, kinks=(float("nan"),))
     with pytest.raises(UnsupportedActivation, match="has slope 1"):
         register_activation("new", F.silu, slopes=(0.0, 0.5))
+
+
+@pytest.mark.parametrize("kink", [0.0, 0.25, -1.0, 4.0, -64.0])
+def test_an_undeclared_kink_on_the_edge_of_a_panel_is_loud(registry, kink):
+    with pytest.warns(NumericalWarning, match="kinks="):
+        act = register_activation("kinked", lambda y: (y - kink).abs())
+    assert act.accuracy > 1e-4
+    assert register_activation("declared", lambda y: (y - kink).abs(), (kink,)).accuracy < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (("new", 3), UnsupportedActivation),
+        (("new", torch.nn.ReLU), UnsupportedActivation),
+        (("new", torch.relu, ["a"]), InvalidInputError),
+        (("new", torch.relu, 3.0), InvalidInputError),
+        (("new", torch.relu, [0], (0,)), InvalidInputError),
+        (("new", torch.relu, [0], ("a", "b")), InvalidInputError),
+        (("new", torch.relu, [0], (0, float("nan"))), InvalidInputError),
+    ],
+)
+def test_bad_registrations(registry, arguments, error):
+    with pytest.raises(error):
+        register_activation(*arguments)
+    assert "new" not in known_activations()
+
+
+def test_bad_moments():
+    act, one = activation("silu"), torch.ones(3)
+    for m, s, degree, message in (
+        (one, torch.ones(4), 2, "do not fit"),
+        (one, one, 2.5, "2.5"),
+        (None, one, 2, "m must be"),
+        (one * 1j, one, 2, "floating point"),
+        (one, -one, 2, "bad standard deviations"),
+    ):
+        with pytest.raises(InvalidInputError, match=message):
+            act.hermite_coefficients(m, s, degree)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tests.oracles import input_model, random_gaussian, random_layer
 
-from polylens import Gaussian, GaussianMixture, InvalidInputError, Samples, fit
+from polylens import Gaussian, GaussianMixture, InvalidInputError, Samples, fit, fit_joint
 from polylens.inputs.model import InputModel, from_record
 
 
@@ -66,11 +66,11 @@ def test_a_model_of_ones_own_is_one_class():
         polynomial.inputs = again
         assert torch.equal(polynomial.r2, Samples(points).r2(polynomial))
     finally:
-        del InputModel._models["Two"]
+        del InputModel.models["Two"]
 
 
 def test_a_joint_fit_has_no_closed_form():
-    joint = fit(random_layer(0), input_model("samples", 0), 2, "global")
+    joint = fit_joint(random_layer(0), input_model("samples", 0), 2)
     for inputs in (random_gaussian(0), input_model("mixture", 0)):
         assert isinstance(inputs, Gaussian | GaussianMixture)
         with pytest.raises(InvalidInputError, match="a joint polynomial has no closed form"):

@@ -22,6 +22,7 @@ from polylens.activations.hermite import (
     ramp_coefficients,
     shifted_difference,
 )
+from polylens.checks import floating
 from polylens.errors import InvalidInputError
 
 MAX_DEGREE = 12
@@ -80,19 +81,24 @@ class Activation:
         Raises:
             InvalidInputError: negative or non-finite s, non-finite m, degree out of range.
         """
-        if not 0 <= degree <= MAX_DEGREE + 1:
+        if type(degree) is not int or not 0 <= degree <= MAX_DEGREE + 1:
             raise InvalidInputError(
-                f"degree {degree} is outside 0 ... {MAX_DEGREE}: He_k(t) and k! of a higher degree "
-                "cancel more digits than float64 has"
+                f"degree {degree!r} is outside 0 ... {MAX_DEGREE}: He_k(t) and k! of a higher "
+                "degree cancel more digits than float64 has"
             )
-        m, s = torch.broadcast_tensors(m.double(), s.double())
+        m, s = floating("m", m).double(), floating("s", s).double()
+        try:
+            shape = (m + s).shape
+        except RuntimeError as error:
+            shapes = f"m {list(m.shape)} and s {list(s.shape)}"
+            raise InvalidInputError(f"{shapes} do not fit") from error
         if not (torch.isfinite(m).all() and torch.isfinite(s).all() and (s >= 0).all()):
             raise InvalidInputError(
                 "preactivation means must be finite and standard deviations finite and >= 0; "
                 f"got {int((~torch.isfinite(m)).sum())} non-finite means and "
                 f"{int((~torch.isfinite(s) | (s < 0)).sum())} bad standard deviations"
             )
-        shape, m, s = m.shape, m.reshape(-1), s.reshape(-1)
+        m, s = m.expand(shape).reshape(-1), s.expand(shape).reshape(-1)
         constant = s == 0
         coefficients = self._coefficients(m, torch.where(constant, 1.0, s), degree)
         if constant.any():

@@ -102,6 +102,11 @@ def activation_of(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> Activ
     return act
 
 
+def called(source: Callable[..., object], y: Tensor) -> object:
+    """Of somebody else's function, which may return anything."""
+    return source(y)
+
+
 @torch.no_grad()
 def _recognised(source: Callable[[Tensor], Tensor]) -> Activation:
     label = getattr(source, "__name__", type(source).__name__)
@@ -110,7 +115,7 @@ def _recognised(source: Callable[[Tensor], Tensor]) -> Activation:
     for dtype, tolerance in TOLERANCES.items():
         probe = PROBE.to(dtype=dtype, device=device)
         try:
-            values = source(probe.clone())
+            values = called(source, probe.clone())
         except Exception:  # whatever a function of somebody else's raises in this dtype
             continue
         if not isinstance(values, Tensor) or values.shape != probe.shape:
@@ -134,8 +139,9 @@ def _suggested(source: Any) -> Iterator[Activation]:
     def number(*names: str) -> float | None:
         for name in names:
             value = getattr(source, name, None)
-            single = isinstance(value, Tensor) and value.numel() == 1
-            if single or isinstance(value, int | float):
+            if isinstance(value, int | float):
+                return float(value)
+            if isinstance(value, Tensor) and value.numel() == 1:
                 return float(value)
         return None
 

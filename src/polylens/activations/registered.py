@@ -5,15 +5,17 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from polylens.activations.activation import Activation
-from polylens.activations.recognition import PROBE
+from polylens.activations.recognition import PROBE, called
 from polylens.activations.table import TABLE, known_activations
 from polylens.errors import InvalidInputError, NumericalWarning, UnsupportedActivation
 
+linalg: Any = torch.linalg  # without types
 # Panels around a kink end at these distances, 1/4 ... 4^9: smooth functions with features of
 # order one are resolved near it, and algebraic tails, which are smooth in log y, far from it.
 DISTANCES = tuple(4.0**j for j in range(-1, 10))
@@ -60,13 +62,10 @@ def register_activation(
     Warns:
         NumericalWarning: accuracy worse than 1e-7, usually an undeclared kink.
     """
-    if not isinstance(name, str) or not name:
-        raise InvalidInputError(f"an activation's name must be a non-empty string, got {name!r}")
+    _require_arguments(name, fn, slopes)
     if name in known_activations():
         raise InvalidInputError(f"activation {name!r} exists already; choose another name")
-    points = sorted({float(kink) for kink in kinks})
-    if not all(math.isfinite(kink) for kink in points):
-        raise InvalidInputError(f"kinks must be finite numbers, got {list(kinks)}")
+    points = _finite_numbers("kinks", kinks)
     _require_elementwise(name, fn)
     left, right = (_asymptote(name, fn, side, slopes) for side in (-1, 1))
     split = points[len(points) // 2] if points else 0.0
@@ -93,13 +92,32 @@ def register_activation(
     return act
 
 
+def _require_arguments(name: object, fn: object, slopes: object) -> None:
+    if not isinstance(name, str) or not name:
+        raise InvalidInputError(f"an activation's name must be a non-empty string, got {name!r}")
+    if not callable(fn) or isinstance(fn, type):
+        raise UnsupportedActivation(f"fn must be a function of a tensor, got {fn!r}")
+    if slopes is not None and len(_finite_numbers("slopes", slopes, unique=False)) != 2:
+        raise InvalidInputError(f"slopes are (fn'(-inf), fn'(inf)), got {slopes!r}")
+
+
+def _finite_numbers(name: str, values: Any, unique: bool = True) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"{name} must be finite numbers, got {values!r}") from error
+    if not all(map(math.isfinite, numbers)):
+        raise InvalidInputError(f"{name} must be finite numbers, got {values!r}")
+    return sorted(set(numbers)) if unique else numbers
+
+
 def _require_elementwise(name: str, fn: Callable[[Tensor], Tensor]) -> None:
     probe = PROBE.double()
     order = torch.arange(len(probe)).roll(17).flip(0)
 
     def evaluate(y: Tensor) -> Tensor:
         try:
-            value = fn(y.clone())
+            value = called(fn, y.clone())
         except Exception as error:
             raise UnsupportedActivation(
                 f"{name!r} failed on a float64 tensor {tuple(y.shape)}: {error}"
@@ -145,7 +163,7 @@ def _asymptote(
     """
     y = side * FAR * torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
     f = fn(y)
-    steps = ((f[1:] - f[:-1]) / (y[1:] - y[:-1])).tolist()
+    steps = [float(step) for step in (f[1:] - f[:-1]) / (y[1:] - y[:-1])]
     if not all(map(math.isfinite, steps)) or abs(steps[1] - steps[0]) > 1e-3 * (1 + abs(steps[0])):
         raise UnsupportedActivation(
             f"{name!r} is not asymptotically linear: its slope goes from {steps[0]:.4g} to "
@@ -185,11 +203,16 @@ def _accuracy(act: Activation) -> float:
     s = torch.logspace(-3, 3, 13, dtype=torch.float64)[:, None]
     # irregular ratios, so that no panel edge falls on a symmetric place
     ratio = torch.tensor([-20.0, -7.3, -3.1, -1.7, -0.6, 0.0, 0.35, 1.1, 2.2, 5.9, 20.0]).double()
-    m, s = (s * ratio).flatten(), s.expand(-1, len(ratio)).flatten()
     edges = [e for e in act.edges if math.isfinite(e)]
+    # narrow ones at every edge, which split them nowhere but at declared kinks
+    narrow = torch.tensor([1e-3, act.width / 16, act.width / 4], dtype=torch.float64)[:, None]
+    beside = (torch.tensor(edges).double()[:, None, None] + narrow * ratio[3:9]).flatten()
+    m = torch.cat([(s * ratio).flatten(), beside])
+    s = torch.cat([s.expand(-1, 11).flatten(), narrow.expand(len(edges), -1, 6).flatten()])
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    finer = replace(act, edges=(-math.inf, *sorted(edges + middles), math.inf))
+    inner = tuple(sorted(edges + middles))
+    finer = replace(act, edges=(-math.inf, *inner, math.inf), kinks=inner)
     coarse, fine = (a.hermite_coefficients(m, s, 8) for a in (act, finer))
-    error = torch.linalg.vector_norm(coarse - fine, dim=0) - FLOOR * (m.abs() + s)
-    size = torch.linalg.vector_norm(fine, dim=0)
+    error: Tensor = linalg.vector_norm(coarse - fine, dim=0) - FLOOR * (m.abs() + s)
+    size: Tensor = linalg.vector_norm(fine, dim=0)
     return float((error.clamp(min=0) / size.clamp(min=torch.finfo(size.dtype).tiny)).max())

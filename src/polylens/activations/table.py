@@ -151,6 +151,11 @@ class Family(NamedTuple):
     read: Callable[[Reader], tuple[float | None, ...]]
 
 
+def _read(*names: str) -> Callable[[Reader], tuple[float | None, ...]]:
+    """The one parameter of a family, under these names."""
+    return lambda number: (number(*names),)
+
+
 def _read_xielu(number: Reader) -> tuple[float | None, ...]:
     raw_p, raw_n, beta = number("alpha_p"), number("alpha_n"), number("beta")
     if raw_p is None or raw_n is None or beta is None:
@@ -161,9 +166,9 @@ def _read_xielu(number: Reader) -> tuple[float | None, ...]:
 
 
 FAMILIES = {
-    "leaky_relu": Family(leaky_relu, lambda number: (number("negative_slope", "weight"),)),
-    "elu": Family(elu, lambda number: (number("alpha"),)),
-    "swish": Family(swish, lambda number: (number("beta"),)),
+    "leaky_relu": Family(leaky_relu, _read("negative_slope", "weight")),
+    "elu": Family(elu, _read("alpha")),
+    "swish": Family(swish, _read("beta")),
     "xielu": Family(xielu, _read_xielu),
 }
 

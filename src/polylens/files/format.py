@@ -11,15 +11,17 @@ import json
 import os
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
+from safetensors import torch as safetensors_torch
 from torch import Tensor
 
 from polylens.errors import ArtifactError
 from polylens.files.whole import beside
+
+safetensors: Any = safetensors_torch  # without types
 
 # What JSON and safetensors hold exactly of one thing, and its inverse finds again.
 Record = tuple[dict[str, Any], dict[str, Tensor]]
@@ -65,7 +67,7 @@ def write(
             f"cannot save a {kind}: its metadata changes in JSON; use strings as keys and lists"
         )
     with beside(path) as temporary:
-        save_file(_apart(tensors), temporary, metadata={KEY: text})
+        safetensors.save_file(_apart(tensors), temporary, metadata={KEY: text})
         with temporary.open("r+b") as file:
             offset, _ = _stored_digest(file)
             digest = _digest(file, offset)
@@ -94,18 +96,27 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Any], dict[
                 f"{path} is damaged or cut short: its contents do not have the checksum that was "
                 "saved with them; copy it again or save it anew"
             )
-        record = json.loads(json.loads(_header(file))["__metadata__"][KEY])
-    if record["schema"] > SCHEMA:
+        try:
+            record = json.loads(json.loads(_header(file))["__metadata__"][KEY])
+            schema, holds, metadata = (record[k] for k in ("schema", "kind", "metadata"))
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ArtifactError(f"{path} has a checksum but no record: {error!r}") from error
+    if type(schema) is not int or not isinstance(metadata, dict):
+        raise ArtifactError(f"{path} has a record without a format or without metadata")
+    if schema > SCHEMA:
         raise ArtifactError(
-            f"{path} is of format {record['schema']}, this polylens reads up to {SCHEMA}; upgrade "
-            "polylens"
+            f"{path} is of format {schema}, this polylens reads up to {SCHEMA}; upgrade polylens"
         )
-    if record["kind"] != kind:
-        raise ArtifactError(f"{path} holds a {record['kind']}, not a {kind}; load it as what it is")
-    with safe_open(path, framework="pt") as file:
-        # clone: what safe_open returns is a view of the file
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    return record["metadata"], tensors
+    if holds != kind:
+        raise ArtifactError(f"{path} holds a {holds}, not a {kind}; load it as what it is")
+    opened: Any = safe_open
+    try:
+        with opened(path, framework="pt") as file:
+            # clone: what safe_open returns is a view of the file
+            tensors: dict[str, Tensor] = {n: file.get_tensor(n).clone() for n in file.keys()}
+    except SafetensorError as error:
+        raise ArtifactError(f"{path} has no tensors that can be read: {error}") from error
+    return cast("dict[str, Any]", metadata), tensors
 
 
 def sha256(named: Iterable[tuple[str, Tensor]]) -> str:
@@ -131,7 +142,7 @@ def within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Contiguous CPU tensors, no two of one storage."""
     seen: set[int] = set()
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage().data_ptr()

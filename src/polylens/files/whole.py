@@ -2,13 +2,13 @@
 
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def beside(path: str | os.PathLike[str]) -> Iterator[Path]:
+def beside(path: str | os.PathLike[str]) -> Generator[Path]:
     """An empty file beside this one, which takes its place when the context ends without an error.
 
     A crash leaves either the old file or the new one, and links stay links.

@@ -3,13 +3,17 @@
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from polylens.checks import check_at_least, floating
 from polylens.errors import InvalidInputError, NumericalWarning
 from polylens.files.format import Record
 from polylens.inputs.model import Fitted, InputModel
+
+linalg: Any = torch.linalg  # without types
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,13 +40,12 @@ class Gaussian(InputModel):
     cov: Tensor
 
     def __post_init__(self) -> None:
-        mean, cov = torch.as_tensor(self.mean), torch.as_tensor(self.cov)
-        if mean.dim() != 1 or not mean.is_floating_point() or not cov.is_floating_point():
+        mean, cov = floating("mean", self.mean), floating("cov", self.cov)
+        if mean.dim() != 1 or not len(mean):
             raise InvalidInputError(
-                "mean must be floating point of shape [d_in] and cov floating point; got "
-                f"{mean.dtype} {tuple(mean.shape)} and {cov.dtype} {tuple(cov.shape)}"
+                f"mean must be of shape [d_in], d_in at least 1, got {list(mean.shape)}"
             )
-        d = mean.shape[0]
+        d, rounded = mean.shape[0], cov.dtype != torch.float64
         if tuple(cov.shape) not in ((d, d), (d,)) or cov.device != mean.device:
             raise InvalidInputError(
                 f"cov must be [{d}, {d}] or a diagonal [{d}] on {mean.device}, to fit mean [{d}]; "
@@ -53,7 +56,7 @@ class Gaussian(InputModel):
             if not torch.isfinite(tensor).all():
                 bad = int((~torch.isfinite(tensor)).sum())
                 raise InvalidInputError(f"{name} has {bad} NaN or infinite entries")
-        _require_positive_semidefinite(cov)
+        _require_positive_semidefinite(cov, rounded)
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "cov", cov)
 
@@ -68,6 +71,7 @@ class Gaussian(InputModel):
     @classmethod
     def standard(cls, d_in: int, device: torch.device | str | None = None) -> "Gaussian":
         """N(0, I), stored as a diagonal."""
+        check_at_least("d_in", d_in, 1)
         zeros = torch.zeros(d_in, dtype=torch.float64, device=device)
         return cls(zeros, torch.ones_like(zeros))
 
@@ -80,8 +84,11 @@ class Gaussian(InputModel):
         exact all the same.
         """
         moments = Moments()
-        for batch in [samples] if isinstance(samples, Tensor) else samples:
-            moments.update(batch)
+        for batch in _batches(samples):
+            x = floating("samples", batch)
+            if not x.dim() or not x.shape[-1]:
+                raise InvalidInputError(f"samples must be [..., d_in], got {list(x.shape)}")
+            moments.update(x)
         return moments.gaussian()
 
     @property
@@ -121,15 +128,16 @@ class Gaussian(InputModel):
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """[n, d_in] draws in float64; exact on the support of a singular covariance."""
+        check_at_least("n", n, 0)
         noise = torch.randn(
             n, self.d_in, dtype=torch.float64, device=self.device, generator=generator
         )
         if self.cov.dim() == 1:
             return self.mean + noise * self.cov.sqrt()
-        values, vectors = torch.linalg.eigh(self.cov)
+        values, vectors = linalg.eigh(self.cov)
         return self.mean + noise * values.clamp(min=0).sqrt() @ vectors.T
 
-    def __deepcopy__(self, memo: dict) -> "Gaussian":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Gaussian":
         return self  # immutable, and d_in^2 large
 
     def __repr__(self) -> str:
@@ -137,7 +145,14 @@ class Gaussian(InputModel):
         return f"Gaussian(d_in={self.d_in}, {shape} covariance, {self.device})"
 
 
-def _require_positive_semidefinite(cov: Tensor) -> None:
+def _require_positive_semidefinite(cov: Tensor, rounded: bool) -> None:
+    """InvalidInputError if it is not; `rounded` if it was given in less than float64."""
+    hint = (
+        "; in less than float64 that can be rounding alone: compute it in float64, such as "
+        "torch.cov(x.double().T), or take Gaussian.from_samples(x)"
+        if rounded
+        else ""
+    )
     scale = float(cov.abs().max()) if cov.numel() else 0.0
     if cov.dim() == 1:
         lowest = float(cov.min()) if cov.numel() else 0.0
@@ -149,14 +164,23 @@ def _require_positive_semidefinite(cov: Tensor) -> None:
                 f"{scale:.3g}; pass (cov + cov.T) / 2 if that is rounding"
             )
         ridge = 1e-10 * scale * torch.eye(len(cov), dtype=cov.dtype, device=cov.device)
-        if scale == 0 or torch.linalg.cholesky_ex(cov + ridge).info == 0:
+        if scale == 0 or linalg.cholesky_ex(cov + ridge).info == 0:
             return
-        lowest = float(torch.linalg.eigvalsh(cov)[0])
+        lowest = float(linalg.eigvalsh(cov)[0])
     if lowest < -1e-8 * scale or (cov.dim() == 1 and lowest < 0):
         raise InvalidInputError(
             f"cov is not positive semidefinite: its lowest eigenvalue is {lowest:.6g} "
-            f"at a scale of {scale:.3g}"
+            f"at a scale of {scale:.3g}{hint}"
         )
+
+
+def _batches(samples: object) -> Iterable[object]:
+    if isinstance(samples, Tensor) or hasattr(samples, "dtype"):
+        return [samples]
+    if not isinstance(samples, Iterable):
+        got = type(samples).__name__
+        raise InvalidInputError(f"samples are a tensor or batches of them, got {got}")
+    return cast("Iterable[object]", samples)
 
 
 class Moments:

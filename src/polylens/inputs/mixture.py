@@ -1,10 +1,13 @@
 """Gaussian mixtures as models of a layer's inputs."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from polylens.checks import check_at_least, floating
 from polylens.errors import InvalidInputError
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
@@ -38,16 +41,17 @@ class GaussianMixture(InputModel):
     covs: Tensor
 
     def __post_init__(self) -> None:
-        weights, means, covs = (torch.as_tensor(v) for v in (self.weights, self.means, self.covs))
-        weights, means, covs = (v.detach().double() for v in (weights, means, covs))
-        if weights.dim() != 1 or means.dim() != 2 or len(weights) != len(means) or not len(weights):
+        given = (("weights", self.weights), ("means", self.means), ("covs", self.covs))
+        weights, means, covs = (floating(*each).detach().double() for each in given)
+        fits = weights.dim() == 1 and means.dim() == 2 and len(weights) == len(means)
+        if not fits or not means.numel():
             raise InvalidInputError(
-                "a mixture needs weights [k] and means [k, d_in] with k >= 1; got "
+                "a mixture needs weights [k] and means [k, d_in] with k and d_in >= 1; got "
                 f"{tuple(weights.shape)} and {tuple(means.shape)}"
             )
         if not torch.isfinite(weights).all() or (weights < 0).any():
             raise InvalidInputError(
-                f"mixture weights must be finite and >= 0, got {weights.tolist()}; a component "
+                f"mixture weights must be finite and >= 0, got {_listed(weights)}; a component "
                 "of weight zero is allowed"
             )
         total = float(weights.sum())
@@ -74,7 +78,7 @@ class GaussianMixture(InputModel):
             except InvalidInputError as error:
                 raise InvalidInputError(f"mixture component {j}: {error}") from error
         if not torch.isfinite(means).all():
-            bad = (~torch.isfinite(means)).any(1).nonzero().flatten().tolist()
+            bad = _listed((~torch.isfinite(means)).any(1).nonzero().flatten())
             raise InvalidInputError(f"mixture components {bad}: means have NaN or infinite entries")
 
     @classmethod
@@ -101,7 +105,7 @@ class GaussianMixture(InputModel):
             x: [n, d_in].
             labels: [n] integers.
         """
-        x, labels = torch.as_tensor(x), torch.as_tensor(labels)
+        x, labels = floating("x", x), _integers(labels)
         if x.dim() != 2 or labels.dim() != 1 or len(x) != len(labels) or not len(x):
             raise InvalidInputError(
                 f"from_labels needs x [n, d_in] and labels [n] with n >= 1; got {tuple(x.shape)} "
@@ -111,9 +115,11 @@ class GaussianMixture(InputModel):
             bad = int((~torch.isfinite(x)).sum())
             raise InvalidInputError(f"x has {bad} NaN or infinite entries")
         x = x.detach().double()
-        weights, means, covs = [], [], []
-        for label in labels.unique():
-            group = x[(labels == label).to(x.device)]
+        weights: list[float] = []
+        means: list[Tensor] = []
+        covs: list[Tensor] = []
+        for label in np.unique(labels.cpu().numpy()):
+            group = x[(labels == int(label)).to(x.device)]
             centred = group - group.mean(0)
             weights.append(len(group) / len(x))
             means.append(group.mean(0))
@@ -128,8 +134,9 @@ class GaussianMixture(InputModel):
 
         The moments are those of the samples themselves; scikit-learn finds the clusters.
         """
-        x = torch.as_tensor(x)
-        if x.dim() != 2 or not 1 <= k <= len(x):
+        x = floating("x", x)
+        check_at_least("k", k, 1)
+        if x.dim() != 2 or k > len(x):
             raise InvalidInputError(
                 f"from_samples needs x [n, d_in] and 1 <= k <= n; got {tuple(x.shape)}, k={k}"
             )
@@ -138,15 +145,18 @@ class GaussianMixture(InputModel):
             raise InvalidInputError(f"x has {bad} NaN or infinite entries")
         data = x.detach().double().cpu().numpy()
         if method == "kmeans":
-            from sklearn.cluster import KMeans
+            from sklearn.cluster import KMeans  # pyright: ignore[reportMissingTypeStubs]
 
-            kmeans = KMeans(k, n_init=4, random_state=seed)  # type: ignore[arg-type]
-            labels = kmeans.fit_predict(data)
+            kmeans: Any = KMeans
+            labels = kmeans(k, n_init=4, random_state=seed).fit_predict(data)
             return cls.from_labels(x, torch.as_tensor(labels))
         if method == "em":
-            from sklearn.mixture import GaussianMixture as EM
+            from sklearn.mixture import (  # pyright: ignore[reportMissingTypeStubs]
+                GaussianMixture as EM,
+            )
 
-            em = EM(k, covariance_type="full", random_state=seed, reg_covar=1e-6).fit(data)
+            em: Any = EM(k, covariance_type="full", random_state=seed, reg_covar=1e-6)
+            em.fit(data)
             parts = (em.weights_, em.means_, em.covariances_)
             return cls(*(torch.as_tensor(part, device=x.device) for part in parts))
         raise InvalidInputError(f"method must be 'kmeans' or 'em', got {method!r}")
@@ -168,7 +178,7 @@ class GaussianMixture(InputModel):
 
     def weighted_components(self) -> list[tuple[float, Gaussian]]:
         """(weight, Gaussian) of every component whose weight is not zero."""
-        pairs = zip(self.weights.tolist(), self.components, strict=True)
+        pairs = zip(_listed(self.weights), self.components, strict=True)
         return [(weight, component) for weight, component in pairs if weight > 0]
 
     def gaussian(self) -> Gaussian:
@@ -213,9 +223,23 @@ class GaussianMixture(InputModel):
                 out[rows] = component.sample(len(rows), generator)
         return out
 
-    def __deepcopy__(self, memo: dict) -> "GaussianMixture":
+    def __deepcopy__(self, memo: dict[int, object]) -> "GaussianMixture":
         return self  # immutable, and k d_in^2 large
 
     def __repr__(self) -> str:
         k = len(self.weights)
         return f"GaussianMixture({k} components, d_in={self.d_in}, {self.device})"
+
+
+def _integers(labels: object) -> Tensor:
+    try:
+        found = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"labels must be integers [n]: {error}") from error
+    if found.is_complex() or (found.is_floating_point() and not (found == found.round()).all()):
+        raise InvalidInputError(f"labels must be integers [n], got {found.dtype}")
+    return found.long()
+
+
+def _listed(values: Tensor) -> list[float]:
+    return [value.item() for value in values]

@@ -40,10 +40,10 @@ class InputModel(ABC):
     else polylens asks of it is here. Its name in files is that of the class.
     """
 
-    _models: ClassVar[dict[str, type["InputModel"]]] = {}
+    models: ClassVar[dict[str, type["InputModel"]]] = {}
 
     def __init_subclass__(cls) -> None:
-        InputModel._models[cls.__name__] = cls
+        InputModel.models[cls.__name__] = cls
 
     @property
     @abstractmethod
@@ -81,12 +81,12 @@ def from_record(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> InputMo
     name = metadata.get("model")
     if name is None:
         return None
-    if name not in InputModel._models:
+    if name not in InputModel.models:
         raise ArtifactError(
             f"this was saved with the input model {name!r}, which is not known here; import what "
             "defines it and load again"
         )
     try:
-        return InputModel._models[name].of_tensors(tensors)
+        return InputModel.models[name].of_tensors(tensors)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the saved {name} is none: {error}") from error

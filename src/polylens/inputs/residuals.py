@@ -92,7 +92,7 @@ class ResidualSums:
         """
         if self.n < 2:
             return None
-        bad = [f"degree {k}" for k, v in enumerate(self._residual.tolist()) if not isfinite(v)]
+        bad = [f"degree {k}" for k, v in enumerate(self._residual) if not isfinite(v)]
         finite = isfinite(self.variance)
         if not finite or bad:
             what = f"its polynomials of {', '.join(bad)}" if finite else "its outputs"
@@ -100,7 +100,7 @@ class ResidualSums:
                 f"{where}: {what} are not finite on these inputs, so R2 would be NaN; use a wider "
                 "dtype, and check the model's activations on them"
             )
-        return tuple(self.shares().tolist())
+        return tuple(map(float, self.shares()))
 
     def last_r2(self) -> float | None:
         """R2 of the last degree; None with fewer than two rows, -inf of what is not finite."""

@@ -1,11 +1,12 @@
 """Samples as the model of a layer's inputs."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from polylens.checks import floating
 from polylens.errors import InvalidInputError
 from polylens.inputs.model import Fitted, InputModel
 from polylens.inputs.residuals import ResidualSums
@@ -42,20 +43,16 @@ class Samples(InputModel):
         weights: Tensor | None = None,
     ) -> None:
         if isinstance(x, Tensor):
-            if not x.dim() or not x.is_floating_point() or not x.numel():
-                raise InvalidInputError(
-                    f"samples must be floating point [..., d_in], got {x.dtype} {tuple(x.shape)}"
-                )
+            x = floating("samples", x)
+            if not x.dim() or not x.numel():
+                raise InvalidInputError(f"samples must be [..., d_in], got {list(x.shape)}")
             x = x.detach().reshape(-1, x.shape[-1])
             if weights is not None:
-                weights = torch.as_tensor(weights).reshape(-1)
+                weights = _sample_weights(weights)
         elif weights is not None:
             raise InvalidInputError("weights= goes with a tensor; let batches be (x, weights)")
-        elif not callable(x) and not isinstance(x, Iterable):
-            raise InvalidInputError(
-                "samples are a tensor, an iterable of batches, or a callable that returns one; "
-                f"got {type(x).__name__}"
-            )
+        else:
+            _require_batches(x)
         self._x, self._weights, self._used = x, weights, False
 
     @property
@@ -82,8 +79,7 @@ class Samples(InputModel):
             self._used = True
         empty = True
         for batch in self._raw():
-            x, weights = batch if isinstance(batch, tuple) else (batch, None)
-            x, weights = checked(x, weights, d_in)
+            x, weights = checked(*_parts(batch), d_in)
             if len(x):
                 empty, d_in = False, x.shape[1]
                 yield x.to(device, dtype), None if weights is None else weights.to(device)
@@ -98,30 +94,59 @@ class Samples(InputModel):
             sums.update(layer(x), polynomial.all_degrees(x), sample_weights)
         return sums.shares()
 
-    def _raw(self) -> Iterable[Any]:
+    def _raw(self) -> Iterable[Batch]:
         if not isinstance(self._x, Tensor):
-            return self._x() if callable(self._x) else self._x
+            batches = self._x() if callable(self._x) else self._x
+            _require_batches(batches)
+            return batches
         if self._weights is None:
-            return self._x.split(ROWS)
+            return torch.split(self._x, ROWS)
         if len(self._weights) != len(self._x):
             raise InvalidInputError(
                 f"{len(self._x)} samples but {len(self._weights)} sample weights"
             )
-        return zip(self._x.split(ROWS), self._weights.split(ROWS), strict=True)
+        return zip(torch.split(self._x, ROWS), torch.split(self._weights, ROWS), strict=True)
 
     def __repr__(self) -> str:
         what = tuple(self._x.shape) if isinstance(self._x, Tensor) else type(self._x).__name__
         return f"Samples({what})"
 
-    def __deepcopy__(self, memo: dict) -> "Samples":
+    def __deepcopy__(self, memo: dict[int, object]) -> "Samples":
         return self
 
 
-def checked(x: Tensor, weights: Tensor | None, d_in: int | None) -> tuple[Tensor, Tensor | None]:
+def _require_batches(batches: object) -> None:
+    """InvalidInputError for what is neither iterable nor callable, or iterable by accident."""
+    got, iterable = type(batches), isinstance(batches, Iterable) or callable(batches)
+    if not iterable or issubclass(got, str | bytes | Mapping) or hasattr(got, "dtype"):
+        raise InvalidInputError(
+            "samples are a tensor, an iterable of batches, or a callable that returns one; got "
+            f"{got.__name__}"
+        )
+
+
+def _parts(batch: object) -> tuple[object, object]:
+    """(x, sample weights or None)."""
+    if not isinstance(batch, tuple):
+        return batch, None
+    parts = cast("tuple[object, ...]", batch)
+    if len(parts) != 2:
+        raise InvalidInputError(f"a batch is x or (x, sample_weights), got {len(parts)} things")
+    return parts[0], parts[1]
+
+
+def _sample_weights(weights: object) -> Tensor:
+    """[n] float64, of numbers of any kind but complex: counts of repetitions, too."""
+    counts = isinstance(weights, Tensor) and not weights.is_complex()
+    w = weights.double() if isinstance(weights, Tensor) and counts else weights
+    return floating("sample weights", w).detach().double().reshape(-1)
+
+
+def checked(x: object, weights: object, d_in: int | None) -> tuple[Tensor, Tensor | None]:
     """One batch as x [n, d_in] and weights [n] in float64, or the error that says what is wrong."""
-    if not isinstance(x, Tensor) or not x.is_floating_point() or not x.dim():
-        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise InvalidInputError(f"samples must be floating-point tensors [..., d_in], got {got}")
+    x = floating("samples", x)
+    if not x.dim() or not x.shape[-1]:
+        raise InvalidInputError(f"samples must be [..., d_in], got {list(x.shape)}")
     if d_in is not None and x.shape[-1] != d_in:
         raise InvalidInputError(f"samples have {x.shape[-1]} features, {d_in} are expected")
     x = x.detach().reshape(-1, x.shape[-1])
@@ -130,12 +155,12 @@ def checked(x: Tensor, weights: Tensor | None, d_in: int | None) -> tuple[Tensor
         raise InvalidInputError(f"{bad} of {len(x)} samples in a batch are NaN or infinite")
     if weights is None:
         return x, None
-    weights = torch.as_tensor(weights, device=x.device).detach().double().reshape(-1)
-    if len(weights) != len(x):
-        raise InvalidInputError(f"{len(x)} samples but {len(weights)} sample weights")
-    if not torch.isfinite(weights).all() or (weights < 0).any():
+    w = _sample_weights(weights).to(x.device)
+    if len(w) != len(x):
+        raise InvalidInputError(f"{len(x)} samples but {len(w)} sample weights")
+    if not torch.isfinite(w).all() or (w < 0).any():
         raise InvalidInputError("sample weights must be finite and >= 0")
-    return x, weights
+    return x, w
 
 
 def joined(batches: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

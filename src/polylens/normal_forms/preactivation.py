@@ -1,7 +1,7 @@
 """A layer's preactivations: those of inputs, and their moments under a Gaussian."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 
 CHUNK = 4096
+linalg: Any = torch.linalg  # without types
 # Inputs whose preactivations are held at a time.
 ROWS = 1024
 
@@ -76,7 +77,7 @@ def preactivation_moments(
     for i in range(0, W.shape[1], CHUNK):
         Wi = W[:, i : i + CHUNK].double()
         cov_W = inputs.cov_matmul(Wi)
-        variance = torch.linalg.vecdot(Wi, cov_W, dim=0)
+        variance = linalg.vecdot(Wi, cov_W, dim=0)
         # A variance below the rounding of its own sum is that of a constant.
         rounding = 1e-15 * (deviations @ Wi.abs()).square()
         s = torch.where(variance > rounding, variance, 0.0).sqrt()
@@ -85,11 +86,11 @@ def preactivation_moments(
         if V is None:
             continue
         Vi = V[:, i : i + CHUNK].double()
-        a = torch.where(s > 0, torch.linalg.vecdot(Vi, cov_W, dim=0) / s, 0.0)
+        a = torch.where(s > 0, linalg.vecdot(Vi, cov_W, dim=0) / s, 0.0)
         columns[2].append(inputs.mean @ Vi)
         columns[3].append(a)
         if linear_variance:
-            z_variance = torch.linalg.vecdot(Vi, inputs.cov_matmul(Vi), dim=0)
+            z_variance = linalg.vecdot(Vi, inputs.cov_matmul(Vi), dim=0)
             r_variance = z_variance - a * a
             columns[4].append(torch.where(r_variance > 1e-13 * z_variance, r_variance, 0.0))
     m, s = torch.cat(columns[0]), torch.cat(columns[1])

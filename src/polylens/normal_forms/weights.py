@@ -1,17 +1,21 @@
 """The two normal forms that polylens fits, and nothing else."""
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from polylens.activations.activation import Activation
 from polylens.activations.recognition import activation, activation_of, activation_record
+from polylens.checks import floating
 from polylens.errors import ArtifactError, InvalidInputError
 from polylens.files.format import Record, prefixed, within
 
 ROLES = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
+
+
+_W = TypeVar("_W", bound="_Weights")
 
 
 class Sized:
@@ -35,7 +39,6 @@ class Sized:
 
 @dataclass(frozen=True, eq=False)
 class _Weights(Sized):
-    _form: ClassVar[str]
     _shapes: ClassVar[dict[str, tuple[str, ...]]]
     W_in: Tensor
     W_out: Tensor
@@ -47,9 +50,8 @@ class _Weights(Sized):
             tensor = getattr(self, name)
             if tensor is None:
                 continue
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-                raise InvalidInputError(f"{name} must be a floating-point tensor, got {got}")
+            tensor = floating(name, tensor)
+            object.__setattr__(self, name, tensor)
             if tensor.dim() != len(axes):
                 raise InvalidInputError(
                     f"{name} must have shape [{', '.join(axes)}], got {tuple(tensor.shape)}"
@@ -88,9 +90,10 @@ class _Weights(Sized):
         """The form, the activation and the tensors of every role; see `weights_of`."""
         act, values = activation_record(self.act)  # type: ignore[attr-defined]
         tensors = self.tensors() | prefixed(values, "activation.")
-        return {"form": self._form, "activation": act}, tensors
+        form = "glu" if "W_gate" in self._shapes else "mlp"
+        return {"form": form, "activation": act}, tensors
 
-    def to(self, *args, **kwargs):
+    def to(self: _W, *args: Any, **kwargs: Any) -> _W:
         """The same weights on another device or in another dtype, as `Tensor.to`."""
         changed = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in self._shapes:
@@ -134,7 +137,6 @@ class MLPWeights(_Weights):
     act: Activation
     b_in: Tensor | None = None
     b_out: Tensor | None = None
-    _form: ClassVar[str] = "mlp"
     _shapes: ClassVar[dict[str, tuple[str, ...]]] = {
         "W_in": ("d_in", "d_mlp"),
         "W_out": ("d_mlp", "d_out"),
@@ -180,7 +182,6 @@ class GLUWeights(_Weights):
     b_gate: Tensor | None = None
     b_in: Tensor | None = None
     b_out: Tensor | None = None
-    _form: ClassVar[str] = "glu"
     _shapes: ClassVar[dict[str, tuple[str, ...]]] = {
         "W_in": ("d_in", "d_mlp"),
         "W_out": ("d_mlp", "d_out"),
@@ -206,7 +207,7 @@ def weights_of(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> MLPWeigh
     Raises:
         ArtifactError: an activation that is not known here; tensors that are no layer.
     """
-    forms = {form._form: form for form in (MLPWeights, GLUWeights)}
+    forms = {"mlp": MLPWeights, "glu": GLUWeights}
     act = activation_of(metadata["activation"], within(tensors, "activation."))
     roles = {name: tensors[name] for name in ROLES if name in tensors}
     try:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from polylens.errors import InvalidInputError
 from polylens.files import format as storage
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
-from polylens.inputs.model import InputModel, from_record
+from polylens.inputs.model import Fitted, InputModel, from_record
 from polylens.normal_forms.weights import GLUWeights, MLPWeights, weights_of
 from polylens.polynomials.records import checked, reading
 
@@ -53,7 +53,7 @@ class Approximation(nn.Module):
                     "this one has none: a part has none, and samples are not saved (read r2 before "
                     "you save, then it is). Fit again, or measure R2 on data"
                 )
-            self._r2 = self.inputs.r2(self)
+            self._r2 = self.inputs.r2(cast("Fitted", self))
         return self._r2
 
     def optimum_r2(self, gaussian: Gaussian) -> Tensor:
