@@ -2,17 +2,23 @@
 
 import doctest
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
 
 import polylens
+from polylens.activations import table
 
 ROOT = Path(polylens.__file__).parent
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 # What a reader of the documentation calls first.
-VERBS = ("Gaussian", "GaussianMixture", "MLPWeights", "GLUWeights", "Samples")
+VERBS = (
+    *("Gaussian", "GaussianMixture", "Samples", "MLPWeights", "GLUWeights"),
+    *("fit", "fit_joint", "fit_global", "explained_variance", "register_activation"),
+    *("attach", "load", "analysis.eigenfeatures"),
+)
 
 
 def modules():
@@ -35,13 +41,19 @@ def run(test):
 
 
 @pytest.mark.parametrize("test", examples(), ids=lambda test: test.name)
-def test_example(test):
-    run(test)
+def test_example(test, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    registered = dict(table.TABLE)
+    try:
+        run(test)
+    finally:
+        table.TABLE.clear()
+        table.TABLE.update(registered)
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_verbs_have_an_example(verb):
-    assert ">>> " in getattr(polylens, verb).__doc__
+    assert ">>> " in attrgetter(verb)(polylens).__doc__
 
 
 def test_an_example_that_prints_something_else_fails():

@@ -115,6 +115,17 @@ def attach(
 
     Cost: one forward pass over the tokens, and for each layer what the method says. If anything
     fails nothing stays attached.
+
+    >>> import polylens
+    >>> model = polylens.demo.load_model()
+    >>> text = "A polynomial is something that linear algebra can take apart. " * 20
+    >>> tokens = polylens.demo.batches(text, n_seq=8, seq_len=64)
+    >>> with polylens.attach(model, tokens, degree=2, progress=False) as lens:
+    ...     true = model(tokens).logits
+    ...     with lens.replaced(layers=3):
+    ...         replaced = model(tokens).logits
+    >>> bool((true == replaced).all()), lens.layers
+    (False, (0, 1, 2, 3))
     """
     require_degree(degree)
     method = TrueStream() if method is None else method
@@ -188,6 +199,13 @@ def load(
             is attached.
         OSError: no such file; no such repository or revision, no access to it, or no connection.
         AttachmentError, InvalidInputError, UnsupportedModel: as `attach`.
+
+    >>> import polylens
+    >>> model = polylens.demo.load_model()
+    >>> with polylens.attach(model, method=polylens.FromNorm(), degree=2, progress=False) as lens:
+    ...     lens.save("demo.safetensors")
+    >>> polylens.load("demo.safetensors", model).inputs_summary == lens.inputs_summary
+    True
     """
     on_hub = isinstance(address, str) and address.startswith(HUB)
     if not on_hub and not (revision is None and token is None):

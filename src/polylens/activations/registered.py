@@ -61,6 +61,12 @@ def register_activation(
 
     Warns:
         NumericalWarning: accuracy worse than 1e-7, usually an undeclared kink.
+
+    >>> import torch, polylens
+    >>> act = polylens.register_activation("softsign", torch.nn.functional.softsign, kinks=[0.0])
+    >>> act.accuracy < 1e-10
+    True
+    >>> layer = polylens.MLPWeights(torch.eye(2), torch.eye(2), act="softsign")
     """
     _require_arguments(name, fn, slopes)
     if name in known_activations():

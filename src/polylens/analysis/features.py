@@ -208,6 +208,13 @@ def eigenfeatures(
     16 vectors, a copy of them, and no d_in x d_in matrix but the metric.
     Source: Belrose & Rigg 2025; Pearce et al. 2024, "Bilinear MLPs enable weight-based
     mechanistic interpretability".
+
+    >>> import torch, polylens
+    >>> W = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+    >>> layer = polylens.GLUWeights(W, torch.ones(3, 1), W, "identity")  # sum of (W x)^2
+    >>> poly = polylens.fit(layer, polylens.Gaussian.standard(3), degree=2)
+    >>> polylens.analysis.eigenfeatures(poly, torch.ones(1), k=2).values
+    tensor([9., 4.], dtype=torch.float64)
     """
     if method not in ("auto", "dense", "iterative"):
         raise InvalidInputError(f"method must be 'auto', 'dense' or 'iterative', got {method!r}")

@@ -82,6 +82,14 @@ def fit(
     Raises:
         InvalidInputError: degree or tails out of range, inputs of another size or type, no
             samples, NaN.
+
+    >>> import torch, polylens
+    >>> layer = polylens.MLPWeights(torch.eye(3), torch.ones(3, 1), "relu")
+    >>> poly = polylens.fit(layer, polylens.Gaussian.standard(3), degree=3)
+    >>> [round(float(r2), 3) for r2 in poly.r2]  # of degree 0 ... 3: ReLU has no cubic part
+    [0.0, 0.733, 0.967, 0.967]
+    >>> poly.truncate(1).linear()[0].squeeze()  # each input counts half
+    tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
     kinds = (Gaussian, GaussianMixture, Samples)
     remedy = "for a tensor x pass Gaussian.from_samples(x) or Samples(x)"
@@ -123,6 +131,13 @@ def fit_joint(
 
     Raises:
         InvalidInputError: as `fit`, or too many features (the size).
+
+    >>> import torch, polylens
+    >>> layer = polylens.MLPWeights(torch.randn(2, 8), torch.randn(8, 1), "silu")
+    >>> samples = polylens.Samples(torch.randn(1000, 2))
+    >>> neuron, joint = polylens.fit(layer, samples), polylens.fit_joint(layer, samples)
+    >>> bool(joint.r2[-1] >= neuron.r2[-1])
+    True
     """
     remedy = "under a Gaussian fit() is the optimum, under a mixture fit_global()"
     require_fit(weights, samples, degree, Samples, remedy)

@@ -31,7 +31,7 @@ class GaussianMixture(InputModel):
 
     >>> import polylens
     >>> means = torch.tensor([[-1.0, 0.0, 0.0], [3.0, 0.0, 0.0]])
-    >>> inputs = polylens.GaussianMixture(torch.tensor([0.75, 0.25]), means, torch.eye(3))
+    >>> inputs = polylens.GaussianMixture(torch.tensor([0.75, 0.25]), means, torch.eye(3)[None])
     >>> inputs.gaussian().mean
     tensor([0., 0., 0.], dtype=torch.float64)
     """
