@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_architecture import ROOMS
+
 PROJECT = Path(__file__).parent.parent
+SOURCE = PROJECT / "src" / "polylens"
 SPECIFIER = re.compile(r'^ {4}"([\w-]+)>=([\d.]+)"', re.MULTILINE)
 
 
@@ -52,3 +55,36 @@ def test_make_targets_exist(path):
 def test_each_check_of_ci_is_in_the_workflow():
     called = re.findall(r"^make ([a-z]+)", text(".ci/run"), re.MULTILINE)
     assert set(called) == set(re.findall(r"- run: make ([a-z]+)", text(".github/workflows/ci.yml")))
+
+
+def named_in_architecture():
+    """(path, name or "") of whatever ARCHITECTURE.md names as `path` or `path::name`."""
+    return re.findall(r"`([\w/.]+(?:\.py|/))(?:::(\w+))?`", text("ARCHITECTURE.md"))
+
+
+def missing(path, name):
+    """What does not exist of a path, or a name in it; None if all does."""
+    found = [place / path for place in (PROJECT, SOURCE) if (place / path).exists()]
+    if not found:
+        return path
+    pattern = rf"^(?:class|def) {name}\b|^{name}\b.*="
+    if name and not re.search(pattern, found[-1].read_text(encoding="utf-8"), re.MULTILINE):
+        return f"{path}::{name}"
+    return None
+
+
+def test_what_architecture_names_exists():
+    named = named_in_architecture()
+    assert len(named) > 50
+    assert [gone for path, name in named if (gone := missing(path, name))] == []
+
+
+def test_a_path_or_name_that_is_gone_is_noticed():
+    assert missing("polynomials/horner.py", "") == "polynomials/horner.py"
+    assert missing("polynomials/ends.py", "Growth") == "polynomials/ends.py::Growth"
+    assert missing("polynomials/ends.py", "Ends") is None
+
+
+def test_architecture_lists_the_rooms_in_order():
+    rows = re.findall(r"^\| `(\w+)(?:\.py|/)` \|", text("ARCHITECTURE.md"), re.MULTILINE)
+    assert tuple(rows) == ROOMS
