@@ -1,6 +1,6 @@
 """How every figure looks. matplotlib's object interface only: no pyplot, no shared state."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,18 +18,20 @@ FONT: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8
 
 
 @contextmanager
-def figure(size: tuple[float, float], **layout: float) -> "Iterator[Figure]":
+def figure(
+    size: tuple[float, float], wspace: float | None = None
+) -> "Generator[Figure, None, None]":
     """An empty figure of this size in inches; within the context, text has the shared size.
 
     Args:
-        layout: options of matplotlib's constrained layout.
+        wspace: between panels, as a share of their width; matplotlib's own by default.
     """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(FONT):
-        yield Figure(figsize=size, dpi=200, layout=ConstrainedLayoutEngine(**layout))
+        yield Figure(figsize=size, dpi=200, layout=ConstrainedLayoutEngine(wspace=wspace))
 
 
 def tidy(panel: "Axes") -> None:

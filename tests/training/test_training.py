@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -110,6 +111,8 @@ def test_failed_checkpoints_are_recorded_and_the_trace_goes_on(data, tmp_path):
     assert "NaN" in trace.errors[3]
     assert Trace.load(path) == trace
     trace.plot().savefig(tmp_path / "trace.png")
+    page = ElementTree.fromstring(trace._repr_html_())
+    assert "no such revision" in "".join(page.itertext())
 
 
 def test_resuming_loads_only_what_is_missing(data, tmp_path):

@@ -47,7 +47,8 @@ def spectrum_figure(
         left: Any = drawn
         right: Any = None
         if shape is not None:
-            left, right = drawn.subfigures(1, 2, width_ratios=(1.7, 0.85 * n))
+            parts: Any = drawn.subfigures(1, 2, width_ratios=(1.7, 0.85 * n))
+            left, right = parts
         panel = left.subplots()
         ranks = np.arange(1, len(sizes) + 1)
         for sign, style, colour in (
@@ -161,7 +162,7 @@ def interactions_figure(
     )
     second, first = pairs.cpu().numpy(), linear.cpu().numpy()
     chosen = np.sort(np.argsort(-(np.abs(second).sum(0) + np.abs(first)))[:k])
-    names = [names[i] for i in chosen]
+    shown = [names[i] for i in chosen]
     second, first = second[np.ix_(chosen, chosen)], first[chosen]
     side = 1.6 + 0.16 * len(chosen)
     limit = float(max(np.abs(second).max(), np.abs(first).max())) or 1.0
@@ -177,8 +178,8 @@ def interactions_figure(
         bar.ax.set_yticklabels(labels, fontsize=6)
         bar.ax.minorticks_off()
         bar.set_label("contribution along u (square-root scale)", fontsize=6)
-        left.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
-        left.set_yticks(range(len(names)), names, fontsize=6)
+        left.set_xticks(range(len(shown)), shown, rotation=90, fontsize=6)
+        left.set_yticks(range(len(shown)), shown, fontsize=6)
         right.set_xticks([])
         right.set_yticks([])
         left.set_title("pairs (second order)")

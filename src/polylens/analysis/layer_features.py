@@ -27,6 +27,7 @@ from polylens.checks import Layer, label, to_json
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Norm
 from polylens.inputs.gaussian import Gaussian
+from polylens.report.rendering import as_html
 
 TokenScores = list[tuple[str, float]]
 
@@ -79,6 +80,9 @@ class LayerFeatures(Brief):
             ends = ("  ".join(f"{n} {v:+.1f}" for n, v in end) for end in (row.high, row.low))
             table.add_row(str(i), f"{row.value:+.3g}", f"{row.share:.1%}", *map(Text, ends))
         return table
+
+    def _repr_html_(self) -> str:
+        return as_html(self.__rich__())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""

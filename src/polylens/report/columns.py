@@ -126,7 +126,8 @@ def read(data: dict[str, Any]) -> LayerRow:
     if unknown := data.keys() - BY_NAME:
         raise ValueError(f"a row has unknown entries {sorted(unknown)}")
     r2 = None if data["r2"] is None else tuple(data["r2"])
-    return LayerRow(**{**data, "layer": from_json(data["layer"]), "r2": r2})
+    values: dict[str, Any] = {**data, "layer": from_json(data["layer"]), "r2": r2}
+    return LayerRow(**values)
 
 
 @dataclass(frozen=True)

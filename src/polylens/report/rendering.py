@@ -19,6 +19,7 @@ GAP = 2
 # How much is shown of a worst token with what is in front of it, at least and on a page.
 CONTEXT_LEAST, CONTEXT_MOST = 16, 60
 
+_PRE = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code}</pre>'
 _CSS = (
     ".polylens-report{font-size:90%}.polylens-report td,.polylens-report th"
     "{text-align:right;padding:1px 8px;font-variant-numeric:tabular-nums}"
@@ -87,6 +88,13 @@ def to_html(sheet: Sheet) -> str:
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         f"{_html_worst(sheet.worst)}{remarks}</div>"
     )
+
+
+def as_html(renderable: RenderableType) -> str:
+    """Anything that rich prints, for notebooks."""
+    console = Console(file=io.StringIO(), record=True, width=TEXT_WIDTH, force_jupyter=False)
+    console.print(renderable)
+    return console.export_html(inline_styles=True, code_format=_PRE)
 
 
 def to_markdown(sheet: Sheet) -> str:

@@ -159,7 +159,8 @@ class Report:
 
 
 def _worst(data: dict[str, Any]) -> WorstToken:
-    return WorstToken(**{**data, "layer": from_json(data["layer"])})
+    values: dict[str, Any] = {**data, "layer": from_json(data["layer"])}
+    return WorstToken(**values)
 
 
 def _plain(value: Any) -> Any:

@@ -117,7 +117,7 @@ def _observers(
     layers: Sequence[Layer],
     wanted: Tensor,
     causes: list[dict[str, Any]],
-) -> dict[Layer, Callable[[Tensor, Tensor], None]]:
+) -> dict[Layer, Observer]:
     """Of row wanted[i] of a batch, each puts its layer into causes[i], unless a worse one is."""
 
     def observer(layer: Layer) -> Observer:

@@ -13,9 +13,10 @@ from rich.table import Table
 from torch import Tensor
 
 from polylens.brief import Brief
+from polylens.calibration.given import InputModel
 from polylens.checks import Layer, from_json
 from polylens.errors import InvalidInputError
-from polylens.inputs.model import InputModel
+from polylens.report.rendering import as_html
 from polylens.training.figure import training_figure
 from polylens.training.rows import TraceRow as TraceRow
 
@@ -137,6 +138,9 @@ class Trace(Brief):
                 r2 = (median((r.r2 or ())[k] for r in there) for k in range(1, degree + 1))
                 table.add_row(str(step), inputs, loss, *(f"{value:.4f}" for value in r2))
         return table
+
+    def _repr_html_(self) -> str:
+        return as_html(self.__rich__())
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":

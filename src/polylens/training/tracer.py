@@ -217,19 +217,21 @@ def measure(step: int, model: Any, data: TraceData, degree: int) -> list[TraceRo
         ]
 
 
-def _of_features(
-    model: nn.Module, data: TraceData, degree: int
-) -> list[tuple[Layer, str, tuple[float, ...] | None, tuple[float, ...]]]:
-    """(layer, input model, R2 held out, R2 under it), by layer."""
-    options = {"degree": degree, "example_inputs": data.calibration[:2], "progress": False}
+Measured = tuple[Layer, str, tuple[float, ...] | None, tuple[float, ...]]
 
-    def measured(lens: Lens, name: str, layers: Collection[Layer]):
+
+def _of_features(model: nn.Module, data: TraceData, degree: int) -> list[Measured]:
+    """(layer, input model, R2 held out, R2 under it), by layer."""
+    options: dict[str, Any] = {"degree": degree, "progress": False}
+    options["example_inputs"] = data.calibration[:2]
+
+    def measured(lens: Lens, name: str, layers: Collection[Layer]) -> list[Measured]:
         if not layers:
             return []
         report = lens.report(
             data.held_out, layers=layers, loss=False, batch_size=BATCH, progress=False
         )
-        return [(row.layer, name, row.r2, tuple(lens[row.layer].r2.tolist())) for row in report]
+        return [(n, name, report[n].r2, tuple(lens[n].r2.tolist())) for n in layers]
 
     with attach(model, data.calibration, batch_size=BATCH, **options) as lens:
         first = _readers(lens, data.held_out) if data.inputs else []
@@ -239,7 +241,7 @@ def _of_features(
             "inputs= are of the layers that read the model's own input, and none does: each has "
             "the Gaussian of what reaches it; leave inputs= out"
         )
-    named = []
+    named: list[Measured] = []
     for name, inputs in data.inputs.items():
         with attach(model, method=FromInputs(inputs), layers=first, **options) as lens:
             named += measured(lens, name, first)
