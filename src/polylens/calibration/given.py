@@ -1,7 +1,8 @@
 """Input models that are given, or implied by the model's norms: nothing is run."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -52,7 +53,9 @@ class FromInputs:
     inputs: InputModel | Mapping[Layer, InputModel]
 
     def __post_init__(self) -> None:
-        values = self.inputs.values() if isinstance(self.inputs, Mapping) else [self.inputs]
+        values: Iterable[Any] = [self.inputs]
+        if isinstance(self.inputs, Mapping):
+            values = self.inputs.values()
         for value in values:
             if not isinstance(value, InputModel):
                 raise InvalidInputError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
@@ -92,7 +93,7 @@ class _Column:
         layer, self._held[i] = place
         return layer
 
-    def _given(self, i: int) -> tuple:
+    def _given(self, i: int) -> tuple[Any, ...]:
         """What batch i starts with, or goes on with."""
         held, self._held[i] = self._held[i], None
         return self._steps[i] if held is None else (self.flow(held),)

@@ -1,8 +1,8 @@
 """Activations of forward passes that wait, kept elsewhere than in the model's memory."""
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -106,7 +106,7 @@ class Files:
 
 
 def store_for(offload: str | os.PathLike[str] | None) -> Store | None:
-    """The store that `attach(offload=)` names, not entered yet.
+    """The store that `Sequential(offload=)` names, not entered yet.
 
     Raises:
         InvalidInputError: neither "cpu" nor an existing directory.
@@ -115,11 +115,13 @@ def store_for(offload: str | os.PathLike[str] | None) -> Store | None:
         return None
     if offload == "cpu":
         return Memory()
-    if not isinstance(offload, str | os.PathLike) or not Path(offload).is_dir():
-        raise InvalidInputError(
-            f"offload={offload!r} is no directory; give None, 'cpu' or an existing directory"
-        )
-    return Files(Path(offload))
+    with suppress(TypeError):
+        path = Path(offload)
+        if path.is_dir():
+            return Files(path)
+    raise InvalidInputError(
+        f"offload={offload!r} is no directory; give None, 'cpu' or an existing directory"
+    )
 
 
 class Resident:
@@ -158,17 +160,17 @@ class Offloaded(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self, store: Store, module: nn.Module, passes: int) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore
         self._store, self._modules = store, list(module.modules())
-        self._maker = WeakIdKeyDictionary()
+        self._maker: Any = WeakIdKeyDictionary()
         # of each pass: storage -> key and number in the store, None while it is filled
-        self._made = [WeakIdKeyDictionary() for _ in range(passes)]
+        self._made: list[Any] = [WeakIdKeyDictionary() for _ in range(passes)]
         # waiting passes of which something is not emptied because a module holds it
         self._behind: set[int] = set()
         self._running = 0
 
     @contextmanager
-    def running(self, i: int) -> Iterator[None]:
+    def running(self, i: int) -> Generator[None, None, None]:
         """Within the context the operations are those of pass i."""
         self._running = i
         with self:
@@ -204,7 +206,11 @@ class Offloaded(TorchDispatchMode):
             self.fill(i)
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = _storages((args, kwargs))
         for storage in given:
@@ -240,7 +246,7 @@ class Offloaded(TorchDispatchMode):
         return storage.nbytes() > 0 and storage.resizable() and self._store.takes(storage)
 
     def _kept_by_modules(self) -> set[int]:
-        values = [
+        values: list[object] = [
             value
             for module in self._modules
             for name, value in vars(module).items()

@@ -53,7 +53,7 @@ def sampled(host: Host, sequences: int, length: int, seed: int, progress: bool) 
         raise UnsupportedModel("a model that reads no token ids cannot write text")
     sizes = [min(BATCH, sequences - i) for i in range(0, sequences, BATCH)]
     with tqdm(total=sequences, desc="sampling text", disable=not progress) as bar:
-        batches = []
+        batches: list[Tensor] = []
         for i, size in enumerate(sizes):
             batches.append(host.sample_tokens(size, length, seed + i))
             bar.update(size)

@@ -1,10 +1,10 @@
 """What a model is run on to see the inputs of its layers, and what of them counts in a fit."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,10 @@ from polylens.polynomials.joint import Fitted
 WEIGHTINGS = {"equal": "", "output": "weighted by 1 / |output|"}
 # Norms of outputs below this share of the largest weigh no more than it.
 SMALLEST = 1e-6
+DROPOUTS = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout),
+)
 
 
 @dataclass(frozen=True)
@@ -142,13 +146,13 @@ class SeenInputs:
         """[n] of inputs with true outputs y [n, d_out]; None for equal ones."""
         if self.weighting == "equal" or not len(y):
             return None
-        size = torch.linalg.vector_norm(y, dim=1, dtype=torch.float64)
+        size = cast(Tensor, torch.linalg.vector_norm(y, dim=1, dtype=torch.float64))  # pyright: ignore
         floor = SMALLEST * float(size.max())
         return 1 / size.clamp(min=floor) if floor > 0 else None
 
     def describe(self) -> list[str]:
         """The options that are not the plain ones."""
-        tails, described = self.share_beyond, []
+        tails, described = self.share_beyond, list[str]()
         if self.weighting != "equal":
             described.append(WEIGHTINGS[self.weighting])
         if tails is not None:
@@ -189,11 +193,9 @@ def require_deterministic(model: nn.Module) -> None:
     """AttachmentError if a forward pass would apply dropout."""
     if not model.training:
         return
-    active = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.training and module.p > 0
-    ]
+    named = cast(Iterable[tuple[str, nn.Module]], model.named_modules())  # pyright: ignore
+    dropouts = ((name, each) for name, each in named if isinstance(each, DROPOUTS))
+    active = [name for name, each in dropouts if each.training and each.p > 0]
     if active:
         raise AttachmentError(
             f"the model is in training mode with dropout ({active[0]} and {len(active) - 1} more), "
@@ -213,7 +215,7 @@ def solved(seen: Estimator, layer: Layer, site: MLPSite) -> Fitted:
 
 
 @contextmanager
-def naming(layer: Layer, site: MLPSite) -> Iterator[None]:
+def naming(layer: Layer, site: MLPSite) -> Generator[None, None, None]:
     """Add layer and path to whatever polylens raises inside."""
     try:
         yield

@@ -105,9 +105,8 @@ def on_replaced_stream(
         UnsupportedModel: layers that only some batches pass through.
         OSError: the store is full.
     """
-    known = {} if saved is None else saved.found
+    known: Mapping[Layer, Fitted] = {} if saved is None else saved.found
     found = dict(known)
-    flow = partial(partial, _flow, calibration.exclude_first)
     left = [layer for layer in sites if layer not in known]
     total, done = (n * len(calibration.steps) for n in (len(sites), len(known)))
     off = not calibration.progress
@@ -116,6 +115,9 @@ def on_replaced_stream(
         store or nullcontext(),
         tqdm(total=total, initial=done, desc="layer by layer", disable=off) as bar,
     ):
+
+        def flow(layer: Layer) -> Function:
+            return partial(_flow, calibration.exclude_first, found[layer])
 
         def visit(layer: Layer, arrivals: Arrivals) -> Function:
             with naming(layer, sites[layer]):
@@ -126,9 +128,9 @@ def on_replaced_stream(
             found[layer] = solved(seen, layer, sites[layer])
             if saved is not None:
                 saved.add(layer, found[layer])
-            return flow(found[layer])
+            return flow(layer)
 
-        with calibration.host.substitute({layer: flow(known[layer]) for layer in known}):
+        with calibration.host.substitute({layer: flow(layer) for layer in known}):
             in_step(calibration.host, left, calibration.steps, visit, store)
     return {layer: found[layer] for layer in sites}
 

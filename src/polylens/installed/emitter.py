@@ -1,5 +1,7 @@
 """What runs at an attached MLP in every forward pass."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,7 +42,7 @@ class SiteEmitter:
         self._identity = _identity(site.tensors())
         self._fingerprint = fingerprint(polynomial.weights)
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
         # A copy of the model gets its own emitters, but the lens stays with the original.
         return {**self.__dict__, "owner": None}
 
@@ -121,7 +123,7 @@ class SiteEmitter:
         return torch.stack([tap(f"degree_{k}", part) for k, part in enumerate(parts)]).sum(0)
 
 
-def _identity(tensors: dict[str, Tensor]) -> dict[str, tuple]:
+def _identity(tensors: dict[str, Tensor]) -> dict[str, tuple[object, ...]]:
     return {
         name: (t.data_ptr(), t._version, t.dtype, t.device, t.stride())
         for name, t in tensors.items()

@@ -1,6 +1,6 @@
 """What a lens does to a model: the polynomials installed in it, read, switched and taken off."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
@@ -98,7 +98,7 @@ class Installation:
     @contextmanager
     def replaced(
         self: Self, *, degree: int | None = None, layers: Iterable[Layer] | Layer | None = None
-    ) -> Iterator[Self]:
+    ) -> Generator[Self, None, None]:
         """Within the context, these MLPs' outputs are those of their polynomials.
 
         Nestable: an inner context adds to or changes the outer one, which comes back on exit,
@@ -121,7 +121,7 @@ class Installation:
             yield self
 
     @contextmanager
-    def suspended(self) -> Iterator[None]:
+    def suspended(self) -> Generator[None, None, None]:
         """Within the context every true output flows, whatever is replaced around it."""
         with self._flowing(dict.fromkeys(self.layers)):
             yield
@@ -149,7 +149,7 @@ class Installation:
         return {layer: self._emitters[layer].verify() for layer in layers}
 
     @contextmanager
-    def _flowing(self, degrees: Mapping[Layer, int | None]) -> Iterator[None]:
+    def _flowing(self, degrees: Mapping[Layer, int | None]) -> Generator[None, None, None]:
         """Within the context, layer's polynomial of this degree (None: the true output) flows."""
         before = {layer: self._emitters[layer].replacing for layer in degrees}
         for layer, degree in degrees.items():

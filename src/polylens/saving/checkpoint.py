@@ -106,7 +106,7 @@ def identity(
     }
 
 
-def _data(batches: list) -> str:
+def _data(batches: list[Tensor]) -> str:
     shape = [sum(map(len, batches)), *batches[0].shape[1:]]
     return f"{batches[0].dtype} {shape} with SHA-256 {storage.sha256(('', b) for b in batches)}"
 

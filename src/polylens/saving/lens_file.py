@@ -64,7 +64,7 @@ def write(
     Raises:
         ArtifactError, OSError: see `polylens.files.format.write`.
     """
-    layers, tensors = [], {}
+    layers, tensors = list[dict[str, Any]](), dict[str, Tensor]()
     for record, mine in entries:
         layers.append(record)
         tensors |= mine
@@ -103,7 +103,7 @@ def decode(
     refused: Mapping[Layer, str],
 ) -> dict[Layer, Fitted]:
     """The polynomials that are in a file's header and tensors; see `read`."""
-    there, found = {site.layer: site for site in sites}, {}
+    there, found = {site.layer: site for site in sites}, dict[Layer, Fitted]()
     with reading(path):
         layers = {labelled(record["layer"]): record for record in header["layers"]}
     for layer, record in layers.items():
