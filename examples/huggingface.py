@@ -19,9 +19,9 @@ tokens, test = demo.batches(training, 32, 128), demo.batches(held_out, 8, 128)
 with polylens.attach(model, tokens, degree=3) as lens:
     print(lens.report(test))
 
-    # {(name, layer): value} of a forward pass
-    with torch.no_grad(), lens.cache(layers=1) as cache:
-        model(test)
+    # what flows through the hook points, by name and layer
+    with torch.no_grad():
+        logits, cache = lens.run_with_cache(test, layers=1)
     share = cache["error", 1].norm() / cache["out", 1].norm()
     print(f"layer 1: |error| / |polynomial| = {float(share):.3f}")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import polylens
-from polylens.errors import AttachmentError, UnsupportedModel
+from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.hosts import host_for
 from tests.hf_models import D_VOCAB
 
@@ -146,6 +146,28 @@ class HostContract:
             assert_close(out + error, true)
             assert_close(out, lens[layer](values[layer, "in"]))
             assert bool(error.any())
+
+    def test_one_pass_with_a_cache_of_what_flows_through_the_points(self, model):
+        reference = logits(model)
+        lens = attach(model)
+        before = self.snapshot(model)
+        with torch.no_grad():
+            out, cache = lens.run_with_cache(TOKENS)
+        assert torch.equal(out, reference)
+        assert self.snapshot(model) == before
+        assert set(cache) == {(name, layer) for name in POINTS for layer in lens.layers}
+        values = self.record(lens)
+        assert all(torch.equal(cache[name, n], values[n, name]) for name, n in cache)
+        with lens.replaced(), torch.no_grad():
+            out, cache = lens.run_with_cache(TOKENS, layers=lens.layers[-1], names=["out"])
+            assert_close(out, lens.host.logits(TOKENS))
+        assert set(cache) == {("out", lens.layers[-1])}
+        for options in ({"layers": 9}, {"names": ["inn"]}):
+            with pytest.raises(InvalidInputError, match=r"no layer 9|no hook point 'inn'"):
+                lens.run_with_cache(TOKENS, **options)
+        lens.detach()
+        with pytest.raises(AttachmentError, match="detached"):
+            lens.run_with_cache(TOKENS)
 
     def test_replaced_flows_on_nests_and_comes_back(self, model):
         reference = logits(model)

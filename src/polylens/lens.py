@@ -1,8 +1,7 @@
 """`Lens`: polynomials beside every MLP of a model, readable, switchable and savable."""
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +23,8 @@ from polylens.saving import lens_file as artifact
 
 # By id of the model; the installed emitters keep a lens alive as long as its model.
 LENSES: "WeakValueDictionary[int, Lens]" = WeakValueDictionary()
+# What is no longer an attribute, and what is in its place.
+_GONE = {"cache": "logits, cache = lens.run_with_cache(tokens)"}
 
 
 def attached(model: Any) -> "Lens | None":
@@ -107,25 +108,40 @@ class Lens(Installation):
                 progress=progress,
             )
 
-    @contextmanager
-    def cache(
-        self, layers: Iterable[Layer] | Layer | None = None, names: Iterable[str] | None = None
-    ) -> Iterator[dict[tuple[str, Layer], Tensor]]:
-        """Within the context, {(name, layer): tensor} of the latest forward pass.
+    def run_with_cache(
+        self,
+        tokens: Tensor,
+        *,
+        layers: Iterable[Layer] | Layer | None = None,
+        names: Iterable[str] | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> tuple[Any, dict[tuple[str, Layer], Tensor]]:
+        """One forward pass, and what flowed through the hook points in it.
 
-        For torch and nnsight hosts; TransformerLens has `run_with_cache`. Names are those of
-        the hook points without `hook_poly_`: "in", "out", "error", "degree_k"; all by default.
+            logits, cache = lens.run_with_cache(tokens)
+            cache["out", 3] + cache["error", 3]  # is the true output of layer 3
+
+        Args:
+            tokens: [batch, pos] token ids; floats [batch, ...] for a model that reads those.
+            layers: one, several, or all (default).
+            names: of "in", "out", "error", "degree_0", "degree_1", ...; all by default.
+            attention_mask: [batch, pos], 0 at padding.
+
+        Returns:
+            The logits (of a model without logits what it returns), and by name and layer the
+            values [batch, pos, d]; of an expert [n, d], for the inputs that it got.
 
         Raises:
-            InvalidInputError: unknown layer. AttachmentError: detached, or a TransformerLens host.
+            InvalidInputError: unknown layer or name.
+            AttachmentError: the lens is detached.
         """
         self._require_attached()
-        if not hasattr(self.host, "cache"):
-            raise AttachmentError(
-                f"a {self.host.name} has run_with_cache; read hook_poly_* from its cache"
-            )
-        with self.host.cache(self._chosen(layers), names) as found:  # type: ignore
-            yield found
+        with self.host.reading(self._chosen(layers), names) as values:
+            return self.host.forward(tokens, attention_mask), values
+
+    def __getattr__(self, name: str) -> Any:
+        hint = f"; use {_GONE[name]}" if name in _GONE else ""
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{hint}")
 
     @renamed()
     def inline(self, layer: Layer, *, degree: int | None = None) -> Module:
@@ -145,10 +161,6 @@ class Lens(Installation):
         Raises:
             InvalidInputError: unknown layer or degree. AttachmentError: another host.
         """
-        if not hasattr(self.host, "inline"):
-            raise AttachmentError(
-                f"a {self.host.name} has no remote traces; use lens[layer], or lens.replaced()"
-            )
         degree = self.degree if degree is None else check_degree(degree, self.degree, "attach")
         polynomial = self[layer].truncate(degree)
         if not isinstance(polynomial, Polynomial):
@@ -156,7 +168,7 @@ class Lens(Installation):
                 'only polynomials per neuron travel; attach with estimator="samples" or "gaussian" '
                 'rather than "joint"'
             )
-        return self.host.inline(polynomial)  # type: ignore
+        return self.host.inline(polynomial)
 
     @renamed()
     def export(
@@ -186,13 +198,8 @@ class Lens(Installation):
         Cost: a copy of the model, and two small forward passes that compare it with `replaced`.
         """
         self._require_attached()
-        if not hasattr(self.host, "copied"):
-            raise AttachmentError(
-                f"a {self.host.name} cannot be exported; attach to the Hugging Face model that it "
-                "was made from (lens.save and polylens.load carry the polynomials over)"
-            )
         chosen, degree = self.ready(layers, degree)
-        host: Any = self.host
+        host = self.host
         polynomials = {layer: self[layer].truncate(degree) for layer in chosen}
         copy, places = host.copied(chosen, self.exclude_first)
         model = export.built(copy, places, polynomials, self.exclude_first, self.inputs_summary)

@@ -16,6 +16,7 @@ from tests.hf_models import (
 )
 from torch import nn
 
+from polylens import Expert
 from polylens.errors import UnsupportedModel
 from polylens.hosts.torch.dataflow import find_blocks
 from polylens.hosts.torch.host import TorchHost
@@ -246,8 +247,8 @@ def test_shared_experts_and_dense_layers_of_mixtures_are_ordinary_blocks():
     path = "model.layers.{}.mlp."
     assert list(sites.items())[:3] == [
         (0, path.format(0) + "shared_expert"),
-        ((0, 0), path.format(0) + "experts[0]"),
-        ((0, 1), path.format(0) + "experts[1]"),
+        (Expert(0, 0), path.format(0) + "experts[0]"),
+        (Expert(0, 1), path.format(0) + "experts[1]"),
     ]
     assert [n for n in sites if isinstance(n, int)] == [0, 1]
     assert refused == {}

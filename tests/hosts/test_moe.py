@@ -154,8 +154,8 @@ def test_a_lens_calibrates_each_expert_on_the_tokens_it_sees(case):
         torch.testing.assert_close(lens[n].inputs.mean, seen[n].mean(0), atol=1e-5, rtol=1e-4)
         covariance = torch.cov(seen[n].T, correction=0)
         torch.testing.assert_close(lens[n].inputs.cov, covariance, atol=1e-5, rtol=1e-4)
-    with lens.cache(layers=[experts[0]]) as cache:
-        logits(model)
+    with torch.no_grad():
+        _, cache = lens.run_with_cache(TOKENS, layers=experts[0])
     value = cache["out", experts[0]]
     torch.testing.assert_close(value, lens[experts[0]](cache["in", experts[0]]))
     lens.detach()
@@ -217,8 +217,8 @@ def test_prefixes_end_with_a_block_and_worst_tokens_name_experts(case):
             assert row.r2_replaced > 0.5
         assert {row.layer for row in report if row.prefix_delta_ce is not None} == ends
         assert report[Expert(layers[-1], 3)].prefix_delta_ce == report.all_row.delta_ce
-        with torch.no_grad(), lens.replaced(), lens.cache() as seen:
-            lens.host.logits(HELD_OUT)
+        with torch.no_grad(), lens.replaced():
+            _, seen = lens.run_with_cache(HELD_OUT)
         for worst in report.worst:
             x, f, error = (
                 seen[name, worst.layer].flatten(end_dim=-2) for name in ("in", "out", "error")
@@ -250,8 +250,9 @@ def test_experts_of_an_nnsight_model():
     model = nnsight.NNsight(from_config(config, name, changes))
     before, reference = module_snapshot(model._module), logits(model._module)
     with attach(model) as lens:
-        with lens.cache([Expert(1, 2)], ["out"]) as cache, lens.replaced():
-            assert not torch.equal(logits(model._module), reference)
+        with torch.no_grad(), lens.replaced():
+            out, cache = lens.run_with_cache(TOKENS, layers=Expert(1, 2), names=["out"])
+        assert not torch.equal(out, reference)
         with model.trace(MANY):
             shared = model.model.layers[1].mlp.shared_expert.poly.output.save()
         assert shared.shape[-1] == cache["out", Expert(1, 2)].shape[-1] == 24

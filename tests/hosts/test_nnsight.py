@@ -160,8 +160,7 @@ def test_gradients_reach_the_polynomial_inside_a_trace():
             loss = model.output.logits.square().sum()
             with loss.backward():
                 gradient = poly.grad.save()
-        with lens.host.cache([0], ["out"]) as cached:
-            out = lens.host.logits(TOKENS)
+        out, cached = lens.run_with_cache(TOKENS, layers=0, names=["out"])
         expected = torch.autograd.grad(out.square().sum(), cached["out", 0])[0]
     torch.testing.assert_close(gradient, expected, atol=1e-4, rtol=1e-3)
 

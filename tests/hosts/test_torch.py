@@ -86,8 +86,8 @@ def test_hidden_layers_of_a_classifier_are_replaced_one_by_one():
     with lens.replaced():
         expected = model[4](model[3](lens[0](x)))
         torch.testing.assert_close(model(x), expected)
-    with lens.host.cache([0], ["out"]) as cache:
-        model(x)
+    logits, cache = lens.run_with_cache(x, layers=0, names=["out"])
+    assert torch.equal(logits, reference)
     torch.testing.assert_close(cache["out", 0], lens[0](x))
     lens.detach()
     assert module_snapshot(model) == before
@@ -165,10 +165,12 @@ def test_models_without_a_line_of_code_of_their_own(name):
 
 def test_unknown_layers_and_points_are_named():
     lens = attach(build("gpt2"))
-    with pytest.raises(InvalidInputError, match="no layer 7"), lens.host.cache([7]):
-        pass
+    with pytest.raises(InvalidInputError, match="no layer 7"):
+        lens.run_with_cache(TOKENS, layers=[7])
     with pytest.raises(InvalidInputError, match="no hook point 'degree_9'"):
-        lens.host.cache(names=["degree_9"]).__enter__()
+        lens.run_with_cache(TOKENS, names=["degree_9"])
+    with pytest.raises(AttributeError, match="run_with_cache"):
+        lens.cache(0)
 
 
 def test_blocks_inside_of_what_belongs_to_another_block():

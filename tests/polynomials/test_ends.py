@@ -453,8 +453,7 @@ def test_attach_fits_with_tails_of_what_it_sees(stream, estimator):
     options = {"method": stream(estimator, tails=0.1, weighting="output"), "layers": [0]}
     with polylens.attach(model, tokens, degree=2, progress=False, **options) as lens:
         assert "ends with tails of 0.1" in lens.inputs_summary
-        with lens.cache(0) as cache:
-            model(tokens)
+        _, cache = lens.run_with_cache(tokens, layers=0)
         x = cache["in", 0].reshape(40, 16, -1)[visiting_order(40), 1:].reshape(-1, lens[0].d_in)
         weights = lens.sites[0].weights()
         base = lens[0].base if estimator == "joint" else lens[0]

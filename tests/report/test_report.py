@@ -15,7 +15,7 @@ from rich.console import Console
 import polylens
 from polylens.calibration.tokens import batches, validate_tokens
 from polylens.errors import InvalidInputError, UnsupportedModel
-from polylens.hosts.base import Arrival
+from polylens.hosts.base import Arrival, Host
 from polylens.hosts.positions import counted
 from polylens.report import columns
 from polylens.report.measure import measure
@@ -47,15 +47,14 @@ class TinyModel(torch.nn.Module):
         ]
 
 
-class TinyHost:
+class TinyHost(Host):
     """The least that a Host can be; `flat` hands the MLPs [batch * pos, d], as OPT does."""
 
-    name = "tiny"
     reads_tokens = True
-    device = torch.device("cpu")
+    d_vocab = D_VOCAB
 
     def __init__(self, flat: bool = False) -> None:
-        self.model = self.module = TinyModel().eval()
+        super().__init__(TinyModel().eval(), "tiny")
         self.flat = flat
         self.observers: dict = {}
         self.functions: dict = {}
@@ -73,8 +72,13 @@ class TinyHost:
             x = x + y.reshape(x.shape)
         return x @ self.model.unembed
 
-    def run(self, tokens, attention_mask=None):
-        self.logits(tokens, attention_mask)
+    forward = run = logits
+
+    def sites(self):
+        raise NotImplementedError
+
+    def install(self, site, emitter):
+        raise NotImplementedError
 
     @contextmanager
     def observe(self, observers):

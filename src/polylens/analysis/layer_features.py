@@ -24,7 +24,6 @@ from polylens.analysis.readout import (
 from polylens.brief import Brief
 from polylens.calibration.given import norm_inputs
 from polylens.checks import Layer, label, to_json
-from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Norm
 from polylens.inputs.gaussian import Gaussian
 from polylens.report.rendering import as_html
@@ -152,7 +151,7 @@ def logit_direction(lens: Any, layer: Layer, token: int, against: int | None = N
     """
     last, own = _norms_behind(lens, layer)
     u = token_direction(
-        lens.host.model.W_U, token, against, centred=last.centred, weight=last.weight
+        lens.host.unembedding, token, against, centred=last.centred, weight=last.weight
     )
     return u if own is None else before_norm(u, centred=own.centred, weight=own.weight)
 
@@ -174,10 +173,11 @@ def feature_rows(
     Raises:
         UnsupportedModel: as `layer_features`.
     """
-    norm = _language_host(lens).norm(lens.sites[layer])
+    check_lens(lens)
+    W_E, norm = lens.host.embedding, lens.host.norm(lens.sites[layer])
     scores = embedding_scores(
         features.vectors,
-        lens.host.model.W_E,
+        W_E,
         centred=norm.centred,
         weight=norm.weight,
         bias=norm.bias,
@@ -219,22 +219,12 @@ def written_tokens(
     """
     last, own = _norms_behind(lens, layer)
     u = u if own is None else behind_norm(u, centred=own.centred, weight=own.weight)
-    scores = unembedding_scores(u, lens.host.model.W_U, centred=last.centred, weight=last.weight)
+    scores = unembedding_scores(u, lens.host.unembedding, centred=last.centred, weight=last.weight)
     return top_tokens(scores[:, 0], n_tokens, names)
 
 
 def _norms_behind(lens: Any, layer: Layer) -> tuple[Norm, Norm | None]:
     """The final norm, and what the layer's output passes before the residual stream, if any."""
-    host = _language_host(lens)
-    lens[layer]  # refuses one that is not attached
-    return host.final_norm(), host.norms_behind([layer], "mlp").get(layer)
-
-
-def _language_host(lens: Any) -> Any:
     check_lens(lens)
-    if not hasattr(lens.host, "final_norm"):
-        raise UnsupportedModel(
-            f"a {lens.host.name} has no embedding and unembedding by name; load the model in "
-            "TransformerLens, or use eigenfeatures with a direction of your own"
-        )
-    return lens.host
+    lens[layer]  # refuses one that is not attached
+    return lens.host.final_norm(), lens.host.norms_behind([layer], "mlp").get(layer)

@@ -116,7 +116,7 @@ def html_page(
         )
     wanted = reported if layers is None else layers
     chosen = check_layers(wanted, lens.layers, lens.refused, " in this lens")
-    names = names or token_names(getattr(lens.host.model, "tokenizer", None))
+    names = names or token_names(lens.host.tokenizer)
     openings = [_open(lens, layer, k, n_tokens, names) for layer in chosen]
     parts = [
         f"<h1>{html.escape(report.model)}</h1>",

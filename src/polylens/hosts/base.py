@@ -1,17 +1,20 @@
 """What a host must offer, so that everything above it knows no framework."""
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from polylens.activations.activation import Activation
 from polylens.checks import Layer
-from polylens.errors import UnsupportedModel
+from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.polynomials.factored import Polynomial
 
 Weights = MLPWeights | GLUWeights
 # Of a recomputed output, relative to its largest entry.
@@ -132,59 +135,199 @@ class Emitter(Protocol):
         ...
 
 
-class Host(Protocol):
-    """One model in one framework. x is [..., d_in], y is [..., d_out] throughout."""
+class Host(ABC):
+    """One model in one framework. x is [..., d_in], y is [..., d_out] throughout.
 
-    name: str
-    model: Any
-    module: Any  # the torch module itself, where `model` wraps one
+    What every host does is abstract. What not every framework can do refuses by default, with
+    what to do instead, and a host that can overrides it.
+
+    Attributes:
+        model: what the user has.
+        name: of the framework, as reports show it.
+    """
+
+    def __init__(self, model: Any, name: str) -> None:
+        self.model = model
+        self.name = name
+        self._points: dict[Layer, Mapping[str, nn.Module]] = {}
 
     @property
-    def device(self) -> torch.device: ...
+    def module(self) -> nn.Module:
+        """The torch module that is hooked and called: the model itself, or what it wraps."""
+        return self.model
 
     @property
+    def device(self) -> torch.device:
+        parameter = next(self.module.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    @property
+    def model_name(self) -> str:
+        return type(self.module).__name__
+
+    @property
+    def tokenizer(self) -> Any | None:
+        """The tokenizer that came with the model, if one did."""
+        return None
+
+    @property
+    def d_vocab(self) -> int | None:
+        """How many token ids the model knows; None where nothing says so."""
+        return None
+
+    @property
+    @abstractmethod
     def reads_tokens(self) -> bool:
         """Whether what the model is run on are token ids; else floats. Known after `sites`."""
-        ...
 
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the logits are a decoder's, about the tokens of its own input."""
+        return False
+
+    @abstractmethod
     def sites(self) -> tuple[list[MLPSite], dict[Layer, str]]:
         """Verified sites by layer, and for each refused layer the reason.
 
         Runs one tiny forward pass. The model's training flag, hooks and RNG are as before.
         """
-        ...
 
+    @abstractmethod
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
+        """The logits, or what a model without logits returns.
+
+        Args:
+            tokens: [batch, pos] token ids; floats [batch, ...] for a model that reads those.
+        """
+
+    @abstractmethod
     def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[batch, pos] token ids -> [batch, pos, d_vocab]; else floats [batch, ...]."""
-        ...
 
+    @abstractmethod
     def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
         """A forward pass for the sake of its observers; skips the unembedding where it can."""
-        ...
 
-    def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
-        """[n_seq, seq_len] token ids sampled from the model at temperature 1."""
-        ...
-
+    @abstractmethod
     def observe(self, observers: Mapping[Layer, Observer]) -> AbstractContextManager[None]:
         """Within the context, observers[layer](arrival) sees the MLP's true input and output."""
-        ...
 
+    @abstractmethod
     def substitute(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         """Within the context the output of layer's MLP is functions[layer](arrival)."""
-        ...
 
+    @abstractmethod
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
         """Add the emitter's hook points and route the MLP's output through it.
 
         Returns the undo, which restores the same objects, hook names and state_dict exactly.
-        Nothing stays installed if this raises.
+        Nothing stays installed if this raises. While it is installed its hook points are in
+        `_points`.
         """
-        ...
+
+    @contextmanager
+    def reading(
+        self, layers: Iterable[Layer], names: Iterable[str] | None = None
+    ) -> Iterator[dict[tuple[str, Layer], Tensor]]:
+        """Within the context, values at the hook points are collected as the model runs.
+
+        Args:
+            layers: installed ones.
+            names: "in", "out", "error", "degree_k"; all by default.
+
+        Yields:
+            {(name, layer): [batch, pos, d]}, of the latest pass through each point.
+
+        Raises:
+            InvalidInputError: a layer that is not installed, or an unknown name.
+        """
+        values: dict[tuple[str, Layer], Tensor] = {}
+        wanted = None if names is None else list(names)
+        with ExitStack() as stack:
+            for layer in layers:
+                if layer not in self._points:
+                    raise InvalidInputError(
+                        f"no layer {layer!r} is attached; there are {list(self._points)}"
+                    )
+                points = self._points[layer]
+                for name in points if wanted is None else wanted:
+                    if name not in points:
+                        raise InvalidInputError(
+                            f"no hook point {name!r}; there are {', '.join(points)}"
+                        )
+                    hook = partial(_collect, values, (name, layer))
+                    stack.callback(points[name].register_forward_hook(hook).remove)
+            yield values
 
     def norm(self, site: MLPSite) -> Norm:
         """The normalisation whose output the MLP reads; UnsupportedModel if there is none."""
-        ...
+        raise UnsupportedModel(
+            f"layer {site.layer} ({site.path}): a {self.name} does not say which normalisation it "
+            "reads; give tokens="
+        )
+
+    def final_norm(self) -> Norm:
+        """The normalisation in front of the unembedding; UnsupportedModel if there is none."""
+        raise self._nameless()
+
+    def norms_behind(self, layers: Iterable[Layer], part: str) -> dict[Layer, Norm]:
+        """By layer, what the output of "attn" or "mlp" passes on its way to the residual stream.
+
+        Layers where it passes nothing are not in it.
+        """
+        raise self._nameless()
+
+    @property
+    def embedding(self) -> Tensor:
+        """W_E [d_vocab, d_model]."""
+        raise self._nameless()
+
+    @property
+    def unembedding(self) -> Tensor:
+        """W_U [d_model, d_vocab]."""
+        raise self._nameless()
+
+    def _nameless(self) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"a {self.name} has no embedding and unembedding by name; load the model in "
+            "TransformerLens, or use eigenfeatures with a direction of your own"
+        )
+
+    def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
+        """[n_seq, seq_len] token ids sampled from the model at temperature 1."""
+        raise UnsupportedModel(f"a {self.name} cannot generate text to calibrate on; give tokens=")
+
+    def inline(self, polynomial: Polynomial) -> nn.Module:
+        """The polynomial as a module of its own that travels with a remote trace."""
+        raise AttachmentError(
+            f"a {self.name} has no remote traces; use lens[layer], or lens.replaced()"
+        )
+
+    def copied(
+        self, layers: Iterable[Layer], keep_first: bool
+    ) -> tuple[nn.Module, Mapping[Layer, Any]]:
+        """A copy of the module without a lens, and where in it these layers' activations are."""
+        raise self._no_export()
+
+    def example_outputs(self, module: nn.Module) -> list[Tensor]:
+        """What a module like the host's returns for some small inputs, floats only."""
+        raise self._no_export()
+
+    def _no_export(self) -> AttachmentError:
+        return AttachmentError(
+            f"a {self.name} cannot be exported; attach to the Hugging Face model that it was made "
+            "from (lens.save and polylens.load carry the polynomials over)"
+        )
+
+
+def _collect(
+    values: dict[tuple[str, Layer], Tensor],
+    key: tuple[str, Layer],
+    module: nn.Module,
+    args: tuple,
+    out: Tensor,
+) -> None:
+    values[key] = out
 
 
 def openings(n: int, bos: Any, d_vocab: int, device: torch.device) -> list[Tensor]:

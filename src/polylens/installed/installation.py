@@ -60,8 +60,7 @@ class Installation:
 
     @property
     def model_name(self) -> str:
-        config = getattr(self.host.model, "cfg", None)
-        return str(getattr(config, "model_name", None) or type(self.host.module).__name__)
+        return self.host.model_name
 
     @property
     def is_attached(self) -> bool:

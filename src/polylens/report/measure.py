@@ -68,10 +68,9 @@ def measure(
     degree = lens.degree if degree is None else check_degree(degree, lens.degree, "attach")
     chosen = check_layers(layers, lens.layers, lens.refused, " in this lens")
     _check_options(loss, prefixes, worst)
-    d_vocab = getattr(getattr(lens.host.model, "cfg", None), "d_vocab", None)
     reads_tokens = lens.host.reads_tokens
     tokens, mask = validate_inputs(
-        tokens, attention_mask, reads_tokens=reads_tokens, d_vocab=d_vocab
+        tokens, attention_mask, reads_tokens=reads_tokens, d_vocab=lens.host.d_vocab
     )
     loss = loss and reads_tokens
     as_text = decoder(lens, decode, tokens) if loss else str

@@ -34,8 +34,7 @@ def lead_of(host: Host, tokens: Tensor) -> int:
     Args:
         tokens: [batch, pos].
     """
-    config = getattr(host.module, "config", None)
-    if tokens.shape[1] < 2 or getattr(config, "is_encoder_decoder", False):
+    if tokens.shape[1] < 2 or host.is_encoder_decoder:
         return 1
     first, other = tokens[:1], tokens[:1].clone()
     other[0, -1] += -1 if other[0, -1] > 0 else 1

@@ -159,9 +159,8 @@ def decoder(lens: Installation, decode: Decode | None, tokens: Tensor) -> Decode
     Raises:
         InvalidInputError: one that does not turn a list of ids into text.
     """
-    tokenizer: Any = getattr(lens.host.model, "tokenizer", None)
     if decode is None:
-        return _ids if tokenizer is None else tokenizer.decode
+        return _ids if lens.host.tokenizer is None else lens.host.tokenizer.decode
     sample = tokens[0, :1].tolist()
     try:
         text = decode(sample)

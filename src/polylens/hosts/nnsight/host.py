@@ -14,12 +14,13 @@ from polylens.hosts.torch.dataflow import Block
 from polylens.hosts.torch.host import TorchHost
 from polylens.hosts.torch.moe import ExpertSite
 from polylens.polynomials.evaluation import PerNeuron
+from polylens.polynomials.factored import Polynomial
 
 _CHILD = "poly"
 
 
 class NNsightHost(TorchHost):
-    """Implements `hosts.base.Host` for `nnsight.NNsight` and its subclasses.
+    """`nnsight.NNsight` and its subclasses.
 
     Each site's component `mlp` gets a child `mlp.poly`, to be read in a trace after the true
     output (which stays `mlp.output`; where the component adds a residual or a normalisation,
@@ -32,8 +33,8 @@ class NNsightHost(TorchHost):
             error = mlp.poly.error.output.save()
 
     `mlp.poly.x.output` is the polynomial's input; requests follow the order x, degree_0 ...,
-    poly, error. Writing to `mlp.poly.output` while replaced changes what flows on. The points
-    of an expert, whose parameters are in no module of its own, are read with `lens.cache()`.
+    poly, error. Writing to `mlp.poly.output` while replaced changes what flows on. The points of
+    an expert, whose parameters are in no module of its own, are read with `lens.run_with_cache`.
 
     Args:
         model: the root of an nnsight model; dispatched here if its weights are not loaded yet.
@@ -61,7 +62,7 @@ class NNsightHost(TorchHost):
 
     @property
     def module(self) -> nn.Module:
-        return self.model._module if hasattr(self.model, "_module") else self.model
+        return self.model._module
 
     def _end(self, block: Block) -> nn.Module:
         return block.exit
@@ -92,8 +93,8 @@ class NNsightHost(TorchHost):
             undo.callback(self._points.pop, site.layer, None)
             return undo.pop_all().close
 
-    def inline(self, polynomial: Any) -> InlinePolynomial:
-        """`Lens.inline`: sent by value, so polylens need not be installed where it runs."""
+    def inline(self, polynomial: Polynomial) -> InlinePolynomial:
+        """Sent by value, so that polylens need not be installed where it runs."""
         import nnsight
 
         for part in (InlinePolynomial, PerNeuron):

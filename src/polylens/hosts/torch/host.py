@@ -1,7 +1,7 @@
 """Any torch module: Hugging Face models, classifiers, custom transformers."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from polylens.checks import Expert, Layer
-from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
-from polylens.hosts.base import Emitter, Function, MLPSite, Norm, Observer, openings, written
+from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
+from polylens.hosts.base import Emitter, Function, Host, MLPSite, Norm, Observer, openings, written
 from polylens.hosts.norms import Call, norm_read
 from polylens.hosts.passage import Emitting, PolyPoint, Step, Taps, observing, substituting
 from polylens.hosts.recording import quiet
@@ -23,8 +23,8 @@ from polylens.hosts.torch.splice import Splice
 _SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_beams": 1}
 
 
-class TorchHost:
-    """Implements `hosts.base.Host` with torch hooks only.
+class TorchHost(Host):
+    """Any torch module, with torch hooks only.
 
     Hook points are modules `hook_poly_<name>` under the site's path. In a classifier with
     several hidden layers neighbouring sites share a linear map: the out-projection of one is
@@ -37,8 +37,7 @@ class TorchHost:
     """
 
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
-        self.model = model
-        self.name = "Hugging Face" if _is_hugging_face(model) else "torch"
+        super().__init__(model, "Hugging Face" if _is_hugging_face(model) else "torch")
         self._examples: Inputs | None = None
         if isinstance(example_inputs, Mapping):
             self._examples = dict(example_inputs)
@@ -48,17 +47,14 @@ class TorchHost:
         self._blocks: dict[int, Block] = {}
         self._experts: dict[Layer, ExpertSite] = {}
         self._passages: dict[nn.Module, ExpertPassage] = {}
-        self._points: dict[Layer, dict[str, PolyPoint]] = {}
 
     @property
-    def module(self) -> nn.Module:
-        """The torch module that is hooked and called."""
-        return self.model
+    def tokenizer(self) -> Any | None:
+        return getattr(self.model, "tokenizer", None)
 
     @property
-    def device(self) -> torch.device:
-        parameter = next(self.module.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+    def is_encoder_decoder(self) -> bool:
+        return getattr(getattr(self.module, "config", None), "is_encoder_decoder", False)
 
     @property
     def reads_tokens(self) -> bool:
@@ -115,22 +111,28 @@ class TorchHost:
             return module(**{name: moved(value) for name, value in inputs.items()})
         return module(*(moved(value) for value in inputs))
 
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
+        out = self._forward(self.module, tokens, attention_mask)
+        if isinstance(out, Tensor):
+            return out
+        named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
+        if named is None and isinstance(out, Mapping):
+            return out
+        return out[0] if named is None else named
+
     def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[batch, pos] token ids (or a float tensor, for models of images or features).
 
         Raises:
             UnsupportedModel: a model without a head, which returns hidden states.
         """
-        out = self._forward(self.module, tokens, attention_mask)
-        if isinstance(out, Tensor):
-            return out
-        named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
-        if named is None and isinstance(out, Mapping):
+        out = self.forward(tokens, attention_mask)
+        if isinstance(out, Mapping):
             raise UnsupportedModel(
                 f"{type(self.module).__name__} has no logits, it returns {', '.join(out)}; use "
                 "report(..., loss=False), or a model with a head"
             )
-        return out[0] if named is None else named
+        return out
 
     def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
         self._forward(self._trunk(), tokens, attention_mask)
@@ -255,44 +257,6 @@ class TorchHost:
         site.stack.module.add_module(name, owner)
         undo.callback(site.stack.module._modules.pop, name, None)
         return owner
-
-    @contextmanager
-    def cache(
-        self, layers: Iterable[Layer] | None = None, names: Iterable[str] | None = None
-    ) -> Iterator[dict[tuple[str, Layer], Tensor]]:
-        """Within the context, values at the hook points are collected as the model runs.
-
-        Args:
-            layers: attached layers; all by default.
-            names: "in", "out", "error", "degree_k"; all by default.
-
-        Yields:
-            {(name, layer): [batch, pos, d]}, of the latest pass through each point.
-
-        Raises:
-            InvalidInputError: a layer that is not attached, or an unknown name.
-        """
-        values: dict[tuple[str, Layer], Tensor] = {}
-
-        def keep(key: tuple[str, Layer], module: nn.Module, args: tuple, out: Tensor) -> None:
-            values[key] = out
-
-        wanted = None if names is None else list(names)
-        with ExitStack() as stack:
-            for layer in self._points if layers is None else layers:
-                if layer not in self._points:
-                    raise InvalidInputError(
-                        f"no layer {layer!r} is attached; there are {list(self._points)}"
-                    )
-                points = self._points[layer]
-                for name in points if wanted is None else wanted:
-                    if name not in points:
-                        raise InvalidInputError(
-                            f"no hook point {name!r}; there are {', '.join(points)}"
-                        )
-                    handle = points[name].register_forward_hook(partial(keep, (name, layer)))
-                    stack.callback(handle.remove)
-            yield values
 
     def copied(
         self, layers: Iterable[Layer], keep_first: bool

@@ -20,6 +20,7 @@ from polylens.hosts.base import (
     Arrival,
     Emitter,
     Function,
+    Host,
     MLPSite,
     Norm,
     Observer,
@@ -39,20 +40,40 @@ _SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=1.0, stop_at_eos=Fa
 _SAMPLING |= dict(prepend_bos=False, return_type="tokens", verbose=False)
 
 
-class TransformerLensHost:
-    """Implements `hosts.base.Host` for both of TransformerLens' model classes."""
-
-    reads_tokens = True
+class TransformerLensHost(Host):
+    """Both of TransformerLens' model classes."""
 
     def __init__(self, model: Any) -> None:
-        self.model = self.module = model
         self.is_bridge = hasattr(model, "_hook_registry")
-        self.name = "TransformerBridge" if self.is_bridge else "HookedTransformer"
+        super().__init__(model, "TransformerBridge" if self.is_bridge else "HookedTransformer")
         self._wirings: dict[Layer, Wiring] = {}
 
     @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    def model_name(self) -> str:
+        return str(getattr(self.model.cfg, "model_name", None) or super().model_name)
+
+    @property
+    def tokenizer(self) -> Any | None:
+        return getattr(self.model, "tokenizer", None)
+
+    @property
+    def d_vocab(self) -> int | None:
+        return getattr(self.model.cfg, "d_vocab", None)
+
+    @property
+    def reads_tokens(self) -> bool:
+        return True
+
+    @property
+    def embedding(self) -> Tensor:
+        return self.model.W_E
+
+    @property
+    def unembedding(self) -> Tensor:
+        return self.model.W_U
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self._forward(tokens, attention_mask, "logits")
 
     def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         return self._forward(tokens, attention_mask, "logits")
@@ -67,7 +88,7 @@ class TransformerLensHost:
     def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
         with _seeded(seed, self.device), torch.no_grad():
             seq_len = min(seq_len, getattr(self.model.cfg, "n_ctx", None) or seq_len)
-            bos = getattr(getattr(self.model, "tokenizer", None), "bos_token_id", None)
+            bos = getattr(self.tokenizer, "bos_token_id", None)
             starts = openings(n_seq, bos, self.model.cfg.d_vocab, self.device)
             return written(starts, seq_len, self._continue, self.name)
 
@@ -234,6 +255,8 @@ class TransformerLensHost:
         try:
             for name, point in points.items():
                 self._add_point(site, name, point, undo)
+            self._points[site.layer] = points
+            undo.callback(self._points.pop, site.layer, None)
             undo.callback(self._join(site.layer, Emitting(emitter, Taps(points)), False).remove)
         except BaseException:
             undo.close()
@@ -268,14 +291,10 @@ class TransformerLensHost:
             calls = self._norm_calls([site.layer])
         return norm_read(site, calls[site.layer], inputs[0])
 
-    def norms_behind(self, layers: Iterable[int], part: str) -> dict[int, Norm]:
-        """By layer, what the output of "attn" or "mlp" passes on its way to the residual stream.
-
-        Layers where it passes nothing are not in it. One tiny forward pass.
-        """
+    def norms_behind(self, layers: Iterable[Layer], part: str) -> dict[Layer, Norm]:
         layers, outputs = list(layers), {}
 
-        def keep(layer: int, module: nn.Module, args: tuple, out: Any) -> None:
+        def keep(layer: Layer, module: nn.Module, args: tuple, out: Any) -> None:
             outputs[layer] = (out[0] if isinstance(out, tuple) else out).detach().clone()
 
         with ExitStack() as hooks:
@@ -303,7 +322,6 @@ class TransformerLensHost:
         return calls
 
     def final_norm(self) -> Norm:
-        """The normalisation in front of the unembedding; UnsupportedModel if there is none."""
         calls: list[Call] = []
 
         def keep(module: nn.Module, args: tuple, out: Tensor) -> None:
