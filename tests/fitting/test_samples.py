@@ -207,3 +207,60 @@ def test_iterators_are_used_once():
         NeuronGram(layer, 2).solve(3)
     with pytest.raises(InvalidInputError, match="no samples"):
         NeuronGram(layer, 2).solve()
+
+
+LATTICES = {
+    "0 or 1": ([0.0, 1.0], [1, 1]),
+    "0.1 or 0.7": ([0.1, 0.7], [1, 1]),
+    "0 or 1, unevenly": ([0.0, 1.0], [2, 3]),
+    "roots of He_3": ([-(3**0.5), 0.0, 3**0.5], [1, 4, 1]),
+    "five points": ([0.0, 1.0, 2.0, 3.0, 4.0], [1, 1, 1, 1, 1]),
+}
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("lattice", LATTICES)
+@pytest.mark.filterwarnings("ignore::polylens.NumericalWarning")
+def test_features_that_samples_cannot_tell_apart(kind, lattice, dtype):
+    """He_2(-1) and He_2(1) are zero up to rounding, which is no feature."""
+    points, often = LATTICES[lattice]
+    x = (
+        torch.tensor(points, dtype=dtype)
+        .repeat_interleave(torch.tensor(often))
+        .repeat(120)[:, None]
+    )
+    x = x[torch.randperm(len(x), generator=generator(0))]
+    layer = random_layer(1, kind, "silu", d_in=1).to(dtype)
+    exact = {"rtol": 0, "atol": 1e-8 if dtype == torch.float64 else 1e-5}
+    for samples in (Samples(x), Samples(iter(x.split(100)))):
+        poly = fit(layer, samples, 4)
+        for degree in range(len(points) - 1, 5):
+            torch.testing.assert_close(poly.truncate(degree)(x), layer(x), **exact)
+    joint = fit_joint(layer, Samples(x), 4)
+    assert joint.r2[len(points) - 1 :].min() > 1 - 10 * exact["atol"]
+
+
+@both
+@pytest.mark.parametrize("scope", ["neuron", "joint"])
+@pytest.mark.parametrize("tails", [None, 0.0, 0.05])
+def test_samples_of_weight_zero_decide_nothing(kind, scope, tails):
+    layer, x = random_layer(2, kind, "silu"), heavy(n=3000)
+    w = torch.rand(3000, generator=generator(4)).double()
+    far, none = torch.full((50, 4), 1e4).double(), torch.zeros(50).double()
+    both = torch.cat([far, x[:100]]), torch.cat([none, w[:100]])
+    batches = [(x[i : i + 100], w[i : i + 100]) for i in range(0, 3000, 100)]
+    for read in (iter, list):
+        expected = FITS[scope](layer, Samples(read(batches)), 2, tails=tails)
+        found = FITS[scope](layer, Samples(read([both, *batches[1:]])), 2, tails=tails)
+        assert_same_function(found, expected, x, 1e-9)
+        assert tails is None or torch.equal(found.ends, expected.ends)
+
+
+@both
+def test_joint_fits_from_small_batches_hold_some_out(kind):
+    layer, x = random_layer(1, kind, "silu", d_mlp=8), heavy(n=2000)
+    r2 = {n: float(fit_joint(layer, Samples(x.split(n)), 2).r2[2]) for n in (1, 3, 4, 500)}
+    per_neuron = float(fit(layer, Samples(x), 2).r2[2])
+    for n in (1, 3, 4):
+        assert r2[n] - per_neuron > 0.5 * (r2[500] - per_neuron) > 1e-3

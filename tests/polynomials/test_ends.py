@@ -481,3 +481,22 @@ def test_analyses_are_of_the_polynomial_without_ends(layer):
         total = found.constant + found.linear.sum() + found.pairs.sum()
         expected = poly(writers.sum(0, keepdim=True))[0] @ u
         assert torch.allclose(total, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("verb", [fit, fit_joint])
+def test_r2_does_not_depend_on_when_it_was_read(verb, tmp_path):
+    weights, X = LAYERS["glu"](), randn(800, D_IN) ** 3
+    polys = [verb(weights, Samples(X), 3) for _ in range(2)]
+    read = polys[0].r2
+    y, _ = preactivations(weights, X)
+    ends = torch.stack([y.quantile(q, 0) for q in (0.1, 0.9)])
+    first, second = (poly.with_ends(ends) for poly in polys)
+    assert torch.equal(first.r2, second.r2)
+    assert not torch.allclose(first.r2, read)
+    assert torch.equal(first.without_ends().r2, read)
+    assert torch.equal(first.truncate(2).r2, first.r2[:3])
+    first.save(tmp_path / "x")
+    assert torch.equal(type(first).load(tmp_path / "x").r2, second.r2)
+    error = (second(X) - weights(X)).square().sum()
+    total = (weights(X) - weights(X).mean(0)).square().sum()
+    assert float(first.r2[3]) == pytest.approx(float(1 - error / total), abs=1e-9)

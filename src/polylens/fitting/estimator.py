@@ -67,6 +67,14 @@ class Estimator(ABC):
         require_tails(tails)
 
 
+def weighty(x: Tensor, sample_weights: Tensor | None) -> Batch:
+    """Without inputs of weight zero, which decide nothing."""
+    if sample_weights is None:
+        return x, None
+    kept = sample_weights != 0  # NaN stays, to be refused
+    return (x, sample_weights) if bool(kept.all()) else (x[kept], sample_weights[kept])
+
+
 def require_degree(degree: int) -> None:
     """InvalidInputError for a degree that cannot be fitted."""
     if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= MAX_DEGREE:

@@ -20,7 +20,8 @@ from polylens.polynomials.joint import JointPolynomial, feature_count, features,
 # Ridge strengths, in units of a feature's mean square, and the one tried first.
 STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
 FIRST = STRENGTHS.index(0.3)
-# Of every batch, the last fifth of the rows is held out to choose the strength.
+# Of every batch, the last fifth of the rows is held out to choose the strength; of batches that
+# are too small for that, every fifth row.
 HELD_OUT = 0.2
 MAX_GRAM_BYTES = 1 << 33
 # Rows and columns of one block of a Gram matrix.
@@ -79,6 +80,7 @@ class JointGram:
         self._weights, self._degree = weights.to(self.dtype), degree
         self._neurons = NeuronGram(weights, degree, seen=seen, linear=True)
         self._ends = None if seen is None else seen.inner
+        self._small = 0
         self._frame: tuple[Polynomial, Tensor, Tensor] | None = None
         self._train, self._test = (_Sums(size, weights.d_out, weights.device) for _ in range(2))
 
@@ -89,7 +91,7 @@ class JointGram:
         Cost: O(features^2) per sample.
         """
         x, w = checked(x, sample_weights, self._weights.d_in)
-        cut = len(x) - int(HELD_OUT * len(x))
+        cut = len(x) - self._held_out(len(x))
         for sums, rows in ((self._train, slice(0, cut)), (self._test, slice(cut, None))):
             block = x[rows], None if w is None else w[rows]
             sums.waiting.append(block)
@@ -97,6 +99,13 @@ class JointGram:
                 self._flush(sums)
             else:  # the caller may write to x, or free it
                 sums.waiting[-1] = tuple(None if t is None else t.clone() for t in block)
+
+    def _held_out(self, rows: int) -> int:
+        """How many of a batch's rows are held out; of batches that are too small every fifth."""
+        if rows >= 1 / HELD_OUT:
+            return int(HELD_OUT * rows)
+        before, self._small = self._small, self._small + rows
+        return int(HELD_OUT * self._small) - int(HELD_OUT * before)
 
     def _flush(self, sums: "_Sums") -> None:
         """Add what is waiting."""

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
+from math import factorial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from polylens.polynomials.factored import Polynomial
 BLOCK = {"cpu": 1 << 18, "other": 1 << 25}
 # Ridge relative to each feature's mean square, and the pivot below which it is added.
 RIDGE, PIVOT = 1e-10, 1e-12
+# A feature with less than this share of the mean square that it has under a Gaussian is what
+# rounding leaves of zero: He_2 of what is -1 or 1, He_3 of what is 0 or the root of 3 either way.
+NULL = 1e-14
 
 
 class NeuronGram:
@@ -186,14 +190,21 @@ def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[T
     few: fewer samples than features.
     """
     size = gram.shape[1]
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    unused = torch.zeros_like(diagonal, dtype=torch.bool)
+    stride = 2 if glu else 1
+    for k in range(2, n + 1):
+        unused[:, stride * (k - 1) + 1] = diagonal[:, stride * (k - 1) + 1] <= NULL * factorial(k)
+        if glu:
+            least = NULL * factorial(k - 1) * diagonal[:, 2]
+            unused[:, 2 * k] = diagonal[:, 2 * k] <= least
     if n:
         # A neuron whose t does not vary has no features beyond its constant (and zeta).
         variance = gram[:, 1, 1] - gram[:, 0, 1].square()
         dead = variance <= 1e-24 * (1 + gram[:, 1, 1])
-        unused = torch.zeros_like(gram[:, 0], dtype=torch.bool)
-        unused[:, 1] = True
-        unused[:, 3 if glu else 2 :] = True
-        unused &= dead[:, None]
+        unused[:, 1] |= dead
+        unused[:, 3 if glu else 2 :] |= dead[:, None]
+    if unused.any():
         gram = gram.masked_fill(unused[:, :, None] | unused[:, None, :], 0.0)
         right = right.masked_fill(unused[:, :, None], 0.0)
     diagonal = gram.diagonal(dim1=1, dim2=2)

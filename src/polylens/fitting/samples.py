@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from polylens.fitting.estimator import Batch, Estimator
+from polylens.fitting.estimator import Batch, Estimator, weighty
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.fitting.tails import best_tails
 from polylens.inputs.samples import joined
@@ -53,6 +53,7 @@ class SampleEstimator(Estimator):
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
         self.count += len(x)
+        x, sample_weights = weighty(x, sample_weights)
         if self._gram is None and not self.tails:
             self._gram = self._begun(self._range)
         if self._gram is not None:
@@ -60,14 +61,14 @@ class SampleEstimator(Estimator):
             return
         w = None if sample_weights is None else sample_weights.clone()
         self._first.append((x.clone(), w))
-        if self.count >= FIRST:
+        if sum(len(x) for x, _ in self._first) >= FIRST:
             self._decide_by_first()
 
     def prepare(self, batches: Callable[[], Iterable[Batch]]) -> None:
         if self.tails:
             drawn = _Drawn()
-            for x, w in batches():
-                drawn.add(x, w)
+            for batch in batches():
+                drawn.add(*weighty(*batch))
             self._decide(drawn.x, drawn.w)
 
     def solve(self) -> Polynomial | JointPolynomial:
@@ -103,7 +104,8 @@ class SamplesEstimator(SampleEstimator):
 
     def prepare(self, batches: Callable[[], Iterable[Batch]]) -> None:
         moments, drawn = NeuronMoments(self.weights), _Drawn() if self.tails else None
-        for x, w in batches():
+        for batch in batches():
+            x, w = weighty(*batch)
             moments.update(x, w)
             if drawn is not None:
                 drawn.add(x, w)

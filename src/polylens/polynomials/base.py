@@ -39,7 +39,9 @@ class Approximation(nn.Module):
 
         Under the input model of the fit: closed form under a Gaussian (see
         `explained_variance` for its bounds) or a mixture, over the samples under Samples. Of a
-        constant output it is 1 if the polynomial reproduces it, else 0. Computed once,
+        constant output it is 1 if the polynomial reproduces it, else 0. Where there are ends, over
+        the samples it is that of what is evaluated, and in closed form that of the optimum
+        without them. Computed once,
         O(d_mlp^2 (d_in + d_out)), and saved with the polynomial if it was.
 
         Raises:
@@ -139,7 +141,12 @@ class Approximation(nn.Module):
 
     def _direction(self, u: Tensor, device: torch.device) -> Tensor:
         """u as a finite float64 vector [d_out]."""
-        u = torch.as_tensor(u, device=device).detach().double()
+        if isinstance(u, Tensor) and (u.is_complex() or u.dtype == torch.bool):
+            raise InvalidInputError(f"u must be a real vector [{self.d_out}], got {u.dtype}")
+        try:
+            u = torch.as_tensor(u, device=device).detach().double()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidInputError(f"u must be a vector [{self.d_out}]: {error}") from error
         if tuple(u.shape) != (self.d_out,) or not torch.isfinite(u).all():
             raise InvalidInputError(
                 f"u must be a finite vector of shape ({self.d_out},), got {tuple(u.shape)}"

@@ -110,6 +110,10 @@ class DensePolynomial(Approximation):
         return torch.stack([self._evaluate(x, n) for n in range(self.degree + 1)])
 
     def _evaluate(self, x: Tensor, n: int) -> Tensor:
+        if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidInputError(
+                f"x must be a tensor [..., {self.d_in}], got {type(x).__name__}"
+            )
         if x.shape[-1:] != (self.d_in,) or not x.is_floating_point():
             raise InvalidInputError(
                 f"x must be floating point [..., {self.d_in}], got {x.dtype} {tuple(x.shape)}"
@@ -120,7 +124,7 @@ class DensePolynomial(Approximation):
         tensors = [getattr(self, f"T{n}_{k}").to(dtype) for k in range(n + 1)]
         value = tensors[0].expand(len(xi), -1)
         rank = xi.shape[1]
-        for k, tensor in enumerate(tensors[1:] if rank else [], 1):
+        for k, tensor in enumerate(tensors[1:] if rank and len(xi) else [], 1):
             term = xi @ tensor.movedim(-1, 0).reshape(rank, -1)
             for _ in range(k - 1):
                 term = torch.einsum("br,bar->ba", xi, term.reshape(len(xi), -1, rank))

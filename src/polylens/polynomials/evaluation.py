@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 # Elements of one elementwise block on a CPU: many for the cost of a call, few for a cache.
 BLOCK = 1 << 18
@@ -45,7 +46,7 @@ def evaluate(
     p = rows["P"]
     if len(p) == 1 and not ("below" in rows or "above" in rows):
         return p[0].to(v.dtype).expand_as(v)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (v, z)):
+    if _is_traced(v, z):
         return _value(rows, v, z, mean, lambda name: None).to(v.dtype)
     flat = v.reshape(-1, v.shape[-1])
     flat_z = None if z is None else z.reshape(flat.shape)
@@ -121,6 +122,14 @@ class PerNeuron(nn.Module):
         return self
 
 
+def _is_traced(*tensors: Tensor | None) -> bool:
+    """Whether something follows the operations, so that none may write to memory of before."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return True
+    wrapped, grad = torch._C._functorch.is_functorch_wrapped_tensor, torch.is_grad_enabled()
+    return any(t is not None and ((grad and t.requires_grad) or wrapped(t)) for t in tensors)
+
+
 # Memory for an intermediate result of this name, or None for its own, as autograd needs it.
 _Scratch = Callable[[str], Tensor | None]
 
@@ -131,7 +140,9 @@ def _gains(v: Tensor, rows: Mapping[str, Rows], scratch: _Scratch) -> list[tuple
     for name, limit in (("below", "max"), ("above", "min")):
         if name in rows:
             start, *rates = rows[name]
-            beyond = torch.sub(v, start, out=scratch(name)).clamp_(**{limit: 0.0})
+            out = scratch(name)
+            beyond = torch.sub(v, start, out=out)
+            beyond = torch.clamp(beyond, **{limit: 0.0}, out=out)
             found.append((beyond, _horner(tuple(rates), beyond, scratch, f"{name}, by unit")))
     return found
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from polylens.activations.activation import MAX_DEGREE
@@ -22,6 +23,8 @@ from polylens.polynomials.monomials import expanded_about, outer_powers
 from polylens.polynomials.quadratic_form import QuadraticForm
 from polylens.polynomials.records import checked, packed, unpacked
 
+# Share of the largest number of a dtype that coefficients may have: Horner's rule multiplies.
+HEADROOM = 1e-4
 _COEFFICIENTS = ("m", "s", "P", "Q", "ends")
 
 
@@ -84,11 +87,11 @@ class Polynomial(Sized, Approximation):
         self.weights_type = type(weights)
         self.act = weights.act
         self.inputs, self.ridge, self.asymptotes = inputs, ridge, asymptotes
-        for name in ROLES:
-            tensor = getattr(weights, name, None)
-            self.register_buffer(name, None if tensor is None else tensor.detach())
+        roles = {name: getattr(weights, name, None) for name in ROLES}
+        tensors = {name: None if t is None else t.detach() for name, t in roles.items()}
         for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q, ends), strict=True):
-            self.register_buffer(name, None if tensor is None else tensor.contiguous())
+            tensors[name] = None if tensor is None else tensor.contiguous()
+        self._hold(tensors)
         self._horner_cache: dict[tuple[int, torch.dtype], _Horner] = {}
 
     @property
@@ -191,7 +194,9 @@ class Polynomial(Sized, Approximation):
         """The same coefficients over the same weights, wherever and in whatever dtype they are."""
         coefficients = (getattr(self, name) for name in _COEFFICIENTS)
         moved = (None if t is None else t.to(weights.device) for t in coefficients)
-        return Polynomial(weights, *moved, self.inputs, self.ridge, self.asymptotes)  # type: ignore
+        poly = Polynomial(weights, *moved, self.inputs, self.ridge, self.asymptotes)  # type: ignore
+        poly._r2 = self._r2
+        return poly
 
     def without_ends(self) -> "Polynomial":
         return self if self.ends is None else self._ended(None, self.asymptotes)
@@ -226,9 +231,7 @@ class Polynomial(Sized, Approximation):
         return self._ended(ends, asymptotes)
 
     def _ended(self, ends: Tensor | None, asymptotes: bool) -> "Polynomial":
-        poly = self._like(ends=ends, asymptotes=asymptotes)
-        poly._r2 = self._r2
-        return poly
+        return self._like(ends=ends, asymptotes=asymptotes)
 
     def truncate(self, degree: int) -> "Polynomial":
         """The optimum of a lower degree; equal to fitting again at that degree.
@@ -344,10 +347,16 @@ class Polynomial(Sized, Approximation):
         nn.Module.__init__(poly)
         for name in ("weights_type", "act", "inputs", "ridge", "asymptotes"):
             setattr(poly, name, changes.get(name, getattr(self, name)))
-        for name in (*ROLES, *_COEFFICIENTS):
-            poly.register_buffer(name, changes.get(name, getattr(self, name)))
+        names = (*ROLES, *_COEFFICIENTS)
+        poly._hold({name: changes.get(name, self._buffers[name]) for name in names})
         poly._horner_cache = {}
         return poly
+
+    def _hold(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """Have these buffers; what is None comes last, for torch.export counts without it."""
+        # without register_buffer, whose checks of names take as long as a small fit
+        self._buffers.update({name: t for name, t in tensors.items() if t is not None})
+        self._buffers.update({name: None for name, t in tensors.items() if t is None})
 
     def _activated_first(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """(W, b) of the activated branch, (V, b_V) of the linear one; missing biases are zero."""
@@ -358,8 +367,29 @@ class Polynomial(Sized, Approximation):
         b_gate = zero if self.b_gate is None else self.b_gate.double()
         return self.W_gate, b_gate, self.W_in, b_in
 
-    def _monomials(self, degree: int) -> tuple[Tensor, Tensor | None]:
-        """Coefficients of v^j, v = y - m, in P and Q of the optimum of this degree."""
+    def _monomials(
+        self, degree: int, dtype: torch.dtype = torch.float64
+    ) -> tuple[Tensor, Tensor | None]:
+        """Coefficients of v^j, v = y - m, in P and Q of the optimum of this degree.
+
+        They have 1 / s^j. A neuron whose preactivation varies so little that they are beyond the
+        dtype has those of the highest degree of which they are not: it is nearly a constant, and
+        what further degrees add is about s of it.
+        """
+        limit = torch.finfo(dtype).max * HEADROOM
+        powers, z_powers = self._raw_monomials(0)
+        for k in range(1, degree + 1):
+            own, z_own = self._raw_monomials(k)
+            fits = own.abs() <= limit
+            if z_own is not None:
+                fits = torch.cat([fits, z_own.abs() <= limit])
+            fits = fits.all(0)
+            powers = torch.where(fits, own, F.pad(powers, (0, 0, 0, 1)))
+            if z_own is not None and z_powers is not None:
+                z_powers = torch.where(fits, z_own, F.pad(z_powers, (0, 0, 0, 1)))
+        return powers, z_powers
+
+    def _raw_monomials(self, degree: int) -> tuple[Tensor, Tensor | None]:
         inverse = torch.where(self.s > 0, 1 / self.s, 0.0)
         scale = inverse ** torch.arange(degree + 1, device=self.s.device)[:, None]
         basis = torch.tensor(hermite_to_monomial(degree), dtype=torch.float64, device=self.s.device)
@@ -373,19 +403,20 @@ class Polynomial(Sized, Approximation):
         half = self.W_in.dtype in (torch.float16, torch.bfloat16)
         dtype = torch.float32 if half else self.W_in.dtype
         key = (degree, dtype)
-        if key not in self._horner_cache:
-            with kept():
-                self._horner_cache[key] = self._computed_horner(degree, dtype)
+        if key in self._horner_cache:
+            return self._horner_cache[key]
+        if torch.compiler.is_compiling():  # then they are no tensors that outlast it
+            return self._computed_horner(degree, dtype)
+        with kept():
+            self._horner_cache[key] = self._computed_horner(degree, dtype)
         return self._horner_cache[key]
 
     def _computed_horner(self, degree: int, dtype: torch.dtype) -> _Horner:
-        powers, z_powers = self._monomials(degree)
+        powers, z_powers = self._monomials(degree, dtype)
         shift = self._activated_first()[1] - self.m
-        # Powers beyond the dtype's range belong to neurons of vanishing variance.
-        limit = torch.finfo(dtype).max
-        tables: dict[str, Rows] = {"P": powers.clamp(-limit, limit).to(dtype).unbind()}
+        tables: dict[str, Rows] = {"P": powers.to(dtype).unbind()}
         if z_powers is not None:
-            tables["Q"] = z_powers.clamp(-limit, limit).to(dtype).unbind()
+            tables["Q"] = z_powers.to(dtype).unbind()
         if self.ends is not None:
             tables |= Ends(self.act, self.ends, self.asymptotes).tables(self.m, dtype)
         return _Horner(shift.to(dtype), self.m.to(dtype), tables)
@@ -398,15 +429,23 @@ class Polynomial(Sized, Approximation):
 
     def _branches(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """v = y - m and the linear branch z, in the dtype of evaluation."""
+        self.require_input(x)
+        shift = self._horner(self.degree).shift
+        if self.W_gate is None:
+            return _affine(x, self.W_in, shift), None
+        return _affine(x, self.W_gate, shift), _affine(x, self.W_in, self.b_in)
+
+    def require_input(self, x: Tensor) -> None:
+        """InvalidInputError for what cannot be evaluated."""
+        if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidInputError(
+                f"x must be a tensor [..., {self.d_in}], got {type(x).__name__}"
+            )
         if x.shape[-1:] != (self.d_in,) or x.dtype != self.W_in.dtype:
             raise InvalidInputError(
                 f"x must be [..., {self.d_in}] of {self.W_in.dtype}, got {tuple(x.shape)} of "
                 f"{x.dtype}; cast x, or the polynomial with .to(dtype)"
             )
-        shift = self._horner(self.degree).shift
-        if self.W_gate is None:
-            return _affine(x, self.W_in, shift), None
-        return _affine(x, self.W_gate, shift), _affine(x, self.W_in, self.b_in)
 
     def neurons(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         """h of preactivations that somebody has computed already; f(x) = h W_out + b_out.
@@ -417,7 +456,24 @@ class Polynomial(Sized, Approximation):
 
         Returns:
             [..., d_mlp] in y's dtype. Cost: degree + 1 elementwise passes, of a GLU twice that.
+
+        Raises:
+            InvalidInputError: other shapes, or z that is missing or superfluous.
         """
+        needed = {"y": y} if self.Q is None else {"y": y, "z": z}
+        for name, tensor in needed.items():
+            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise InvalidInputError(
+                    f"{name} must be a floating-point tensor [..., {self.d_mlp}], got {got}; the "
+                    "neurons of a GLU need y and z, those of an MLP y"
+                )
+            if tensor.shape != y.shape or tensor.shape[-1:] != (self.d_mlp,):
+                raise InvalidInputError(
+                    f"{name} must be [..., {self.d_mlp}], as many as y; got {tuple(tensor.shape)}"
+                )
+        if self.Q is None and z is not None:
+            raise InvalidInputError("an MLP has no linear branch z; give y only")
         mean = self._horner(self.degree).mean
         return self._neurons(y, z, self.degree, reuse=False, mean=mean).contiguous()
 

@@ -94,14 +94,18 @@ class JointPolynomial(Approximation):
         return torch.stack([self._evaluate(x, n) for n in range(self.degree + 1)])
 
     def _evaluate(self, x: Tensor, n: int) -> Tensor:
+        self.base.require_input(x)
         phi, beyond = features(self.base, self.center, self.z_mean, x, n)
         key = (n, phi.dtype)
         if self._read_from is not self.base._horner_cache:  # the base is another one now
             self._readouts, self._read_from = {}, self.base._horner_cache
-        if key not in self._readouts:
+        read = self._readouts.get(key)
+        if read is None and torch.compiler.is_compiling():
+            read = self._readout(n).to(phi.dtype)
+        elif read is None:
             with kept():
-                self._readouts[key] = self._readout(n).to(phi.dtype)
-        out = phi @ self._readouts[key]
+                read = self._readouts[key] = self._readout(n).to(phi.dtype)
+        out = phi @ read
         out = out if beyond is None else out + beyond @ self.base.W_out.to(beyond.dtype)
         return out.to(x.dtype)
 
@@ -130,7 +134,9 @@ class JointPolynomial(Approximation):
         """The same coefficients over the same weights, wherever and in whatever dtype they are."""
         own = [t.to(weights.device) for t in (self.center, self.z_mean, *self.corrections)]
         base = self.base.over(weights)
-        return JointPolynomial(base, own[0], own[1], own[2:], self.ridge, self.held_out)
+        like = JointPolynomial(base, own[0], own[1], own[2:], self.ridge, self.held_out)
+        like._r2 = self._r2
+        return like
 
     @property
     def ends(self) -> Tensor | None:
@@ -144,11 +150,8 @@ class JointPolynomial(Approximation):
         return self._with(self.base.without_ends())
 
     def _with(self, base: Polynomial) -> "JointPolynomial":
-        like = JointPolynomial(
-            base, self.center, self.z_mean, self.corrections, self.ridge, self.held_out
-        )
-        like._r2 = self._r2
-        return like
+        own = self.center, self.z_mean, self.corrections, self.ridge, self.held_out
+        return JointPolynomial(base, *own)
 
     def truncate(self, degree: int) -> "JointPolynomial":
         """The fit of a lower degree; the tensors are shared."""
@@ -228,7 +231,8 @@ def features(
         beyond = gained(v, tables)
         beyond = beyond if beyond is None or z is None else beyond * z
         v = clamped(v, tables)
-        t = v * torch.where(base.s > 0, 1 / base.s, 0.0).to(v.dtype)
+        inverse = torch.where(base.s > 1 / torch.finfo(v.dtype).max, 1 / base.s, 0.0)
+        t = v * inverse.to(v.dtype)
         he = hermite_polynomials(t, n)
         zeta = None if z is None else z - z_mean.to(z.dtype)
         for k in range(2, n + 1):
@@ -238,10 +242,10 @@ def features(
     return torch.cat(columns, dim=-1), beyond
 
 
-def feature_count(weights: MLPWeights | GLUWeights, n: int) -> int:
+def feature_count(layer: MLPWeights | GLUWeights | Polynomial, n: int) -> int:
     """How many features the fit of degree n has."""
-    branches = 2 if isinstance(weights, GLUWeights) else 1
-    return 1 + (weights.d_in if n else 0) + max(n - 1, 0) * branches * weights.d_mlp
+    branches = 1 if getattr(layer, "W_gate", None) is None else 2
+    return 1 + (layer.d_in if n else 0) + max(n - 1, 0) * branches * layer.d_mlp
 
 
 def readout(base: Polynomial, center: Tensor, z_mean: Tensor, n: int) -> Tensor:
@@ -249,7 +253,7 @@ def readout(base: Polynomial, center: Tensor, z_mean: Tensor, n: int) -> Tensor:
 
     z_mean must be that of x = center.
     """
-    E = base.m.new_zeros(feature_count(base.weights, n), base.d_out)
+    E = base.m.new_zeros(feature_count(base, n), base.d_out)
     W, b, V, _ = base._activated_first()
     W_out, P = base.W_out.double(), base.P[n, : n + 1].clone()
     if V is not None and base.Q is not None:

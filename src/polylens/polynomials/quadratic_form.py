@@ -1,11 +1,13 @@
 """A symmetric quadratic form in factors."""
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from polylens.brief import Brief
+from polylens.errors import InvalidInputError
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,15 +30,19 @@ class QuadraticForm(Brief):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x Gamma x^T for x [..., d_in], in float64 -> [...]."""
-        y = x.double() @ self.W.double()
+        x = self._checked(x, -1)
+        y = x @ self.W.double()
         value = (y * y) @ self.p
         if self.V is not None and self.q is not None:
-            value = value + (y * (x.double() @ self.V.double())) @ self.q
+            value = value + (y * (x @ self.V.double())) @ self.q
         return value
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """Gamma @ X for X [d_in] or [d_in, k], in float64, as thin products."""
-        columns = X.double().reshape(self.d_in, -1)
+        X = self._checked(X, 0)
+        if X.dim() > 2:
+            raise InvalidInputError(f"X must be [{self.d_in}, k], got {tuple(X.shape)}")
+        columns = X.reshape(self.d_in, math.prod(X.shape[1:]))
         W = self.W.double()
         inner = W.T @ columns
         neurons = self.p[:, None] * inner
@@ -46,6 +52,16 @@ class QuadraticForm(Brief):
             out = V @ (self.q[:, None] * inner) / 2
             neurons = neurons + self.q[:, None] * (V.T @ columns) / 2
         return (W @ neurons + out).reshape(X.shape)
+
+    def _checked(self, x: Tensor, axis: int) -> Tensor:
+        """x in float64, if it has d_in entries along this axis."""
+        wanted = f"[..., {self.d_in}]" if axis else f"[{self.d_in}] or [{self.d_in}, k]"
+        if not isinstance(x, Tensor) or x.is_complex():  # pyright: ignore[reportUnnecessaryIsInstance]
+            got = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
+            raise InvalidInputError(f"it must be a real tensor {wanted}, got {got}")
+        if not x.dim() or x.shape[axis] != self.d_in:
+            raise InvalidInputError(f"it must be {wanted}, got {tuple(x.shape)}")
+        return x.double()
 
     def to_dense(self) -> Tensor:
         """[d_in, d_in] float64."""
