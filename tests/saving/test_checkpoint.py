@@ -198,6 +198,20 @@ def test_another_calibration_is_refused_by_name(half, options, message, tmp_path
     assert polylens.attached(other) is None
 
 
+def test_a_file_in_earlier_words_is_gone_on_with(half, tmp_path):
+    model, contents = half
+    (tmp_path / "x").write_bytes(contents)
+    header, tensors = storage.read(tmp_path / "x", "lens")
+    before = header["calibration"]
+    before["inputs"], before["clip"] = before.pop("estimator"), before.pop("tails")
+    kept = {name: header[name] for name in ("calibration", "unfinished", "layers")}
+    storage.write(tmp_path / "x", "lens", kept, tensors)
+    with attach(model, None) as lens:
+        expected = tables(lens)
+    with attach(model, tmp_path / "x") as lens:
+        assert_same_bits(tables(lens), expected)
+
+
 def test_a_damaged_file_is_refused_and_left_alone(half, tmp_path):
     model, contents = half
     for place in torch.randint(len(contents), (20,)).tolist():

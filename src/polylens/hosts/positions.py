@@ -6,7 +6,8 @@ stays true in a replaced model (`starts`, `keep_starts`). Left out is the first 
 no padding; true stays position 0 of what the model is called on, unless that is a single position,
 which continues a cached prompt.
 
-`hosts.nnsight.inline` says the same once more: its code is sent to where polylens is not.
+`has_starts`, `at_starts` and `with_starts` refer to nothing but torch: they travel with
+`hosts.nnsight.inline` to where polylens is not installed.
 """
 
 import torch

@@ -1,16 +1,16 @@
 """A polynomial in a class of its own that needs nothing but torch where it is sent."""
 
-import torch
 from torch import Tensor, nn
 
+from polylens.hosts.positions import at_starts, has_starts, with_starts
 from polylens.polynomials.evaluation import PerNeuron
 
 
 class InlinePolynomial(nn.Module):
     """f(x) = (P(y) + z Q(y)) W_out + b_out, [..., d_in] -> [..., d_out].
 
-    Called as f(x, y) with the true output y [batch, pos, d_out], position 0 of each sequence
-    stays true; a sequence of one position is a continuation and is all polynomial.
+    Called as f(x, y) with the true output y [batch, pos, d_out], starts of sequences stay
+    true, see `hosts.positions`.
 
     Args:
         tensors: W_in, W_out and those of W_gate, b_gate, b_in, b_out that there are.
@@ -41,6 +41,4 @@ class InlinePolynomial(nn.Module):
         h = self.neurons(pre.to(self.neurons.mean.dtype), z)
         out = h.to(self.W_out.dtype) @ self.W_out
         out = out if self.b_out is None else out + self.b_out
-        if y is None or out.shape[-2] == 1:
-            return out
-        return torch.cat([y[..., :1, :], out[..., 1:, :]], dim=-2)
+        return out if y is None or not has_starts(out) else with_starts(out, at_starts(y))
