@@ -30,8 +30,10 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 demo: $(VENV)/installed
 	$(BIN)/polylens demo
 
+TEST = -m pytest -q $(PARALLEL) $(PYTEST) --junitxml=$(VENV)/tests.xml
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q $(PARALLEL) $(PYTEST) --junitxml=$(VENV)/tests.xml
+	$(BIN)/python $(TEST)
 
 # The tests on the newest TransformerLens 4.
 newest:
@@ -46,8 +48,11 @@ laws: $(VENV)/installed
 	$(BIN)/python -m pytest -q $(PARALLEL) -m "hypothesis or laws" --hypothesis-profile=laws
 
 # The tests, and which lines and branches of each file they reach.
-coverage:
-	$(MAKE) test PYTEST="--cov --cov-report=term:skip-covered"
+coverage: $(VENV)/installed
+	$(BIN)/coverage erase
+	$(BIN)/coverage run $(TEST)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -62,4 +67,4 @@ benchmarks: $(VENV)/installed
 	for part in coefficients mixture layers growth; do $(BIN)/python benchmarks/core.py $$part; done
 
 clean:
-	rm -rf .venv .venv4 .venv-lowest .pytest_cache .hypothesis .coverage
+	rm -rf .venv .venv4 .venv-lowest .pytest_cache .hypothesis .coverage*
