@@ -5,6 +5,7 @@ and weights that are not zero) and overrides what its framework does differently
 """
 
 import copy
+import pickle
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
@@ -182,6 +183,22 @@ class HostContract:
             assert torch.equal(logits(model), reference)
             assert not torch.equal(all_layers, reference)
             assert not torch.equal(one, reference)
+
+    def test_contexts_may_be_left_in_any_order(self, model):
+        reference = logits(model)
+        with attach(model) as lens:
+            with lens.replaced(degree=1):
+                lower = logits(model)
+            outer, inner = lens.replaced(degree=1), lens.replaced()
+            outer.__enter__()
+            inner.__enter__()
+            outer.__exit__(None, None, None)
+            assert not torch.equal(logits(model), lower)
+            inner.__exit__(None, None, None)
+            assert torch.equal(logits(model), reference)
+            for copied in (copy.deepcopy, pickle.dumps):
+                with pytest.raises(AttachmentError, match=r"neither copied nor pickled.*save"):
+                    copied(lens)
 
     @pytest.mark.parametrize("name", ["in", "out", "degree_1"])
     def test_edits_at_a_point_flow_on_while_replaced(self, model, name):

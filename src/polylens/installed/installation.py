@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from polylens.checks import Layer, check_degree, check_layers, renamed
 from polylens.errors import AttachmentError, InvalidInputError
@@ -47,6 +47,7 @@ class Installation:
         self._emitters = {
             layer: SiteEmitter(sites[layer], polynomials[layer], exclude_first) for layer in sites
         }
+        self._flows: list[dict[Layer, int | None]] = []
         with ExitStack() as undo:
             for layer, site in sites.items():
                 undo.callback(host.install(site, self._emitters[layer]))
@@ -150,14 +151,26 @@ class Installation:
     @contextmanager
     def _flowing(self, degrees: Mapping[Layer, int | None]) -> Generator[None, None, None]:
         """Within the context, layer's polynomial of this degree (None: the true output) flows."""
-        before = {layer: self._emitters[layer].replacing for layer in degrees}
-        for layer, degree in degrees.items():
-            self._emitters[layer].replacing = degree
+        entry = dict(degrees)
+        self._flows.append(entry)
+        self._settle(entry)
         try:
             yield
         finally:
-            for layer, degree in before.items():
-                self._emitters[layer].replacing = degree
+            self._flows = [flow for flow in self._flows if flow is not entry]
+            self._settle(entry)
+
+    def _settle(self, layers: Iterable[Layer]) -> None:
+        """At each of these layers the last context that was entered and not left decides."""
+        for layer in layers:
+            degrees = (flow[layer] for flow in reversed(self._flows) if layer in flow)
+            self._emitters[layer].replacing = next(degrees, None)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise AttachmentError(
+            "a lens belongs to its model and is neither copied nor pickled; lens.save(path) writes "
+            "it, and polylens.load(path, model) attaches it to a copy of the model"
+        )
 
     def detach(self) -> None:
         """Take everything off the model; it is exactly as before `attach`.
