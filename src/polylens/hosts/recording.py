@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import TOLERANCE
+from polylens.hosts.quiet import quiet
 
 _NOT_ACTIVATIONS = (
     "dropout",
@@ -80,6 +81,12 @@ def stacked(module: nn.Module) -> dict[str, nn.Parameter]:
     return {n: p for n, p in module.named_parameters(recurse=False) if p.dim() == 3}
 
 
+def spread(n: int, count: int) -> Tensor:
+    """At most count indices from 0 to n - 1, evenly spread; the same in any default dtype."""
+    count = min(count, n)
+    return torch.arange(count) * (n - 1) // max(count - 1, 1)
+
+
 def half(t: Tensor, part: int) -> Tensor:
     """All of the last axis, or its first or second half, as a view."""
     if part == 0:
@@ -136,24 +143,6 @@ def _watch(module: nn.Module, path: str, calls: list[Call], counter: Iterator[in
 
 
 @contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; training flags and RNG states come back."""
-    tensors = [*model.parameters(), *model.buffers()]
-    if any(t.is_meta for t in tensors):
-        raise UnsupportedModel("the model's weights are on the meta device; load them first")
-    devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
-    training = [(m, m.training) for m in model.modules()]
-    with torch.random.fork_rng(devices), torch.no_grad():
-        try:
-            for module, _ in training:
-                module.training = False
-            yield
-        finally:
-            for module, flag in training:
-                module.training = flag
-
-
-@contextmanager
 def probing(
     outputs: dict[nn.Module, list[tuple[int, Tensor]]], seen: dict[nn.Module, Tensor]
 ) -> Iterator[None]:
@@ -184,7 +173,7 @@ def _filled(values: Tensor, like: Tensor) -> Tensor:
     """The values over and over, in the shape of `like`; thinned evenly if there is no room."""
     n = like.numel()
     if n < len(values):
-        values = values[torch.linspace(0, len(values) - 1, n).long()]
+        values = values[spread(len(values), n)]
     repeated = values.repeat(-(-n // len(values)))[:n]
     return repeated.reshape(like.shape).to(like)
 

@@ -17,7 +17,7 @@ from polylens.checks import Layer, check_at_least, renamed, to_json
 from polylens.errors import InvalidInputError, PolylensError
 from polylens.files.whole import beside
 from polylens.hosts.base import Arrival, Observer
-from polylens.hosts.recording import quiet
+from polylens.hosts.quiet import quiet
 from polylens.lens import Lens
 from polylens.report.scores import lead_of, score
 from polylens.training.rows import TraceRow as TraceRow

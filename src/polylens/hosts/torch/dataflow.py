@@ -19,6 +19,7 @@ from polylens.hosts.recording import (
     position,
     read_projection,
     record,
+    spread,
     stacked,
     within,
 )
@@ -189,7 +190,7 @@ class _Index:
 def _key(t: Tensor) -> tuple:
     flat = t.reshape(-1)
     n = len(flat)
-    picked = flat[torch.linspace(0, n - 1, min(n, 24), device=t.device).long()] if n else flat
+    picked = flat[spread(n, 24).to(t.device)]
     return (n, t.shape[-1], *picked.tolist())
 
 

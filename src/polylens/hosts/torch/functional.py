@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from polylens.activations.activation import Activation
 from polylens.activations.recognition import NEAR, activation
 from polylens.activations.table import known_activations
-from polylens.hosts.recording import Call, half, probing, quiet
+from polylens.hosts.quiet import quiet
+from polylens.hosts.recording import Call, half, probing, spread
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 _SAMPLES = 64
@@ -47,7 +48,7 @@ def _identified(values: Tensor, source: Source) -> Activation | None:
     n = values.numel()
     if n != half(source[0].y, source[1]).numel():
         return None
-    probe = NEAR if n >= len(NEAR) else NEAR[torch.linspace(0, len(NEAR) - 1, n).long()]
+    probe = NEAR if n >= len(NEAR) else NEAR[spread(len(NEAR), n)]
     m = len(probe)
     got = values.reshape(-1)[: n // m * m].reshape(-1, m).double().cpu()
     fitting = []
@@ -138,5 +139,4 @@ def _matching(
 
 def _sample(t: Tensor) -> Tensor:
     flat = t.reshape(-1)
-    picked = torch.linspace(0, len(flat) - 1, min(len(flat), _SAMPLES)).long()
-    return flat[picked.to(t.device)].double().cpu()
+    return flat[spread(len(flat), _SAMPLES).to(t.device)].double().cpu()

@@ -13,7 +13,7 @@ from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
 from polylens.hosts.base import Emitter, Function, Host, MLPSite, Norm, Observer, openings, written
 from polylens.hosts.norms import Call, norm_read
 from polylens.hosts.passage import Emitting, PolyPoint, Step, Taps, observing, substituting
-from polylens.hosts.recording import quiet
+from polylens.hosts.quiet import quiet
 from polylens.hosts.torch.copying import Place, clean_copy, place_of, require_apart
 from polylens.hosts.torch.dataflow import Block, find_blocks
 from polylens.hosts.torch.guessing import Inputs, accepted, guessed_inputs
@@ -202,8 +202,7 @@ class TorchHost(Host):
             size = {"max_new_tokens": n, "min_new_tokens": n, "pad_token_id": pad or 0}
             return model.generate(start, attention_mask=torch.ones_like(start), **size, **_SAMPLING)
 
-        with quiet(model):
-            torch.manual_seed(seed)
+        with quiet(model, seed):
             starts = openings(n_seq, bos, text.vocab_size, self.device)
             return written(starts, seq_len, go_on, type(model).__name__)
 

@@ -16,7 +16,8 @@ from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
 from polylens.hosts.base import TOLERANCE, Arrival, MLPSite, Places, relative_error
 from polylens.hosts.passage import Step, batch_shape
 from polylens.hosts.positions import starts
-from polylens.hosts.recording import half, position, quiet, stacked
+from polylens.hosts.quiet import quiet
+from polylens.hosts.recording import half, position, stacked
 from polylens.normal_forms.weights import GLUWeights
 
 _ACTIVATIONS = ("act_fn", "act", "activation_fn", "activation")

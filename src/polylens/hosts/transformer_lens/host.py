@@ -1,7 +1,7 @@
 """HookedTransformer (TransformerLens 3.9) and TransformerBridge (3.9 and 4)."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -31,6 +31,7 @@ from polylens.hosts.base import (
 )
 from polylens.hosts.norms import Call, matching_norm, norm_behind, norm_read
 from polylens.hosts.passage import Emitting, Step, Taps, observing, substituting
+from polylens.hosts.quiet import quiet
 from polylens.hosts.transformer_lens.junction import Junction, Wiring, interior_of
 from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights
 
@@ -86,7 +87,7 @@ class TransformerLensHost(Host):
         return self.model(tokens.to(self.device), return_type=return_type, **extra)
 
     def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
-        with _seeded(seed, self.device), torch.no_grad():
+        with quiet(self.module, seed):
             seq_len = min(seq_len, getattr(self.model.cfg, "n_ctx", None) or seq_len)
             bos = getattr(self.tokenizer, "bos_token_id", None)
             starts = openings(n_seq, bos, self.model.cfg.d_vocab, self.device)
@@ -172,13 +173,10 @@ class TransformerLensHost(Host):
         return captured
 
     def _probe(self, return_type: str | None = None) -> None:
-        """A tiny forward pass in eval mode, which leaves training flags and RNG as they were."""
+        """A tiny forward pass that leaves no trace."""
         tokens = (torch.arange(16).reshape(2, 8) * 37 + 11) % self.model.cfg.d_vocab
-        training = {m: m.training for m in self.model.modules()}
-        with _seeded(0, self.device), torch.no_grad():
+        with quiet(self.module, seed=0):
             try:
-                for module in training:
-                    module.training = False
                 self._forward(tokens, None, return_type)
             except PolylensError:
                 raise
@@ -187,9 +185,6 @@ class TransformerLensHost(Host):
                     f"{self.name} does not run on token ids alone ({error}), and polylens verifies "
                     "what it reads by one tiny forward pass"
                 ) from error
-            finally:
-                for module, flag in training.items():
-                    module.training = flag
 
     def _verified(
         self, layer: int, path: str, wirings: list[Wiring], captured: dict[Any, Any]
@@ -405,14 +400,3 @@ def _shows_neurons(weights: Weights, x: Tensor, seen: dict[Any, Any]) -> bool:
 
 def _some_rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])[::4]
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """The generators of the CPU and of this device are as before on exit; no other is touched."""
-    on_cuda = device.type == "cuda"
-    with torch.random.fork_rng([device] if on_cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if on_cuda:
-            torch.cuda.default_generators[device.index].manual_seed(seed)
-        yield
