@@ -107,6 +107,24 @@ def floating(name: str, value: object) -> Tensor:
     return tensor
 
 
+def check_features(
+    x: object, d_in: int, dtype: torch.dtype | None = None, *, name: str = "x", remedy: str = ""
+) -> Tensor:
+    """x itself.
+
+    Raises:
+        InvalidInputError: no floating-point tensor [..., d_in] (of this dtype, if one is given).
+    """
+    good = isinstance(x, Tensor) and x.shape[-1:] == (d_in,) and x.is_floating_point()
+    if not isinstance(x, Tensor) or not good or dtype not in (None, x.dtype):
+        wanted = "floating point" if dtype is None else f"of {dtype}"
+        got = _described(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
+        raise InvalidInputError(
+            f"{name} must be a tensor [..., {d_in}] {wanted}, got {got}{remedy}"
+        )
+    return x
+
+
 def _described(tensor: Tensor) -> str:
     layout = "" if tensor.layout == torch.strided else f", {tensor.layout}"
     return f"{tensor.dtype} {list(tensor.shape)}{layout}"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polylens.activations.hermite import times_linear
 from polylens.analysis.arguments import check_polynomial
-from polylens.analysis.metric import check_count
+from polylens.analysis.metric import check_count, linalg
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
@@ -18,7 +18,7 @@ from polylens.normal_forms.preactivation import preactivation_moments
 from polylens.normal_forms.weights import GLUWeights
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class OutputDirections(Brief):
     """Orthonormal output directions by the variance that one degree contributes along them.
 
@@ -50,8 +50,8 @@ def output_directions(polynomial: Any, degree: int = 2, k: int | None = None) ->
     """
     energy = degree_energy(polynomial, degree)
     k = check_count(len(energy) if k is None else k, len(energy), "the output directions")
-    values, vectors = torch.linalg.eigh(energy)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    rising: tuple[Tensor, Tensor] = linalg.eigh(energy)
+    values, vectors = rising[0].flip(0).clamp(min=0), rising[1].flip(1)
     share = values.cumsum(0) / values.sum().clamp(min=torch.finfo(torch.float64).tiny)
     return OutputDirections(degree, values[:k], vectors[:, :k], share[:k])
 
@@ -76,11 +76,7 @@ def degree_energy(polynomial: Any, degree: int = 2) -> Tensor:
             "energies by degree need a polynomial fitted to Gaussian inputs, where parts of "
             f"different degree are orthogonal; this one has {type(gaussian).__name__}"
         )
-    if (
-        isinstance(degree, bool)
-        or not isinstance(degree, int)
-        or not (1 <= degree <= polynomial.degree)
-    ):
+    if type(degree) is not int or not 1 <= degree <= polynomial.degree:
         raise InvalidInputError(
             f"degree must be an integer in 1 ... {polynomial.degree}, the fitted degree; got "
             f"{degree!r}"
@@ -97,7 +93,7 @@ def degree_energy(polynomial: Any, degree: int = 2) -> Tensor:
     for pair in pairs(weights, gaussian, moments):
         I, J, rho = pair.rows, pair.columns, pair.rho  # noqa: E741
         power = rho ** (degree - 1)
-        K = first[I, None] * first[J] * power * rho / math.factorial(degree)
+        covariance = first[I, None] * first[J] * power * rho / math.factorial(degree)
         residual = pair.residual(moments.a, rho)
         if residual is not None:
             alpha, beta, sigma = residual
@@ -106,6 +102,6 @@ def degree_energy(polynomial: Any, degree: int = 2) -> Tensor:
             if degree > 1:
                 both = both + (degree - 1) * alpha * beta * rho ** (degree - 2)
             rest = mixed * power + second[I, None] * second[J] * both
-            K = K + rest / math.factorial(degree - 1)
-        energy += W_out[I].T @ K @ W_out[J]
+            covariance = covariance + rest / math.factorial(degree - 1)
+        energy += W_out[I].T @ covariance @ W_out[J]
     return (energy + energy.T) / 2

@@ -14,10 +14,12 @@ from polylens.inputs.model import InputModel
 # Eigenvalues of a covariance below this share of the largest are rounding.
 RANK_TOLERANCE = 1e-12
 
+linalg: Any = torch.linalg  # without types
+
 MetricLike = str | Tensor | InputModel | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Metric:
     """A factor L of a metric L L^T on inputs; x = mean + L z with z white.
 
@@ -49,7 +51,7 @@ class Metric:
         return self.L[:, None] * v if self.L.dim() == 1 else self.L.T @ v
 
 
-def gaussian_of(inputs: Any) -> Gaussian | None:
+def gaussian_of(inputs: object) -> Gaussian | None:
     """Mean and covariance of an input model where it has them, else None."""
     moments = inputs.mean_and_cov() if isinstance(inputs, InputModel) else None
     return None if moments is None else Gaussian.trusted(*moments)
@@ -98,7 +100,7 @@ def metric_of(polynomial: Any, metric: MetricLike) -> Metric:
     return Metric(_factor(gaussian.to(device).cov), d_in)
 
 
-def direction(u: Any, size: int, device: torch.device, name: str = "u") -> Tensor:
+def direction(u: object, size: int, device: torch.device, name: str = "u") -> Tensor:
     """u as a float64 vector.
 
     Raises:
@@ -120,7 +122,7 @@ def direction(u: Any, size: int, device: torch.device, name: str = "u") -> Tenso
     return u
 
 
-def check_count(k: Any, most: int, what: str) -> int:
+def check_count(k: object, most: int, what: str) -> int:
     """k itself.
 
     Raises:
@@ -131,7 +133,7 @@ def check_count(k: Any, most: int, what: str) -> int:
     return k
 
 
-def check_inputs(x: Any, d_in: int, device: torch.device) -> Tensor:
+def check_inputs(x: object, d_in: int, device: torch.device) -> Tensor:
     """x [..., d_in] as float64 on the device.
 
     Raises:
@@ -154,9 +156,9 @@ def _factor(cov: Tensor) -> Tensor:
         raise InvalidInputError("the metric is zero: no direction has any variance under it")
     if cov.dim() == 1:
         return cov.sqrt()
-    L, info = torch.linalg.cholesky_ex(cov)
+    L, info = linalg.cholesky_ex(cov)
     if not info and L.diagonal().min() ** 2 > RANK_TOLERANCE * L.diagonal().max() ** 2:
         return L
-    values, vectors = torch.linalg.eigh(cov)
+    values, vectors = linalg.eigh(cov)
     kept = values > RANK_TOLERANCE * values[-1]
     return vectors[:, kept] * values[kept].sqrt()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polylens.activations.activation import Activation
 from polylens.activations.recognition import activation, activation_of, activation_record
-from polylens.checks import floating
+from polylens.checks import check_features, floating
 from polylens.errors import ArtifactError, InvalidInputError
 from polylens.files.format import Record, prefixed, within
 
@@ -48,7 +48,7 @@ class _Weights(Sized):
         sizes: dict[str, tuple[int, str]] = {}
         for name, axes in self._shapes.items():
             tensor = getattr(self, name)
-            if tensor is None:
+            if tensor is None and name.startswith("b_"):
                 continue
             tensor = floating(name, tensor)
             object.__setattr__(self, name, tensor)
@@ -150,6 +150,7 @@ class MLPWeights(_Weights):
 
     def neurons(self, x: Tensor) -> dict[str, Tensor]:
         """y = x W_in + b_in and h = act(y), each [..., d_mlp]."""
+        check_features(x, self.d_in, self.dtype)
         y = _affine(x, self.W_in, self.b_in)
         return {"y": y, "h": self.act(y)}
 
@@ -197,8 +198,18 @@ class GLUWeights(_Weights):
 
     def neurons(self, x: Tensor) -> dict[str, Tensor]:
         """y = x W_gate + b_gate, z = x W_in + b_in and h = act(y) * z, each [..., d_mlp]."""
+        check_features(x, self.d_in, self.dtype)
         y, z = _affine(x, self.W_gate, self.b_gate), _affine(x, self.W_in, self.b_in)
         return {"y": y, "z": z, "h": self.act(y) * z}
+
+
+def check_weights(weights: object) -> None:
+    """InvalidInputError unless they are a layer's."""
+    if not isinstance(weights, (MLPWeights, GLUWeights)):
+        raise InvalidInputError(
+            f"weights must be MLPWeights or GLUWeights, got {type(weights).__name__}; "
+            "find_mlps(model) lists the layers of a model, site.weights() are those of one"
+        )
 
 
 def weights_of(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> MLPWeights | GLUWeights:

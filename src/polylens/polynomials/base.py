@@ -1,7 +1,7 @@
 """What every fitted polynomial offers, whatever form it is kept in."""
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar, cast
 
@@ -130,7 +130,8 @@ class Approximation(nn.Module):
         # what is loaded would be written to tensors that the layer, or another degree, may share
         for name, tensor in self._buffers.items():
             self._buffers[name] = None if tensor is None else tensor.clone()
-        super()._load_from_state_dict(*args, **kwargs)
+        module: Any = super()  # without types
+        module._load_from_state_dict(*args, **kwargs)
         self._forget()
 
     def _require_degree(self, degree: int, what: str) -> None:
@@ -139,23 +140,23 @@ class Approximation(nn.Module):
                 f"{what} needs a fitted degree of at least {degree}, this one has {self.degree}"
             )
 
-    def _direction(self, u: Tensor, device: torch.device) -> Tensor:
+    def _direction(self, u: object, device: torch.device) -> Tensor:
         """u as a finite float64 vector [d_out]."""
         if isinstance(u, Tensor) and (u.is_complex() or u.dtype == torch.bool):
             raise InvalidInputError(f"u must be a real vector [{self.d_out}], got {u.dtype}")
         try:
-            u = torch.as_tensor(u, device=device).detach().double()
+            vector = torch.as_tensor(u, device=device).detach().double()
         except (TypeError, ValueError, RuntimeError) as error:
             raise InvalidInputError(f"u must be a vector [{self.d_out}]: {error}") from error
-        if tuple(u.shape) != (self.d_out,) or not torch.isfinite(u).all():
+        if tuple(vector.shape) != (self.d_out,) or not torch.isfinite(vector).all():
             raise InvalidInputError(
-                f"u must be a finite vector of shape ({self.d_out},), got {tuple(u.shape)}"
+                f"u must be a finite vector of shape ({self.d_out},), got {tuple(vector.shape)}"
             )
-        return u
+        return vector
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def kept() -> Generator[None]:
     """What is computed here is for later: it has no graph, nor is it of inference_mode."""
     with torch.no_grad():
         if torch.is_inference_mode_enabled():

@@ -33,7 +33,7 @@ from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.residuals import is_constant, share_explained
 from polylens.normal_forms.correlations import pairs
 from polylens.normal_forms.preactivation import Preactivations, preactivation_moments
-from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.normal_forms.weights import GLUWeights, MLPWeights, check_weights
 
 # Panels on which GELU, whose coefficients need none, is smooth.
 GELU_PANELS = (-12.0, -3.0, 3.0, 12.0)
@@ -90,17 +90,10 @@ def explained_variance(
     >>> [round(float(share), 3) for share in result.per_degree / result.total]
     [0.0, 0.733, 0.233]
     """
-    if not isinstance(gaussian, Gaussian):
-        raise InvalidInputError(
-            f"explained_variance needs Gaussian inputs, got {type(gaussian).__name__}; under "
-            "other input models read Polynomial.r2"
-        )
-    if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= MAX_DEGREE:
+    check_weights(weights)
+    _require_gaussian(gaussian, weights.d_in)
+    if type(degree) is not int or not 0 <= degree <= MAX_DEGREE:
         raise InvalidInputError(f"degree must be an integer in 0 ... {MAX_DEGREE}, got {degree!r}")
-    if gaussian.d_in != weights.d_in:
-        raise InvalidInputError(
-            f"the layer reads {weights.d_in} features, the input model has {gaussian.d_in}"
-        )
     gaussian = gaussian.to(weights.device)
     moments = preactivation_moments(gaussian, weights, linear_variance=True)
     series = _series(weights, moments)
@@ -117,6 +110,18 @@ def explained_variance(
     if is_constant(total, mean.square().sum()):
         return ExplainedVariance(per_degree * 0, 0.0, 0.0, torch.ones_like(per_degree))
     return ExplainedVariance(per_degree, total, error, per_degree.cumsum(0) / total)
+
+
+def _require_gaussian(gaussian: object, d_in: int) -> None:
+    if not isinstance(gaussian, Gaussian):
+        raise InvalidInputError(
+            f"explained_variance needs Gaussian inputs, got {type(gaussian).__name__}; under "
+            "other input models read Polynomial.r2"
+        )
+    if gaussian.d_in != d_in:
+        raise InvalidInputError(
+            f"the layer reads {d_in} features, the input model has {gaussian.d_in}"
+        )
 
 
 @torch.no_grad()
@@ -178,7 +183,9 @@ def variance_under(weights: MLPWeights | GLUWeights, components: Components) -> 
 
     That within the components and that of their means.
     """
-    W_out, within, means, shares = weights.W_out.double(), 0.0, [], []
+    W_out, within = weights.W_out.double(), 0.0
+    means: list[Tensor] = []
+    shares: list[float] = []
     for weight, component in components:
         moments = preactivation_moments(component, weights, linear_variance=True)
         series = _series(weights, moments)

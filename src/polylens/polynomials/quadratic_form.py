@@ -39,10 +39,10 @@ class QuadraticForm(Brief):
 
     def __matmul__(self, X: Tensor) -> Tensor:
         """Gamma @ X for X [d_in] or [d_in, k], in float64, as thin products."""
-        X = self._checked(X, 0)
+        columns = self._checked(X, 0)
         if X.dim() > 2:
             raise InvalidInputError(f"X must be [{self.d_in}, k], got {tuple(X.shape)}")
-        columns = X.reshape(self.d_in, math.prod(X.shape[1:]))
+        columns = columns.reshape(self.d_in, math.prod(X.shape[1:]))
         W = self.W.double()
         inner = W.T @ columns
         neurons = self.p[:, None] * inner
@@ -53,10 +53,10 @@ class QuadraticForm(Brief):
             neurons = neurons + self.q[:, None] * (V.T @ columns) / 2
         return (W @ neurons + out).reshape(X.shape)
 
-    def _checked(self, x: Tensor, axis: int) -> Tensor:
+    def _checked(self, x: object, axis: int) -> Tensor:
         """x in float64, if it has d_in entries along this axis."""
         wanted = f"[..., {self.d_in}]" if axis else f"[{self.d_in}] or [{self.d_in}, k]"
-        if not isinstance(x, Tensor) or x.is_complex():  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(x, Tensor) or x.is_complex():
             got = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
             raise InvalidInputError(f"it must be a real tensor {wanted}, got {got}")
         if not x.dim() or x.shape[axis] != self.d_in:

@@ -1,6 +1,6 @@
 """How coefficients are kept in files: without known zeros, and checked when they come back."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -22,7 +22,7 @@ def unpacked(kept: Tensor, degree: int, extra: int) -> Tensor:
     sizes = [k + extra for k in range(degree + 1)]
     if len(kept) != sum(sizes):
         raise ArtifactError(f"a table of degree {degree} has {sum(sizes)} rows, not {len(kept)}")
-    for k, row in enumerate(kept.split(sizes)):
+    for k, row in enumerate(torch.split(kept, sizes)):
         table[k, : k + extra] = row
     return table
 
@@ -33,7 +33,7 @@ def checked(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
     Raises:
         ArtifactError: one that is missing, or another one than could have been written.
     """
-    found = []
+    found: list[Tensor] = []
     for name, shape in shapes.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.dtype != torch.float64 or tuple(tensor.shape) != shape:
@@ -46,7 +46,7 @@ def checked(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
 
 
 @contextmanager
-def reading(where: object) -> Iterator[None]:
+def reading(where: object) -> Generator[None]:
     """Says where, whatever turns out to be wrong with what is in a file."""
     try:
         yield
