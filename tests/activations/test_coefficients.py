@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from polylens import InvalidInputError, NumericalWarning, UnsupportedActivation
 from polylens.activations.recognition import activation
 from polylens.activations.registered import register_activation
-from polylens.activations.table import TABLE, known_activations, swish, xielu
+from polylens.activations.table import TABLE, known_activations, leaky_relu, swish, xielu
 from polylens.normal_forms.weights import MLPWeights
 
 ORACLE = json.loads((Path(__file__).parent.parent / "data" / "hermite_oracle.json").read_text())
@@ -110,6 +110,25 @@ def test_undeclared_kink_is_loud(registry):
         act = register_activation("kinked", lambda y: (y - 1.2345).abs())
     assert act.accuracy > 1e-7
     assert register_activation("declared", lambda y: (y - 1.2345).abs(), (1.2345,)).accuracy < 1e-10
+
+
+@pytest.mark.parametrize("kink", [0.0, 0.25, 1.0, -4.0, 0.3, 300.0])
+def test_undeclared_kinks_on_edges_of_panels_are_loud(registry, kink):
+    """Narrow Gaussians do not use the panels, wide ones do: to either alone it is invisible."""
+    with pytest.warns(NumericalWarning, match=f"not smooth near {kink:g}"):
+        act = register_activation(
+            "leaky", lambda y: torch.where(y > kink, y - kink, (y - kink) / 5)
+        )
+    assert act.accuracy > 0.05
+    m, s = torch.tensor([kink + 0.0007]).double(), torch.tensor([0.001]).double()
+    truth = leaky_relu(0.2).hermite_coefficients(m - kink, s, 8)
+    error = float((act.hermite_coefficients(m, s, 8) - truth).norm() / truth.norm())
+    assert error <= 2 * act.accuracy
+
+
+def test_functions_without_a_value_somewhere_are_refused(registry):
+    with pytest.raises(UnsupportedActivation, match="NaN or infinity at y = 5"):
+        register_activation("gap", lambda y: torch.where((y - 55).abs() < 3, torch.nan, y))
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,14 @@ FAR = 2.0**20
 WIDTH = 0.25
 # Two node sets that differ by more than this say that a kink was not declared.
 SUSPICIOUS = 1e-7
+# fn is examined in pieces of this length, none of which ends at a round number, up to REACH,
+# and in longer ones up to 2^10 times that.
+PIECE, OFFSET, REACH = 0.5, 0.0137218, 1024.0
+# Interpolation at DEGREE + 1 nodes; how much of fn's largest value, and of |y|, it may miss.
+DEGREE, SMOOTH, ROUNDING = 16, 1e-9, 1e-13
+# Rough pieces are cut here, down to SHORTEST. Those shorter than SHARP have features that panels
+# do not resolve; at most PLACES are kept, and MANY at a time looked at.
+CUT, SHORTEST, SHARP, PLACES, MANY = 0.4837, 1e-9, 0.1, 32, 4096
 # Absolute floor of the error, in units of |m| + s (see the accuracy that fits promise).
 FLOOR = 1e-15
 
@@ -52,7 +60,8 @@ def register_activation(
 
     Returns:
         The Activation. Its `accuracy` is the largest relative change of the coefficient vector
-        (degree 0 ... 8, s from 1e-3 to 1e3, |m| / s up to 20) when every panel is halved.
+        (degree 0 ... 8, s from 1e-3 to 1e3, |m| / s up to 20 and m around every place where fn
+        is not smooth) when every panel is halved and cut at those places.
 
     Raises:
         InvalidInputError: a name that exists, kinks that are not finite.
@@ -85,12 +94,15 @@ def register_activation(
         kinks=tuple(points),
         width=WIDTH,
     )
-    act = replace(act, accuracy=_accuracy(act))
+    rough = _rough_places(name, fn, points)
+    act = replace(act, accuracy=_accuracy(act, rough))
     if not act.accuracy <= SUSPICIOUS:
+        places = ", ".join(f"{round(float(y), 6) + 0.0:g}" for y in rough[:, 1].sort().values[:5])
+        where = f" (it is not smooth near {places})" if places else ""
         warnings.warn(
             f"the coefficients of {name!r} are accurate to {act.accuracy:.1g} only; declare all "
-            "points where it or a derivative jumps with kinks=; what oscillates for ever is "
-            "accurate under narrow inputs only",
+            f"points where it or a derivative jumps with kinks={where}; what oscillates for ever "
+            "is accurate under narrow inputs only",
             NumericalWarning,
             stacklevel=3,
         )
@@ -205,20 +217,81 @@ def _panels(points: list[float], split: float) -> tuple[float, ...]:
     return tuple(sorted(edges))
 
 
-def _accuracy(act: Activation) -> float:
+def _accuracy(act: Activation, rough: Tensor) -> float:
+    """Relative change of the coefficients when all panels are halved, and cut where fn is rough.
+
+    Args:
+        rough: [places, 3] from `_rough_places`.
+    """
     s = torch.logspace(-3, 3, 13, dtype=torch.float64)[:, None]
     # irregular ratios, so that no panel edge falls on a symmetric place
     ratio = torch.tensor([-20.0, -7.3, -3.1, -1.7, -0.6, 0.0, 0.35, 1.1, 2.2, 5.9, 20.0]).double()
+    near = torch.tensor([-2.3, -0.9, 0.0, 0.6, 1.7]).double()
+    places = torch.cat([rough[:, 1], torch.tensor(act.kinks, dtype=torch.float64)])
+    m = torch.cat([s * ratio, (places[:, None] + s[:, :, None] * near).flatten(1)], dim=1)
+    m, s = m.flatten(), s.expand_as(m).flatten()
     edges = [e for e in act.edges if math.isfinite(e)]
-    # narrow ones at every edge, which split them nowhere but at declared kinks
-    narrow = torch.tensor([1e-3, act.width / 16, act.width / 4], dtype=torch.float64)[:, None]
-    beside = (torch.tensor(edges).double()[:, None, None] + narrow * ratio[3:9]).flatten()
-    m = torch.cat([(s * ratio).flatten(), beside])
-    s = torch.cat([s.expand(-1, 11).flatten(), narrow.expand(len(edges), -1, 6).flatten()])
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    inner = tuple(sorted(edges + middles))
+    inner = tuple(sorted({*edges, *middles, *rough.flatten().tolist()}))
     finer = replace(act, edges=(-math.inf, *inner, math.inf), kinks=inner)
     coarse, fine = (a.hermite_coefficients(m, s, 8) for a in (act, finer))
     error: Tensor = linalg.vector_norm(coarse - fine, dim=0) - FLOOR * (m.abs() + s)
     size: Tensor = linalg.vector_norm(fine, dim=0)
     return float((error.clamp(min=0) / size.clamp(min=torch.finfo(size.dtype).tiny)).max())
+
+
+def _rough_places(name: str, fn: Callable[[Tensor], Tensor], kinks: Sequence[float]) -> Tensor:
+    """[places, 3]: lower end, middle and upper end of where fn is no polynomial on a short piece.
+
+    Pieces between `kinks` on which interpolation at Chebyshev nodes misses fn are halved, until
+    it does not or they are next to nothing. An undeclared kink is found wherever it lies; of
+    many places, some are returned.
+    """
+    near = torch.arange(-REACH, REACH, PIECE, dtype=torch.float64) + OFFSET
+    far = REACH * 2.0 ** torch.arange(1, 11, dtype=torch.float64) + OFFSET
+    points = torch.tensor(kinks, dtype=torch.float64)
+    edges = torch.cat([near, far, -far, points]).unique()
+    nodes, others, interpolate = _interpolation()
+    pieces, found = torch.stack([edges[:-1], edges[1:]], dim=1), []
+    parents = torch.zeros(len(pieces), dtype=torch.int64)
+    before = pieces[:0]
+    while True:
+        middle, half = pieces.mean(1, keepdim=True), (pieces[:, 1:] - pieces[:, :1]) / 2
+        y = middle + half * torch.cat([nodes, others])
+        values = fn(y)
+        if not torch.isfinite(values).all():
+            first = float(y[~torch.isfinite(values)][0])
+            raise UnsupportedActivation(f"{name!r} returns NaN or infinity at y = {first:g}")
+        at_nodes, beside = values.split([len(nodes), len(others)], dim=1)
+        missed = (at_nodes @ interpolate - beside).abs().amax(1)
+        allowed = SMOOTH * values.abs().amax(1) + ROUNDING * y.abs().amax(1)
+        bad = missed > allowed
+        # the last pieces that are rough as a whole, and smooth in both halves
+        rough = torch.ones(len(before), dtype=torch.bool)
+        if len(before):
+            rough[parents[bad]] = False
+            found.append(before[rough])
+        before = pieces[bad]
+        short = before[:, 1] - before[:, 0] <= SHORTEST * (1 + before.abs().amax(1))
+        found.append(before[short])
+        before = before[~short]
+        if not len(before) or len(before) > MANY:
+            found.append(before[:PLACES])
+            break
+        cut = before[:, :1] + CUT * (before[:, 1:] - before[:, :1])
+        pieces = torch.cat([torch.cat([before[:, :1], cut], 1), torch.cat([cut, before[:, 1:]], 1)])
+        parents = torch.arange(len(before)).repeat(2)
+    places = torch.cat(found)
+    places = places[places[:, 1] - places[:, 0] < SHARP][:PLACES]
+    return torch.stack([places[:, 0], places.mean(1), places[:, 1]], dim=1)
+
+
+def _interpolation() -> tuple[Tensor, Tensor, Tensor]:
+    """Chebyshev nodes on [-1, 1], places between them, and the matrix from one to the other."""
+    angle = math.pi * (torch.arange(DEGREE + 1, dtype=torch.float64) + 0.5) / (DEGREE + 1)
+    order = torch.arange(DEGREE + 1, dtype=torch.float64)[:, None]
+    between = (angle[1:] + angle[:-1]) / 2
+    between = torch.cat([angle[:1] * 0.3, between, math.pi - angle[:1] * 0.3])
+    analysis = torch.cos(order * angle) * (2 / (DEGREE + 1))
+    analysis[0] /= 2
+    return angle.cos(), between.cos(), analysis.T @ torch.cos(order * between)
