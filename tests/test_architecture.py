@@ -90,7 +90,8 @@ def test_import_loads_no_framework():
     code = (
         "import sys, polylens; "
         "heavy = {'transformer_lens', 'nnsight', 'transformers', 'matplotlib', 'sklearn', "
-        "'scipy', 'typer', 'huggingface_hub'} & set(sys.modules); sys.exit(', '.join(heavy) or 0)"
+        "'scipy', 'typer', 'huggingface_hub', 'rich'} & set(sys.modules); "
+        "sys.exit(', '.join(heavy) or 0)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False

@@ -2,12 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich import box
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
 from polylens.analysis.arguments import check_lens
@@ -27,6 +24,9 @@ from polylens.checks import Layer, label, to_json
 from polylens.hosts.base import Norm
 from polylens.inputs.gaussian import Gaussian
 from polylens.report.rendering import as_html
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 TokenScores = list[tuple[str, float]]
 
@@ -66,7 +66,11 @@ class LayerFeatures(Brief):
     rows: tuple[FeatureRow, ...]
     features: EigenFeatures = field(repr=False)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> "Table":
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
         against = "the mean of all tokens" if self.against is None else self.against
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
         table.title = (

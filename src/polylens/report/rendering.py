@@ -4,15 +4,15 @@ import html
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-
-from rich import box
-from rich.console import Console, Group, RenderableType
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from polylens.checks import label
 from polylens.report.columns import MISSING, Shown, number
 from polylens.report.rows import WorstToken
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
 
 TEXT_WIDTH = 100
 GAP = 2
@@ -54,14 +54,18 @@ class Sheet:
 
 def text(sheet: Sheet) -> str:
     """As plain text without ANSI codes, 100 columns wide."""
+    from rich.console import Console, Group
+
     out = io.StringIO()
     console = Console(file=out, width=TEXT_WIDTH, color_system=None, legacy_windows=False)
     console.print(Group(*parts(sheet, TEXT_WIDTH)))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
-def parts(sheet: Sheet, width: int) -> Iterator[RenderableType]:
+def parts(sheet: Sheet, width: int) -> "Iterator[RenderableType]":
     """Heading, table, worst tokens and remarks; columns that do not fit go into another table."""
+    from rich.text import Text
+
     yield Text(sheet.title, style="bold")
     yield Text(sheet.subtitle)
     for columns in _stacked(sheet.columns, width):
@@ -90,8 +94,10 @@ def to_html(sheet: Sheet) -> str:
     )
 
 
-def as_html(renderable: RenderableType) -> str:
+def as_html(renderable: "RenderableType") -> str:
     """Anything that rich prints, for notebooks."""
+    from rich.console import Console
+
     console = Console(file=io.StringIO(), record=True, width=TEXT_WIDTH, force_jupyter=False)
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format=_PRE)
@@ -120,7 +126,7 @@ def _stacked(columns: Sequence[Shown], width: int) -> list[list[Shown]]:
     return groups
 
 
-def _table(columns: Sequence[Shown], total: bool) -> Table:
+def _table(columns: Sequence[Shown], total: bool) -> "Table":
     table = _empty_table()
     for column in columns:
         table.add_column(_stacked_title(column), justify="right", no_wrap=True)
@@ -137,7 +143,10 @@ def _stacked_title(column: Shown) -> str:
     return column.title.replace(" ", "\n", 1)
 
 
-def _empty_table() -> Table:
+def _empty_table() -> "Table":
+    from rich import box
+    from rich.table import Table
+
     padding = (0, 0, 0, GAP - 1)  # the box itself has one blank between columns
     return Table(box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
 
@@ -174,7 +183,9 @@ _WORST: dict[str, Callable[[WorstToken], str]] = {
 }
 
 
-def _worst_table(worst: Sequence[WorstToken], width: int) -> Table:
+def _worst_table(worst: Sequence[WorstToken], width: int) -> "Table":
+    from rich.text import Text
+
     table = _empty_table()
     columns = [Shown(title, [cell(token) for token in worst]) for title, cell in _WORST.items()]
     for column in columns:

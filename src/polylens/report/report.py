@@ -7,8 +7,6 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-
 from polylens.checks import Expert, Layer, from_json, label, labelled, to_json
 from polylens.errors import InvalidInputError
 from polylens.report import columns, rendering
@@ -18,6 +16,7 @@ from polylens.report.rows import WorstToken as WorstToken
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 SCHEMA = "polylens.report/2"
 # Version 1 had fewer entries, which are None or empty when it is read.
@@ -78,7 +77,7 @@ class Report:
     def __str__(self) -> str:
         return rendering.text(self._sheet())
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
         yield from rendering.parts(self._sheet(), options.max_width)
 
     def _repr_html_(self) -> str:

@@ -8,8 +8,6 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
-from rich import box
-from rich.table import Table
 from torch import Tensor
 
 from polylens.brief import Brief
@@ -22,6 +20,7 @@ from polylens.training.rows import TraceRow as TraceRow
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
 
 @dataclass(frozen=True, repr=False)
@@ -122,8 +121,11 @@ class Trace(Brief):
             raise InvalidInputError(f"no R2 of layer {layer}, inputs {inputs!r}; there are {there}")
         return torch.tensor(values, dtype=torch.float64)
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> "Table":
         """A line per step and input model; R2 is the median over layers."""
+        from rich import box
+        from rich.table import Table
+
         rows = self.measured
         degree = max((row.degree for row in rows), default=0)
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
