@@ -75,7 +75,7 @@ def weighty(x: Tensor, sample_weights: Tensor | None) -> Batch:
     return (x, sample_weights) if bool(kept.all()) else (x[kept], sample_weights[kept])
 
 
-def require_degree(degree: int) -> None:
+def require_degree(degree: object) -> None:
     """InvalidInputError for a degree that cannot be fitted."""
     if isinstance(degree, bool) or not isinstance(degree, int) or not 0 <= degree <= MAX_DEGREE:
         raise InvalidInputError(

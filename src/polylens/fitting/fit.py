@@ -31,11 +31,11 @@ _GLOBAL = "fit_global(weights, mixture, degree, *, outputs=None, tolerance=1e-8)
 _CLIP = "tails=None (was False), tails=0.0 (was True) or a share such as tails=0.05"
 
 
-def estimator(kind: str | type[Estimator]) -> type[Estimator]:
+def estimator(kind: object) -> type[Estimator]:
     """The estimator of this name, or itself; InvalidInputError lists those there are."""
     if isinstance(kind, type) and issubclass(kind, Estimator):
         return kind
-    if kind not in ESTIMATORS:
+    if not isinstance(kind, str) or kind not in ESTIMATORS:
         hint = "; under a mixture there is polylens.fit" if kind == "mixture" else ""
         raise InvalidInputError(
             f"estimator={kind!r} is unknown; there are {', '.join(map(repr, ESTIMATORS))}, and "

@@ -72,11 +72,11 @@ def fit_gaussian(weights: MLPWeights | GLUWeights, inputs: Gaussian, degree: int
     m, s, z_mean, a, _ = moments
     if isinstance(weights, GLUWeights):
         c = weights.act.hermite_coefficients(m, s, degree + 1)
-        P, Q = _glu_tables(c, z_mean, a, degree)
+        tables = _glu_tables(c, z_mean, a, degree)
     else:
         c = weights.act.hermite_coefficients(m, s, degree)
-        P, Q = _mlp_table(c, degree), None
-    return Polynomial(weights, m, s, P, Q, inputs=inputs)
+        tables = _mlp_table(c, degree), None
+    return Polynomial(weights, m, s, *tables, inputs=inputs)
 
 
 def _mlp_table(c: Tensor, n: int) -> Tensor:

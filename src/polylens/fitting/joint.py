@@ -17,6 +17,8 @@ from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial, feature_count, features, readout
 
+linalg: Any = torch.linalg  # without types
+
 # Ridge strengths, in units of a feature's mean square, and the one tried first.
 STRENGTHS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8)
 FIRST = STRENGTHS.index(0.3)
@@ -98,7 +100,7 @@ class JointGram:
             if sum(len(block) for block, _ in sums.waiting) >= ROWS:
                 self._flush(sums)
             else:  # the caller may write to x, or free it
-                sums.waiting[-1] = tuple(None if t is None else t.clone() for t in block)
+                sums.waiting[-1] = block[0].clone(), None if w is None else w[rows].clone()
 
     def _held_out(self, rows: int) -> int:
         """How many of a batch's rows are held out; of batches that are too small every fifth."""
@@ -130,11 +132,12 @@ class JointGram:
         moments.update(x)
         m, s, _, _ = self._neurons.standardise = moments.standardise(fallback=1.0)
         P = m.new_zeros(self._degree + 1, self._degree + 1, len(m))
-        center, z_mean, Q = x.double().mean(0), torch.zeros_like(m), None
+        center, z_mean = x.double().mean(0), torch.zeros_like(m)
         _, _, V, b_V = branches(self._weights)
         if V is not None:
-            z_mean, Q = center @ V.double(), P[:, : self._degree]
+            z_mean = center @ V.double()
             z_mean = z_mean if b_V is None else z_mean + b_V.double()
+        Q = None if V is None else P[:, : self._degree]
         return Polynomial(self._weights, m, s, P, Q, self._ends), center, z_mean
 
     @torch.no_grad()
@@ -242,6 +245,6 @@ def _ridge(system: Tensor, right: Tensor, strength: float) -> Tensor | None:
     diagonal = system.diagonal()
     before = diagonal.clone()
     diagonal += strength
-    L, info = torch.linalg.cholesky_ex(system)
+    L, info = linalg.cholesky_ex(system)
     diagonal.copy_(before)
     return None if int(info) else torch.cholesky_solve(right, L)

@@ -1,6 +1,7 @@
 """The per-neuron fit under a Gaussian mixture."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ def fit_mixture(
     ]
     m, s = _total(parts, "m", lambda p: p.s.square())
     z_mean, _ = _total(parts, "z_mean", lambda p: p.r_variance + p.a.square())
-    P, Q = [], []
+    P: list[Tensor] = []
+    Q: list[Tensor] = []
     columns = 2 * degree + 1
     step = max(1, BUDGET // (len(parts) * columns * (columns + 1)))
     for i in range(0, len(m), step):
@@ -58,7 +60,9 @@ def fit_mixture(
     )
 
 
-def _total(parts: list[tuple[float, Preactivations]], name: str, within) -> tuple[Tensor, Tensor]:
+def _total(
+    parts: list[tuple[float, Preactivations]], name: str, within: Callable[[Preactivations], Tensor]
+) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation over the mixture, from those of its components."""
     mean = sum(w * getattr(p, name) for w, p in parts)
     variance = sum(w * (within(p) + (getattr(p, name) - mean).square()) for w, p in parts)
@@ -79,7 +83,8 @@ def _systems(
     glu = isinstance(weights, GLUWeights)
     scale = factorials(n + 1, m).sqrt()
     inverse = torch.where(s[chunk] > 0, 1 / s[chunk], 0.0)
-    A, b = [], []
+    A: list[Tensor] = []
+    b: list[Tensor] = []
     for weight, part in parts:
         pm, ps, pz, pa, pr = (value[chunk] for value in part)
         root = math.sqrt(weight)

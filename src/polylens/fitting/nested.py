@@ -1,9 +1,12 @@
 """Batches of small least-squares problems, solved for every leading block of columns at once."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+linalg: Any = torch.linalg  # without types
 
 # A column that keeps less than this of its norm beside the earlier ones is one of them.
 DEPENDENT = 1e-9
@@ -19,14 +22,14 @@ def triangularise(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     n, _, c = A.shape
     Q = torch.zeros_like(A)
     R = A.new_zeros(n, c, c)
-    norms = torch.linalg.vector_norm(A, dim=1)
+    norms = linalg.vector_norm(A, dim=1)
     for j in range(c):
         q = A[:, :, j]
         for _ in range(2 if j else 0):
             overlap = torch.einsum("nrj,nr->nj", Q[:, :, :j], q)
             q = q - torch.einsum("nrj,nj->nr", Q[:, :, :j], overlap)
             R[:, :j, j] += overlap
-        norm = torch.linalg.vector_norm(q, dim=1)
+        norm = linalg.vector_norm(q, dim=1)
         kept = norm > DEPENDENT * norms[:, j]
         Q[:, :, j] = torch.where(kept[:, None], q / norm[:, None], 0.0)
         R[:, :, j] = torch.where(kept[:, None], R[:, :, j], 0.0)
@@ -38,9 +41,7 @@ def nested_solutions(R: Tensor, Qb: Tensor, sizes: Sequence[int]) -> Tensor:
     """Solutions [len(sizes), n, c, o] that use only the first `size` columns, zero elsewhere."""
     out = Qb.new_zeros(len(sizes), *Qb.shape)
     for i, size in enumerate(sizes):
-        out[i, :, :size] = torch.linalg.solve_triangular(
-            R[:, :size, :size], Qb[:, :size], upper=True
-        )
+        out[i, :, :size] = linalg.solve_triangular(R[:, :size, :size], Qb[:, :size], upper=True)
     return out
 
 

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterator
 from math import factorial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from polylens.normal_forms.preactivation import blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import Ends, PreactivationRange
 from polylens.polynomials.factored import Polynomial
+
+linalg: Any = torch.linalg  # without types
 
 # Float64 numbers in one block of features: a core's cache on a CPU, plenty of work on a GPU.
 BLOCK = {"cpu": 1 << 18, "other": 1 << 25}
@@ -177,11 +180,11 @@ class NeuronGram:
         m, s, z_mean, z_scale = self.standardise
         if self._glu:
             solutions[:, :, 2::2] /= z_scale[:, None]
-            P, Q = glu_tables(solutions, n, z_mean)
+            tables = glu_tables(solutions, n, z_mean)
         else:
-            P, Q = solutions.transpose(1, 2).contiguous(), None
+            tables = solutions.transpose(1, 2).contiguous(), None
         ridge = RIDGE if collinear else 0.0
-        return Polynomial(self.weights, m, s, P, Q, ridge=ridge)
+        return Polynomial(self.weights, m, s, *tables, ridge=ridge)
 
 
 def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[Tensor, int]:
@@ -211,16 +214,16 @@ def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[T
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     gram = gram * scale[:, :, None] * scale[:, None, :]
     gram.diagonal(dim1=1, dim2=2).masked_fill_(diagonal <= 0, 1.0)
-    L, info = torch.linalg.cholesky_ex(gram)
-    pivots = L.diagonal(dim1=1, dim2=2).square().amin(1)
+    factor, info = linalg.cholesky_ex(gram)
+    pivots = factor.diagonal(dim1=1, dim2=2).square().amin(1)
     collinear = (info != 0) | ~(pivots > PIVOT) | few
     if collinear.any():
         amount = torch.where(collinear, RIDGE, 0.0)
         gram.diagonal(dim1=1, dim2=2)[:, 1:] += amount[:, None]
-        L = torch.linalg.cholesky(gram)
-    Qb = torch.linalg.solve_triangular(L, right * scale[:, :, None], upper=False)
+        factor = linalg.cholesky(gram)
+    Qb = linalg.solve_triangular(factor, right * scale[:, :, None], upper=False)
     sizes = range(1, size + 1, 2 if glu else 1)
-    return nested_solutions(L.mT, Qb, sizes).squeeze(3) * scale, int(collinear.sum())
+    return nested_solutions(factor.mT, Qb, sizes).squeeze(3) * scale, int(collinear.sum())
 
 
 def _row_blocks(y: Tensor, width: int) -> Iterator[slice]:

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from polylens.inputs.samples import checked
 from polylens.normal_forms.preactivation import blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import asymptotes
+
+linalg: Any = torch.linalg  # without types
 
 # Shares of a neuron's preactivations that may lie beyond one end; the large ones, of neurons that
 # are on one side for nearly all inputs, are tried where the error is largest. Not zero, for one
@@ -128,7 +130,7 @@ class _Sums:
         counts = [(int(p * n), int(q * n)) for p, q in pairs]
         cuts = sorted({0, n, *(p for p, _ in counts), *(n - q for _, q in counts)})
         step = max(1, BLOCK // ((size + 2) * n))
-        parts = [self._segments(rows, cuts) for rows in neurons.split(step)]
+        parts = [self._segments(rows, cuts) for rows in torch.split(neurons, step)]
         sums, lowest, highest = (torch.cat(each, 1) for each in zip(*parts, strict=True))
         begins = {p: cuts.index(p) for p, _ in counts}
         stops = {q: cuts.index(n - q) for _, q in counts}
@@ -137,7 +139,8 @@ class _Sums:
         above = {
             q: self._beyond(neurons, 1, highest[i - 1], sums[i:].sum(0)) for q, i in stops.items()
         }
-        grams, ends = [], []
+        grams: list[Tensor] = []
+        ends: list[Tensor] = []
         for p, q in counts:
             between = sums[begins[p] : stops[q], :, :size, :size].sum(0)
             grams.append(between.add_(below[p]).add_(above[q]))
@@ -188,7 +191,8 @@ def _sorted(y: Tensor) -> Tensor:
     """Indices that sort the rows."""
     if y.device.type != "cpu":
         return y.argsort(1)
-    return torch.from_numpy(np.argsort(y.numpy(), 1))  # a third of torch's time
+    order = np.argsort(y.numpy(), 1)  # a third of torch's time
+    return torch.from_numpy(order)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _least_squares(grams: Tensor) -> Tensor:
@@ -199,7 +203,7 @@ def _least_squares(grams: Tensor) -> Tensor:
     right = system[..., :-1, -1:]
     system = system[..., :-1, :-1]
     own = torch.where(diagonal > 0, RIDGE, 1.0)[..., :-1]
-    L, info = torch.linalg.cholesky_ex(system + torch.diag_embed(own))
-    explained = torch.linalg.solve_triangular(L, right, upper=False).square().sum((-2, -1))
+    L, info = linalg.cholesky_ex(system + torch.diag_embed(own))
+    explained = linalg.solve_triangular(L, right, upper=False).square().sum((-2, -1))
     errors = (1 - explained).clamp(min=0) * diagonal[..., -1]
     return torch.where((info == 0) & errors.isfinite(), errors, torch.inf)

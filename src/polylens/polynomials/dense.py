@@ -1,6 +1,6 @@
 """A polynomial in dense coefficient tensors, for optima that have no factored form."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from polylens.polynomials.base import Approximation
 from polylens.polynomials.explained_variance import variance_under
 from polylens.polynomials.quadratic_form import QuadraticForm
 from polylens.polynomials.records import checked
+
+linalg: Any = torch.linalg  # without types
 
 
 class DensePolynomial(Approximation):
@@ -72,7 +74,7 @@ class DensePolynomial(Approximation):
         self.dtype = dtype or (torch.float64 if weights is None else weights.dtype)
 
     @property
-    def degree(self) -> int:
+    def degree(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self._degree
 
     @property
@@ -80,7 +82,7 @@ class DensePolynomial(Approximation):
         return self.center.shape[0]
 
     @property
-    def d_out(self) -> int:
+    def d_out(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.T0_0.shape[0]
 
     @property
@@ -91,9 +93,9 @@ class DensePolynomial(Approximation):
         rank = self.whiten.shape[1]
         return f"degree={self.degree}, d_in={self.d_in}, rank={rank}, d_out={self.d_out}"
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "DensePolynomial":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DensePolynomial":
         kept = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
         moved = self.center
         if moved.is_floating_point() and moved.dtype != torch.float64:
             self.dtype = moved.dtype
@@ -162,7 +164,9 @@ class DensePolynomial(Approximation):
         """
         self._require_degree(2, "quadratic_form(u)")
         u = self._direction(u, self.center.device)
-        values, vectors = torch.linalg.eigh(torch.tensordot(u, self.T2_2, dims=1))
+        values, vectors = linalg.eigh(
+            torch.tensordot(u, self.T2_2, dims=1)  # pyright: ignore[reportUnknownMemberType]
+        )
         return QuadraticForm(self.whiten @ vectors, values, None, None)
 
     def optimum_r2(self, gaussian: Gaussian) -> Tensor:

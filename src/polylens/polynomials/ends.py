@@ -118,7 +118,7 @@ class PreactivationRange:
 
 def _rates(powers: tuple[float, ...], start: Tensor) -> list[Tensor]:
     """sum_p powers[p] (y^p - start^p) in powers of y - start; zero where start is infinite."""
-    rates = []
+    rates: list[Tensor] = []
     for j in range(1, len(powers)):
         rate = torch.zeros_like(start)
         for p in range(j, len(powers)):

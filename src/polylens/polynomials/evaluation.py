@@ -112,9 +112,9 @@ class PerNeuron(nn.Module):
         there = {name: table for name, table in tables.items() if table is not None}
         return evaluate(there, y, z, self.mean)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "PerNeuron":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PerNeuron":
         kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        nn.Module._apply(self, fn, recurse)
+        nn.Module._apply(self, fn, recurse)  # pyright: ignore[reportUnknownMemberType]
         for name, tensor in kept.items():
             moved: Any = self._buffers[name]
             if moved.dtype != tensor.dtype:
@@ -124,10 +124,15 @@ class PerNeuron(nn.Module):
 
 def _is_traced(*tensors: Tensor | None) -> bool:
     """Whether something follows the operations, so that none may write to memory of before."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+    level: Any = forward_ad._current_level  # pyright: ignore
+    if torch.compiler.is_compiling() or level >= 0:
         return True
-    wrapped, grad = torch._C._functorch.is_functorch_wrapped_tensor, torch.is_grad_enabled()
-    return any(t is not None and ((grad and t.requires_grad) or wrapped(t)) for t in tensors)
+    wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
+    grad = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and ((grad and tensor.requires_grad) or wrapped(tensor)):
+            return True
+    return False
 
 
 # Memory for an intermediate result of this name, or None for its own, as autograd needs it.
@@ -136,7 +141,7 @@ _Scratch = Callable[[str], Tensor | None]
 
 def _gains(v: Tensor, rows: Mapping[str, Rows], scratch: _Scratch) -> list[tuple[Tensor, Tensor]]:
     """How far v is beyond an end and what it gains by unit, for each side with gains."""
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for name, limit in (("below", "max"), ("above", "min")):
         if name in rows:
             start, *rates = rows[name]

@@ -1,6 +1,6 @@
 """A polynomial in factored form: a small polynomial per neuron between two weight matrices."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +36,7 @@ class _Horner(NamedTuple):
     tables: dict[str, Rows]
 
 
-class Polynomial(Sized, Approximation):
+class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVariableOverride]
     """h_i = P_i(t_i) + z_i Q_i(t_i) per neuron, f(x) = h W_out + b_out.
 
     t = (y - m) / s standardises the activated preactivation y; z is a GLU's linear branch and
@@ -95,11 +95,13 @@ class Polynomial(Sized, Approximation):
         self._horner_cache: dict[tuple[int, torch.dtype], _Horner] = {}
 
     @property
-    def degree(self) -> int:
+    def degree(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.P.shape[0] - 1
 
     @property
-    def weights(self) -> MLPWeights | GLUWeights:
+    def weights(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> MLPWeights | GLUWeights:
         """The layer that this approximates."""
         roles = {name: getattr(self, name) for name in ROLES}
         if self.weights_type is MLPWeights:
@@ -158,9 +160,9 @@ class Polynomial(Sized, Approximation):
             f"d_out={self.d_out}, act={self.act.name!r}"
         )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "Polynomial":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Polynomial":
         kept = {name: getattr(self, name) for name in _COEFFICIENTS}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
         for name, tensor in kept.items():
             setattr(self, name, None if tensor is None else tensor.to(self.W_in.device))
         self._horner_cache = {}
@@ -217,7 +219,7 @@ class Polynomial(Sized, Approximation):
         Raises:
             InvalidInputError: of another shape, NaN, or lowest above highest.
         """
-        if not isinstance(ends, Tensor):
+        if not isinstance(ends, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidInputError(
                 f"ends must be a tensor [2, {self.d_mlp}], got {type(ends).__name__}; "
                 "without_ends() takes them off"
@@ -257,9 +259,8 @@ class Polynomial(Sized, Approximation):
             return self.truncate(0)
         P = torch.zeros_like(self.P[: n + 1, : n + 1])
         P[n] = self.P[n, : n + 1] - self.P[n - 1, : n + 1]
-        Q = None
-        if self.Q is not None:
-            Q = torch.zeros_like(self.Q[: n + 1, :n])
+        Q = None if self.Q is None else torch.zeros_like(self.Q[: n + 1, :n])
+        if Q is not None and self.Q is not None:
             Q[n] = self.Q[n, :n] - self.Q[n - 1, :n]
         # no optimum, so it has no R2
         return self._like(P=P, Q=Q, b_out=None, inputs=None, asymptotes=False)
@@ -320,14 +321,14 @@ class Polynomial(Sized, Approximation):
                 f"take {needed:,} bytes, more than max_bytes={max_bytes:,}; truncate, use "
                 "quadratic_form(u) for one output direction, or raise max_bytes"
             )
-        W, b, V, b_V = self._activated_first()
-        W = W.double()
+        gate, b, V, b_V = self._activated_first()
+        W = gate.double()
         powers, z_powers = self._monomials(self.degree)
         raw = expanded_about(powers, b - self.m)
         raw_z = None if z_powers is None else expanded_about(z_powers, b - self.m)
         if raw_z is not None:
             raw[: len(raw_z)] += raw_z * b_V
-        tensors = []
+        tensors: list[Tensor] = []
         for k in range(self.degree + 1):
             tensor = outer_powers(self.W_out.double() * raw[k, :, None], [W] * k)
             if k and raw_z is not None and V is not None and k <= len(raw_z):

@@ -1,6 +1,9 @@
 """A polynomial per neuron, corrected by the features of all neurons."""
 
-from collections.abc import Mapping
+# It is made of a factored one, and reads what that has derived.
+# pyright: reportPrivateUsage=false
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -61,15 +64,17 @@ class JointPolynomial(Approximation):
             self.register_buffer(f"D{n}", correction.contiguous())
 
     @property
-    def degree(self) -> int:
+    def degree(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.degree
 
     @property
-    def inputs(self) -> Any:
+    def inputs(self) -> InputModel | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.inputs
 
     @property
-    def weights(self) -> MLPWeights | GLUWeights:
+    def weights(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> MLPWeights | GLUWeights:
         return self.base.weights
 
     @property
@@ -77,7 +82,7 @@ class JointPolynomial(Approximation):
         return self.base.d_in
 
     @property
-    def d_out(self) -> int:
+    def d_out(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.d_out
 
     @property
@@ -113,9 +118,9 @@ class JointPolynomial(Approximation):
         """[features, d_out] float64: the base in the same features, plus D_n."""
         return readout(self.base, self.center, self.z_mean, n) + getattr(self, f"D{n}").double()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "JointPolynomial":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "JointPolynomial":
         kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
         for name, tensor in kept.items():  # coefficients stay in float64
             self._buffers[name] = tensor.to(self.base.W_in.device)
         self._readouts = {}
@@ -205,7 +210,9 @@ class JointPolynomial(Approximation):
             shapes[f"D{n}"] = feature_count(base.weights, n), base.d_out
         own = (tensor.to(base.m.device) for tensor in checked(tensors, shapes))
         center, z_mean, *corrections = own
-        ridge, held_out = (tuple(tensors[name].tolist()) for name in ("ridge", "held_out"))
+        ridge, held_out = (
+            tuple(float(value) for value in tensors[name]) for name in ("ridge", "held_out")
+        )
         if not len(ridge) == len(held_out) == base.degree + 1:
             raise ArtifactError(f"{len(ridge)} strengths and {len(held_out)} errors of degrees")
         return cls(base, center, z_mean, corrections, ridge, held_out)
