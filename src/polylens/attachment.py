@@ -99,7 +99,7 @@ def attach(
             language models park attention there, far from all other inputs. Of models that
             read no token ids nothing is left out.
         batch_size: sequences per forward pass.
-        example_inputs: what a torch module is called with, where that cannot be guessed.
+        example_inputs: what a torch module is called with, where no guess nor tokens will do.
         progress: show progress bars.
 
     Returns:
@@ -130,7 +130,7 @@ def attach(
     require_degree(degree)
     method = TrueStream() if method is None else method
     _check_method(method, tokens)
-    host, found, refused = _read(model, example_inputs)
+    host, found, refused = _read(model, example_inputs, tokens)
     require_deterministic(host.module)
     sites = {site.layer: site for site in found}
     sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
@@ -248,9 +248,16 @@ def _saved_report(path: str | os.PathLike[str], saved: Any) -> Report | None:
         return None
 
 
-def _read(model: Any, example_inputs: Any) -> tuple[Host, list[MLPSite], dict[Layer, str]]:
-    """The host of a model that has no lens yet, and what can be attached to in it."""
+def _read(
+    model: Any, example_inputs: Any, inputs: Any = None
+) -> tuple[Host, list[MLPSite], dict[Layer, str]]:
+    """The host of a model that has no lens yet, and what can be attached to in it.
+
+    Args:
+        inputs: what it is going to be run on; serves where `example_inputs` cannot be guessed.
+    """
     host = host_for(model, example_inputs)
+    host.offer(inputs)
     if attached(model) is not None:
         raise AttachmentError(
             "this model has a lens already: polylens.attached(model); detach() it first, or use "

@@ -111,6 +111,23 @@ def test_inputs_that_cannot_be_guessed_are_asked_for_by_name():
         assert [site.activation.name for site in sites] == ["relu"]
 
 
+def test_inputs_serve_as_their_own_example():
+    class Filtered(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.filter, self.a, self.b = nn.Conv1d(3, 5, 2), nn.Linear(5, 8), nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.b(torch.relu(self.a(self.filter(x).mean(-1))))
+
+    model, x = Filtered(), torch.randn(200, 3, 9, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(UnsupportedModel, match="example_inputs="):
+        polylens.find_mlps(model)
+    with polylens.attach(model, x, degree=2, progress=False) as lens:
+        assert len(lens) == 1
+        assert lens.report(x, progress=False)[0].r2[2] > 0.5
+
+
 class Returns(nn.Module):
     def __init__(self, kind):
         super().__init__()

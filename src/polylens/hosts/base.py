@@ -185,6 +185,9 @@ class Host(ABC):
         """Whether the logits are a decoder's, about the tokens of its own input."""
         return False
 
+    def offer(self, inputs: Any) -> None:  # noqa: B027
+        """What the model is going to be run on, for a host that has to guess what it reads."""
+
     @abstractmethod
     def sites(self) -> tuple[list[MLPSite], dict[Layer, str]]:
         """Verified sites by layer, and for each refused layer the reason.
