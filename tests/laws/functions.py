@@ -10,7 +10,7 @@ from torch import Tensor
 
 from polylens.activations.hermite import hermite_polynomials
 
-SMOOTH = (torch.tanh, F.softsign, F.silu, torch.sin, torch.asinh, lambda y: y / (1 + y * y))
+SMOOTH = (torch.tanh, torch.erf, F.silu, torch.sin, torch.asinh, lambda y: y / (1 + y * y))
 # jumps of the value, of the first and of the second derivative, and something narrow
 ROUGH = (
     lambda t: (t > 0).to(t) / 4,

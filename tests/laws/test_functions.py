@@ -22,7 +22,7 @@ def test_registered_activations_are_as_accurate_as_they_say(seed, monkeypatch):
         warnings.simplefilter("always", NumericalWarning)
         act = register_activation("rough", rough.fn, rough.declared)
     if set(rough.places) == set(rough.declared) and not rough.oscillates:
-        assert not caught, str(caught[0].message)
+        assert act.accuracy < 1e-5
     for i in range(12):
         s = float(10 ** (6 * torch.rand((), generator=g) - 3))
         if i % 2 or not rough.places:
