@@ -111,6 +111,9 @@ def test_failed_checkpoints_are_recorded_and_the_trace_goes_on(data, tmp_path):
     assert "NaN" in trace.errors[3]
     assert Trace.load(path) == trace
     trace.plot().savefig(tmp_path / "trace.png")
+    *_, panel = Trace(trace.rows[:1]).plot().axes
+    assert panel.get_xlim() == (0, 2)
+    assert [tick.get_text() for tick in panel.get_xticklabels()] == ["1"]
     page = ElementTree.fromstring(trace._repr_html_())
     assert "no such revision" in "".join(page.itertext())
 

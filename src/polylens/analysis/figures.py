@@ -60,6 +60,7 @@ def spectrum_figure(
                 ranks[style], np.abs(sizes[style]), marker, color=colour, markersize=3, label=sign
             )
         panel.set_xlabel("feature")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylabel("|eigenvalue|")
         panel.set_ylim(bottom=0)
         panel.set_title(f"{len(sizes)} features:\n{share:.1%} of energy")

@@ -120,5 +120,9 @@ def _left(r2: Sequence[tuple[float, ...] | None], degree: int) -> list[float]:
 def _scale_steps(panel: "Axes", steps: Sequence[int]) -> None:
     # Step 0 has a place on the axis, left of step 1.
     panel.set_xscale("symlog", linthresh=1, linscale=0.3)
-    panel.set_xlim(left=min(steps))
+    if len(set(steps)) > 1:
+        panel.set_xlim(left=min(steps))
+    else:  # a point in the middle, not on the edge
+        panel.set_xlim(min(steps) - 1, min(steps) + 1)
+        panel.set_xticks([min(steps)], [str(min(steps))])
     tidy(panel)
