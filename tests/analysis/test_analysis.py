@@ -285,7 +285,12 @@ def test_quadratic_energy_is_the_inner_product_of_the_dense_forms(polynomial, u)
 
 def test_interactions_sum_to_the_polynomial(polynomial, u):
     writers = torch.randn(9, D_IN, dtype=torch.float64)
-    found = analysis.interactions(polynomial, writers, u, [f"w{i}" for i in range(9)])
+    names = [f"w{i}" for i in range(9)]
+    whole = analysis.interactions(polynomial, writers, u, names)
+    value = float(polynomial(writers.sum(0)[None])[0] @ u)
+    assert whole.total == pytest.approx(value, abs=1e-8)
+    assert whole.constant + float(whole.shapley.sum()) == pytest.approx(value, abs=1e-8)
+    found = analysis.interactions(polynomial.truncate(2), writers, u, names)
     value = float(polynomial.truncate(2)(writers.sum(0)[None])[0] @ u)
     assert found.total == pytest.approx(value, abs=1e-8)
     gamma = polynomial.quadratic_form(u).to_dense()

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from polylens.analysis.arguments import check_polynomial
-from polylens.analysis.features import second_order
 from polylens.analysis.figures import interactions_figure
 from polylens.analysis.metric import check_inputs, direction
+from polylens.analysis.players import taylor_interactions
 from polylens.analysis.readout import behind_norm
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
@@ -21,25 +21,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class Interactions(Brief):
-    """f_2(x) . u = constant + sum_a linear_a + sum_ab pairs_ab for the input x = sum_a writers_a.
+    """f(x) . u = constant + sum_a linear_a + sum_ab pairs_ab for the input x = sum_a writers_a.
 
     Attributes:
         names: of the writers.
-        constant: float.
+        constant: float, what f is without any writer.
         linear: [n] first-order term of each writer.
         pairs: [n, n] symmetric; pairs[a, a] is a writer with itself, and two writers a != b
-            interact by pairs[a, b] + pairs[b, a].
+            interact by pairs[a, b] + pairs[b, a]. Products of three writers or more are shared
+            among the pairs in them.
+        about: what f is.
     """
 
     names: tuple[str, ...]
     constant: float
     linear: Tensor
     pairs: Tensor
+    about: str = ""
 
     @property
     def total(self) -> float:
-        """The polynomial's output along u."""
+        """What f is along u."""
         return self.constant + float(self.linear.sum() + self.pairs.sum())
+
+    @property
+    def shapley(self) -> Tensor:
+        """[n] Shapley values: what each writer adds, averaged over all orders of writers."""
+        return self.linear + self.pairs.sum(1)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -65,23 +73,28 @@ class Interactions(Brief):
 def interactions(
     polynomial: Any, writers: Tensor, u: Tensor, names: Sequence[str] | None = None
 ) -> Interactions:
-    """Split the degree 2 optimum along u over the writers of one input.
+    """Split the polynomial's output along u at one input over the writers of that input.
 
-    With y_a = w_a W: pairs_ab = sum_i p_i (W_out u)_i y_ai y_bi for an MLP, the symmetrised
-    gate-linear products as well for a GLU. Exact: the terms sum to the polynomial's output (of
-    a lens with ends, `polynomial.without_ends()`).
+    With ends it is an ordinary polynomial around the input, that of their sum: neurons beyond an
+    end follow their asymptote (`Approximation.piece`). That is split, for every degree, into
+    what each writer does alone and Shapley-Taylor interactions of two, in closed form
+    (`polylens.analysis.players`). Exact: all sum to the polynomial's output. Of degree 2 without
+    ends, with y_a = w_a W, pairs_ab = sum_i p_i (W_out u)_i y_ai y_bi for an MLP, and the
+    symmetrised gate-linear products as well for a GLU.
 
     Args:
-        polynomial: of degree 2 or more.
+        polynomial: per neuron or joint, or a dense one of degree 2; that of a lens is what
+            replaces the layer. Of a lower degree: `polynomial.truncate(k)`.
         writers: [n, d_in], summing to what the layer reads. What a norm in front does is for
             `through_norm` or `residual_writers` to account for.
         u: [d_out] output direction.
         names: one per writer; numbers by default.
 
     Raises:
-        InvalidInputError: sizes that do not fit, u zero, no writers, names of another number.
+        InvalidInputError: sizes that do not fit, u zero, no writers, names of another number, a
+            dense polynomial of degree above 2.
 
-    Cost: O(n d_in d_mlp + n^2 d_mlp) and no d_in x d_in matrix.
+    Cost: O(n d_in d_mlp + degree n^2 d_mlp) and no d_in x d_in matrix.
     """
     check_polynomial(polynomial)
     device = next(iter(polynomial.buffers())).device
@@ -99,13 +112,17 @@ def interactions(
     names = tuple(str(i) for i in range(len(writers))) if names is None else tuple(names)
     if len(names) != len(writers):
         raise InvalidInputError(f"{len(names)} names for {len(writers)} writers")
-    constant, linear, form = second_order(polynomial, u)
-    y = writers @ form.W.double()
-    pairs = (y * form.p) @ y.T
-    if form.V is not None and form.q is not None:
-        mixed = (y * form.q) @ (writers @ form.V.double()).T / 2
-        pairs = pairs + mixed + mixed.T
-    return Interactions(names, constant, writers @ linear, pairs)
+    piece = polynomial.piece(writers.sum(0), u)
+    (y, z), (P, Q) = piece.read(writers), piece.about_zero()
+    linear, pairs = taylor_interactions(y, P, z, Q)
+    if piece.linear is not None:
+        linear = linear + writers @ piece.linear
+    constant = piece.constant + float(P[0].sum())
+    about = f"{polynomial.kind} of degree {piece.degree}"
+    if getattr(polynomial, "ends", None) is not None:
+        beyond, neurons = int(piece.beyond.sum()), len(piece.beyond)
+        about += f" with ends, around an input beyond those of {beyond} of {neurons} neurons"
+    return Interactions(names, constant, linear, pairs, about)
 
 
 def through_norm(

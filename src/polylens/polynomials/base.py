@@ -14,6 +14,7 @@ from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.model import Fitted, InputModel, from_record
 from polylens.normal_forms.weights import GLUWeights, MLPWeights, weights_of
+from polylens.polynomials.piece import Piece
 from polylens.polynomials.records import checked, reading
 
 Self = TypeVar("Self", bound="Approximation")
@@ -69,6 +70,23 @@ class Approximation(nn.Module):
     def without_ends(self: Self) -> Self:
         """The polynomial that the coefficients are of, everywhere."""
         return self
+
+    def piece(self, x: Tensor, u: Tensor) -> Piece:
+        """The ordinary polynomial that this is around one input x [d_in], along u [d_out].
+
+        Raises:
+            InvalidInputError: sizes that do not fit, or a form that is not one of neurons.
+        """
+        raise InvalidInputError(f"a {self.kind} is not made of pieces per neuron")
+
+    def _one_input(self, x: Tensor, d_in: int, device: torch.device) -> Tensor:
+        """x as a finite float64 vector [d_in]."""
+        x = torch.as_tensor(x, device=device).detach().double()
+        if tuple(x.shape) != (d_in,) or not torch.isfinite(x).all():
+            raise InvalidInputError(
+                f"x must be one finite input of shape ({d_in},), got {tuple(x.shape)}"
+            )
+        return x
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to one file, in the safetensors format, in full precision.

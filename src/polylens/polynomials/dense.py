@@ -16,6 +16,7 @@ from polylens.inputs.residuals import share_explained
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.base import Approximation
 from polylens.polynomials.explained_variance import variance_under
+from polylens.polynomials.piece import Piece
 from polylens.polynomials.quadratic_form import QuadraticForm
 from polylens.polynomials.records import checked
 
@@ -168,6 +169,27 @@ class DensePolynomial(Approximation):
             torch.tensordot(u, self.T2_2, dims=1)  # pyright: ignore[reportUnknownMemberType]
         )
         return QuadraticForm(self.whiten @ vectors, values, None, None)
+
+    def piece(self, x: Tensor, u: Tensor) -> Piece:
+        x, device = self._one_input(x, self.d_in, self.center.device), self.center.device
+        u = self._direction(u, device)
+        if self.degree > 2:
+            raise InvalidInputError(
+                f"a {self.kind} of degree {self.degree} is not one of neurons; truncate(2) is"
+            )
+        values, vectors = self.center.new_zeros(0), self.whiten[:, :0]
+        if self.degree == 2:
+            form = self.quadratic_form(u)
+            values, vectors = form.p, form.W
+        tensors = self.optima[self.degree]
+        constant = float(tensors[0] @ u)
+        linear = self.whiten @ (tensors[1].T @ u) if self.degree else None
+        if linear is not None:
+            constant -= float(self.center @ linear)
+        zero = torch.zeros_like(values)
+        P, shift = torch.stack([zero, zero, values]), -(self.center @ vectors)
+        beyond = torch.zeros_like(values, dtype=torch.bool)
+        return Piece(self.degree, constant, linear, vectors, shift, P, None, None, None, beyond)
 
     def optimum_r2(self, gaussian: Gaussian) -> Tensor:
         return self.r2_under([(1.0, gaussian)])

@@ -11,6 +11,7 @@ from polylens.errors import InvalidInputError
 from polylens.normal_forms.preactivation import blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.evaluation import Rows, clamped, gained
+from polylens.polynomials.monomials import expanded_about
 
 
 class Ends:
@@ -53,6 +54,45 @@ class Ends:
     def of(self, neurons: slice | Tensor, y: Tensor) -> "Ends":
         """Those of some neurons, for y [neurons, n] in its dtype."""
         return Ends(self.act, self.at[:, neurons, None].to(y), self.asymptotes)
+
+    def piece(
+        self,
+        v: Tensor,
+        mean: Tensor,
+        P: Tensor,
+        Q: Tensor | None = None,
+        gain: Tensor | float = 1.0,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The ordinary polynomial P(v) + z Q(v) that holds where the neurons of one input lie.
+
+        Args:
+            v: [neurons] y - mean of the input.
+            mean: [neurons].
+            P, Q: [powers, neurons] coefficients between the ends; Q None of an MLP.
+            gain: what the gain beyond ends is multiplied by.
+
+        Returns:
+            P and Q, of as many powers as an asymptote needs, and which neurons are beyond.
+        """
+        tables = self.tables(mean, v.dtype)
+        c = clamped(v, tables)
+        beyond = c != v
+        P = _constant_where(beyond, P, c)
+        Q = None if Q is None else _constant_where(beyond, Q, c)
+        for name, outside in (("below", torch.lt), ("above", torch.gt)):
+            if name not in tables:
+                continue
+            start, *rates = tables[name]
+            there = outside(v, start)
+            # about the start, which may be infinite where nothing is beyond it
+            about = torch.stack([torch.zeros_like(v), *rates])
+            gained = expanded_about(about, -torch.where(there, start, 0.0))
+            gained = gain * torch.where(there, gained, 0.0)
+            if Q is None:
+                P = _sum(P, gained)
+            else:
+                Q = _sum(Q, gained)
+        return P, Q, beyond
 
     def clamp(self, y: Tensor) -> Tensor:
         """y where a polynomial is evaluated."""
@@ -114,6 +154,22 @@ class PreactivationRange:
         if self._seen is not None:
             low, high = low.minimum(self._seen[0]), high.maximum(self._seen[1])
         self._seen = torch.stack([low, high])
+
+
+def _constant_where(there: Tensor, powers: Tensor, v: Tensor) -> Tensor:
+    """Polynomials [powers, neurons], and the constant that is their value at v for some."""
+    value = torch.zeros_like(powers)
+    for row in reversed(powers):
+        value[0] = value[0] * v + row
+    return torch.where(there, value, powers)
+
+
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    """Sum of two polynomials [powers, neurons]."""
+    total = a.new_zeros(max(len(a), len(b)), a.shape[1])
+    total[: len(a)] += a
+    total[: len(b)] += b
+    return total
 
 
 def _rates(powers: tuple[float, ...], start: Tensor) -> list[Tensor]:

@@ -20,6 +20,7 @@ from polylens.polynomials.ends import Ends
 from polylens.polynomials.evaluation import Rows, evaluate
 from polylens.polynomials.explained_variance import explained_variance, r2_under
 from polylens.polynomials.monomials import expanded_about, outer_powers
+from polylens.polynomials.piece import Piece, product
 from polylens.polynomials.quadratic_form import QuadraticForm
 from polylens.polynomials.records import checked, packed, unpacked
 
@@ -306,6 +307,34 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
             return QuadraticForm(W, powers[2] * readout, None, None)
         return QuadraticForm(W, powers[2] * readout, V, z_powers[1] * readout)
 
+    def piece(self, x: Tensor, u: Tensor) -> Piece:
+        x = self._one_input(x, self.d_in, self.W_out.device)
+        u = self._direction(u, self.W_out.device)
+        powers, z_powers = self._monomials(self.degree, self._dtype)
+        readout = self.W_out.double() @ u
+        constant = 0.0 if self.b_out is None else float(self.b_out.double() @ u)
+        P, Q = powers * readout, None if z_powers is None else z_powers * readout
+        return self._piece(x, P, Q, readout, constant, None)
+
+    def _piece(
+        self,
+        x: Tensor,
+        P: Tensor,
+        Q: Tensor | None,
+        gain: Tensor,
+        constant: float,
+        linear: Tensor | None,
+    ) -> Piece:
+        """That of neurons P(v) + z Q(v) that are read out already, but for what ends gain."""
+        W, b, V, c = self._activated_first()
+        shift = b - self.m
+        beyond = torch.zeros_like(self.m, dtype=torch.bool)
+        if self.ends is not None:
+            ends = Ends(self.act, self.ends, self.asymptotes)
+            P, Q, beyond = ends.piece(product(x, W) + shift, self.m, P, Q, gain)
+        own_c = None if V is None else c
+        return Piece(self.degree, constant, linear, W, shift, P, V, own_c, Q, beyond)
+
     def to_dense(self, max_bytes: int = 1 << 30) -> list[Tensor]:
         """Symmetric coefficient tensors T_k [d_out, d_in, ..., d_in] in float64, k = 0 ... degree.
 
@@ -391,18 +420,26 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         return powers, z_powers
 
     def _raw_monomials(self, degree: int) -> tuple[Tensor, Tensor | None]:
+        powers = self.in_powers(self.P[degree, : degree + 1])
+        return powers, None if self.Q is None else self.in_powers(self.Q[degree, :degree])
+
+    def in_powers(self, coefficients: Tensor) -> Tensor:
+        """Coefficients of v^j, v = y - m, where these [k, d_mlp] are of He_k(t)."""
+        degree, device = len(coefficients), self.s.device
         inverse = torch.where(self.s > 0, 1 / self.s, 0.0)
-        scale = inverse ** torch.arange(degree + 1, device=self.s.device)[:, None]
-        basis = torch.tensor(hermite_to_monomial(degree), dtype=torch.float64, device=self.s.device)
-        powers = torch.einsum("kj,kh->jh", basis, self.P[degree, : degree + 1]) * scale
-        if self.Q is None:
-            return powers, None
-        z_powers = torch.einsum("kj,kh->jh", basis[:degree, :degree], self.Q[degree, :degree])
-        return powers, z_powers * scale[:degree]
+        scale = inverse ** torch.arange(degree, device=device)[:, None]
+        basis = hermite_to_monomial(max(degree - 1, 0))[:degree]
+        table = torch.tensor(basis, dtype=torch.float64, device=device).reshape(degree, degree)
+        return torch.einsum("kj,kh->jh", table, coefficients) * scale
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """That of the elementwise part of evaluation."""
+        half = self.W_in.dtype in (torch.float16, torch.bfloat16)
+        return torch.float32 if half else self.W_in.dtype
 
     def _horner(self, degree: int) -> _Horner:
-        half = self.W_in.dtype in (torch.float16, torch.bfloat16)
-        dtype = torch.float32 if half else self.W_in.dtype
+        dtype = self._dtype
         key = (degree, dtype)
         if key in self._horner_cache:
             return self._horner_cache[key]

@@ -18,6 +18,7 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.base import Approximation, kept
 from polylens.polynomials.evaluation import clamped, gained
 from polylens.polynomials.factored import Polynomial
+from polylens.polynomials.piece import Piece
 from polylens.polynomials.quadratic_form import QuadraticForm
 from polylens.polynomials.records import checked
 
@@ -186,6 +187,26 @@ class JointPolynomial(Approximation):
         W, _, V, _ = self.base._activated_first()
         q = None if V is None else readout[self.base.d_mlp :] * inverse
         return QuadraticForm(W, readout[: self.base.d_mlp] * inverse**2, V, q)
+
+    def piece(self, x: Tensor, u: Tensor) -> Piece:
+        base, n, device = self.base, self.degree, self.center.device
+        x, u = self._one_input(x, self.d_in, device), self._direction(u, device)
+        readout = self._readout(n) @ u
+        constant, linear = float(readout[0]), readout[1 : 1 + self.d_in] if n else None
+        if linear is not None:
+            constant -= float(self.center @ linear)
+        # by k = 2 ... n: of He_k(t), and of a GLU of zeta He_{k - 1}(t)
+        branches = 1 if base.Q is None else 2
+        by_degree = readout[1 + self.d_in * (n > 0) :].reshape(-1, branches, base.d_mlp)
+        P, Q = base.m.new_zeros(n + 1, base.d_mlp), None
+        P[2:] = by_degree[:, 0] if n > 1 else P[2:]
+        P = base.in_powers(P)
+        if base.Q is not None:
+            Q = base.m.new_zeros(max(n, 1), base.d_mlp)
+            Q[1:] = by_degree[:, 1] if n > 1 else Q[1:]
+            Q = base.in_powers(Q)
+            P[: len(Q)] -= self.z_mean * Q
+        return base._piece(x, P, Q, base.W_out.double() @ u, constant, linear)
 
     def record(self) -> Record:
         """That of the base, and the readouts, each as large as the layer's own."""
