@@ -175,7 +175,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     effects = ("size", "r", "same sign")
     whole = Table("layer", "pairs", *effects, title="Against the whole model's, taken out of it")
     rows, cases = [], []
-    with polylens.attach(model, tokens, degree=2, layers=options.layers) as lens:
+    method = polylens.TrueStream(estimator="gaussian")
+    with polylens.attach(model, tokens, degree=2, method=method, layers=options.layers) as lens:
         report = lens.report(test, loss=False, progress=False)
         logits, cache = model.run_with_cache(test)
         for layer in lens:

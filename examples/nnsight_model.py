@@ -43,7 +43,6 @@ print(f"half of layer 1's cubic: {loss(halved):.4f} nats per byte")
 f = lens.inline(1)
 lens.detach()
 with torch.no_grad(), model.trace(test):  # remote=True
-    x = mlp.input
-    mlp.output = f(x, mlp.output)
+    mlp.output = f(mlp.input)
     logits = model.output.logits.save()
 print(f"layer 1 a cubic: {loss(logits):.4f}")

@@ -62,7 +62,8 @@ def test_all_30_mlps_as_cubics_nearly_keep_the_loss(smollm2, tokens, tmp_path):
 
 @pytest.fixture(scope="module")
 def lens(smollm2, tokens):
-    with polylens.attach(smollm2[0], tokens[0], degree=3, layers=LAYERS, progress=False) as lens:
+    options = {"method": polylens.TrueStream("gaussian"), "layers": LAYERS, "progress": False}
+    with polylens.attach(smollm2[0], tokens[0], degree=3, **options) as lens:
         yield lens
 
 

@@ -95,9 +95,9 @@ def attach(
             - `FromInputs(inputs)`: input models of one's own.
         layers: which layers; all that can be read by default.
         attention_mask: [batch, pos], 0 at padding, which is left out.
-        exclude_first: leave position 0 out of the fit and R2, and true under `replaced`:
-            language models park attention there, far from all other inputs. Of models that
-            read no token ids nothing is left out.
+        exclude_first: leave the first position of each sequence out of the fit and R2: language
+            models park attention there, far from all other inputs. It is replaced like the
+            others. Of models that read no token ids nothing is left out.
         batch_size: sequences per forward pass.
         example_inputs: what a torch module is called with, where no guess nor tokens will do.
         progress: show progress bars.
@@ -228,8 +228,13 @@ def load(
     sites = {site.layer: site for site in found if site.layer in polynomials}
     refused = {**refused, **{labelled(n): why for n, why in header["refused"].items()}}
     report = _saved_report(address, header["report"])
-    lens = Lens(host, sites, polynomials, refused, header["inputs"], header["exclude_first"])
+    # files of 0.1 say whether sequences also stay true where they start
+    kept_true = header.get("exclude_first", False)
+    left_out = header.get("starts_left_out", kept_true)
+    lens = Lens(host, sites, polynomials, refused, header["inputs"], left_out)
     lens.saved_report = report
+    if kept_true:
+        lens_file.warn_of_starts(address)
     return lens
 
 

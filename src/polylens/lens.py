@@ -145,12 +145,12 @@ class Lens(Installation):
 
     @renamed()
     def inline(self, layer: Layer, *, degree: int | None = None) -> Module:
-        """The layer's polynomial as a module f(x, y=None) that travels with a remote trace.
+        """The layer's polynomial as a module f(x) that travels with a remote trace.
 
             f = lens.inline(3)
             lens.detach()
             with model.trace(tokens, remote=True):
-                mlp.output = f(mlp.input)  # or f(mlp.input, mlp.output): position 0 stays true
+                mlp.output = f(mlp.input)
 
         It belongs to no model, has its own copy of the layer's weights, and needs only torch
         where it runs: its code is sent along. For nnsight; also usable on a detached lens.
@@ -182,8 +182,7 @@ class Lens(Installation):
 
         Computes what `replaced` does, without a lens: generates, trains and is saved as the
         model it was copied from. The original stays as it is, attached; nothing is shared.
-        With `exclude_first` the true activation remains for position 0 of each sequence, by
-        the same rule as in `replaced`. For Hugging Face models, also those in nnsight; other
+        For Hugging Face models, also those in nnsight; other
         torch modules have no `save_pretrained`. transformers alone does not load what was
         saved: its weight files are named apart, so that nobody gets the true model instead.
 
@@ -201,8 +200,8 @@ class Lens(Installation):
         chosen, degree = self.ready(layers, degree)
         host = self.host
         polynomials = {layer: self[layer].truncate(degree) for layer in chosen}
-        copy, places = host.copied(chosen, self.exclude_first)
-        model = export.built(copy, places, polynomials, self.exclude_first, self.inputs_summary)
+        copy, places = host.copied(chosen)
+        model = export.built(copy, places, polynomials, self.inputs_summary)
         with self.suspended(), self.replaced(degree=degree, layers=chosen):
             expected = host.example_outputs(host.module)
         export.require_equal(host.example_outputs(model), expected)
@@ -233,7 +232,7 @@ class Lens(Installation):
             "polylens": version("polylens"),
             "model": self.model_name,
             "inputs": self.inputs_summary,
-            "exclude_first": self.exclude_first,
+            "starts_left_out": self.exclude_first,
             "refused": {label(layer): reason for layer, reason in self.refused.items()},
             "report": None if report is None else report.to_dict(),
         }

@@ -143,7 +143,7 @@ def test_it_loses_less_than_fits_to_the_true_stream(model):
 def test_samples_are_the_default_and_the_report_says_so(model):
     with attach(model, layers=[0, 1]) as lens:
         assert lens.inputs_summary == (
-            "samples per neuron, 1536 tokens, position 0 excluded, weighted by 1 / |output|, "
+            "samples per neuron, 1536 tokens, first positions excluded, weighted by 1 / |output|, "
             "ends with tails of 0.05, layer by layer"
         )
         assert "layer by layer" in str(lens.report(HELD_OUT, loss=False, progress=False))

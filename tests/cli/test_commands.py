@@ -188,7 +188,8 @@ def test_features_of_the_embedded_model(tmp_path):
     found = json.loads(out.read_text(encoding="utf-8"))
     # The same from the library.
     model = demo.load_bridge()
-    with polylens.attach(model, degree=2, layers=2, progress=False) as lens:
+    method = polylens.TrueStream(estimator="gaussian")
+    with polylens.attach(model, degree=2, layers=2, method=method, progress=False) as lens:
         norm = lens.host.final_norm()
         u = analysis.token_direction(
             model.W_U, ord("e"), ord("a"), centred=norm.centred, weight=norm.weight

@@ -42,9 +42,9 @@ def made():
     """(lens, report, page) of three layers of the embedded model, the names needing escapes."""
     model = demo.load_bridge()
     texts = demo.texts()
-    lens = polylens.attach(
-        model, demo.batches(texts[0], 4, 64), degree=2, layers=[0, 1, 3], progress=False
-    )
+    options = {"method": polylens.TrueStream(estimator="gaussian"), "progress": False}
+    tokens = demo.batches(texts[0], 4, 64)
+    lens = polylens.attach(model, tokens, degree=2, layers=[0, 1, 3], **options)
     report = lens.report(demo.batches(texts[1], 4, 64), progress=False)
     page = html_page(lens, report, names=lambda token: f"<{token}>")
     yield lens, report, page

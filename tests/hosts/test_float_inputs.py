@@ -68,7 +68,8 @@ def test_position_zero_is_replaced_too(case):
     module, data = case
     given = {s.layer: polylens.Gaussian.standard(s.d_in) for s in polylens.find_mlps(module)}
     outputs = []
-    for options in (dict(tokens=data), dict(method=polylens.FromInputs(given))):
+    seen = dict(tokens=data, method=polylens.TrueStream("gaussian"))
+    for options in (seen, dict(method=polylens.FromInputs(given))):
         with polylens.attach(module, **options, layers=0, progress=False) as lens:
             out = lens.host._block(0).out.module
             handle = out.register_forward_hook(lambda module, args, y: outputs.append(y))

@@ -79,7 +79,6 @@ def test_each_expert_sees_the_tokens_routed_to_it(case):
     for layer, (x, y, places) in seen.items():
         assert len(x) == len(y) == len(places.rows)
         assert int(places.rows.max()) < TOKENS.numel()
-        assert torch.equal(places.first, places.rows % TOKENS.shape[1] == 0)
         torch.testing.assert_close(sites[layer].weights()(x), y, atol=1e-6, rtol=1e-5)
 
 
@@ -146,7 +145,7 @@ def test_a_lens_calibrates_each_expert_on_the_tokens_it_sees(case):
     seen = {}
 
     def observer(layer):
-        return lambda a: seen.update({layer: a.x[~a.places.first].double()})
+        return lambda a: seen.update({layer: a.x[a.places.rows % MANY.shape[1] > 0].double()})
 
     with lens.host.observe({n: observer(n) for n in experts}), torch.no_grad():
         lens.host.run(MANY)
@@ -164,7 +163,7 @@ def test_a_lens_calibrates_each_expert_on_the_tokens_it_sees(case):
     assert torch.equal(logits(model), reference)
 
 
-def test_experts_are_replaced_with_position_zero_left_true(case):
+def test_experts_are_replaced(case):
     model, layers = case
     reference = logits(model)
     with attach(model, layers=layers[0]) as lens:
@@ -175,7 +174,7 @@ def test_experts_are_replaced_with_position_zero_left_true(case):
             cubic = logits(model)
         with lens.replaced(layers=[Expert(layers[0], 2)]):
             one = logits(model)
-    assert torch.equal(constant[:, 0], reference[:, 0])
+    assert not torch.equal(constant[:, 0], reference[:, 0])
     assert not torch.equal(one, reference)
     assert (cubic - reference).norm() < 0.2 * (constant - reference).norm()
     assert torch.equal(logits(model), reference)

@@ -219,29 +219,28 @@ import sys
 sys.modules["polylens"] = None  # not installed here
 import nnsight, torch, transformers
 from nnsight.intervention.serialization import loads
-folder, path, keep_first = sys.argv[1:]
+folder, path = sys.argv[1:]
 function, tokens = loads(open(f"{folder}/payload", "rb").read())
 model = nnsight.NNsight(transformers.AutoModelForCausalLM.from_pretrained(folder))
 mlp = model.get(path)
 with model.trace(tokens):
-    x = mlp.input
-    mlp.output = function(x, *([mlp.output] if keep_first == "True" else []))
+    mlp.output = function(mlp.input)
     out = model.output.logits.save()
 torch.save(out.detach(), f"{folder}/out")
 """
 
 
 @pytest.mark.parametrize(
-    ("name", "path", "keep_first", "degree"),
-    [("gpt2", "transformer.h.0.mlp", False, 2), ("llama", "model.layers.0.mlp", True, 1)],
+    ("name", "path", "degree"),
+    [("gpt2", "transformer.h.0.mlp", 2), ("llama", "model.layers.0.mlp", 1)],
 )
 def test_the_inline_function_travels_to_where_polylens_is_not_installed(
-    tmp_path, name, path, keep_first, degree
+    tmp_path, name, path, degree
 ):
     from nnsight.intervention.serialization import dumps
 
     model = nnsight.NNsight(build(name))
-    with attach(model, exclude_first=keep_first) as lens:
+    with attach(model) as lens:
         function = lens.inline(0, degree=degree)
         with lens.replaced(layers=0, degree=degree):
             expected = logits(model)
@@ -249,7 +248,6 @@ def test_the_inline_function_travels_to_where_polylens_is_not_installed(
     (tmp_path / "payload").write_bytes(dumps((function, TOKENS)))
     (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
     command = [sys.executable, str(tmp_path / "elsewhere.py"), str(tmp_path), path]
-    command.append(str(keep_first))
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
     out = torch.load(tmp_path / "out")
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)

@@ -500,3 +500,12 @@ def test_r2_does_not_depend_on_when_it_was_read(verb, tmp_path):
     error = (second(X) - weights(X)).square().sum()
     total = (weights(X) - weights(X).mean(0)).square().sum()
     assert float(first.r2[3]) == pytest.approx(float(1 - error / total), abs=1e-9)
+
+
+@pytest.mark.parametrize("low", [-0.5, 0.7])
+def test_the_identity_goes_on_beyond_ends_on_either_side_of_zero(low):
+    weights = polylens.MLPWeights(torch.randn(3, 8), torch.randn(8, 2), "identity")
+    fitted = fit(weights, Gaussian.standard(3), 1)
+    ends = torch.stack([torch.full((8,), low), torch.full((8,), low + 0.2)])
+    x = torch.randn(50, 3)
+    torch.testing.assert_close(fitted.with_ends(ends)(x), weights(x), rtol=1e-4, atol=1e-5)

@@ -175,7 +175,7 @@ def nudged(model):
         ({"degree": 3}, "degree was 2, now it is 3"),
         ({"estimator": "joint"}, "estimator was samples per neuron, now it is samples, jointly"),
         ({"tails": 0.0}, "tails was 0.05, now it is 0.0"),
-        ({"exclude_first": False}, "exclude_first was True"),
+        ({"exclude_first": False}, "starts_left_out was True"),
         ({"batch_size": 4}, "batch_size was 2, now it is 4"),
         ({"layers": [0, 1]}, r"layers was \['0', '1', '2'\], now it is \['0', '1'\]"),
         ({"tokens": TOKENS.flip(0)}, r"tokens was torch.int64 \[4, 16\] with SHA-256 [0-9a-f]{64}"),

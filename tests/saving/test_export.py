@@ -251,7 +251,6 @@ def test_a_model_inside_nnsight():
         (lambda: bridge(model_of("gpt2")), {}, "attach to the Hugging Face model"),
         (lambda: model_of("llama"), {"method": TrueStream("joint")}, "joint polynomial"),
         (lambda: build("lfm2"), {}, "function call"),
-        (lambda: build("opt"), {}, "exclude_first=False"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(make, options, message):

@@ -1,7 +1,7 @@
 """Files that version 0.1 wrote load, and compute what they computed then.
 
-tests/data/files_of_0_1 has them; expected.safetensors what that version made of each. Weights come
-from `random.Random`, which is the same everywhere and always.
+tests/data/files_of_0_1 has them; expected.safetensors what that version made of each, replaced also
+where sequences start. Weights come from `random.Random`, which is the same everywhere and always.
 """
 
 import random
@@ -16,7 +16,6 @@ from torch import nn
 
 import polylens
 from polylens import DensePolynomial, JointPolynomial, Polynomial
-from polylens.files import format as storage
 from polylens.files.format import within
 
 FILES = Path(__file__).parent.parent / "data" / "files_of_0_1"
@@ -135,17 +134,15 @@ def test_lenses(path, tmp_path):
             assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
 
 
-def test_an_interrupted_calibration_goes_on(tmp_path):
+def test_an_interrupted_calibration_is_refused(tmp_path):
+    """On the stream that it was on, starts of sequences stayed true."""
     model, path = MODELS["finished"](), tmp_path / "unfinished.checkpoint"
     shutil.copy(FILES / path.name, path)
-    before, _ = storage.read(path, "lens")
-    tokens = numbers("file tokens", 80, 24) / 3.4641016151377544 + 0.5
-    tokens = (3 + (tokens * 29).floor()).long().clamp(3, 31)
     method = polylens.Sequential(checkpoint=path)
-    lens = polylens.attach(model, tokens, degree=2, method=method, progress=False)
-    assert len(before["layers"]) == 1
-    assert_computes(lens, model, path.name)
-    lens.detach()
+    tokens = torch.randint(3, 32, (80, 24))
+    with pytest.raises(polylens.ArtifactError, match="starts_left_out was None, now it is True"):
+        polylens.attach(model, tokens, degree=2, method=method, progress=False)
+    assert polylens.attached(model) is None
 
 
 def test_exported_models():

@@ -216,7 +216,8 @@ def test_language_models_go_through_a_lens():
     tokens = torch.randint(0, 90, (8, 16))
     trace = trace_training([(0, model)], (tokens[:6], tokens[6:]), 2, progress=False)
     assert [row.layer for row in trace.rows] == [0, 1]
-    with polylens.attach(model, tokens[:6], degree=2, progress=False) as lens:
+    method = polylens.TrueStream(estimator="gaussian")
+    with polylens.attach(model, tokens[:6], degree=2, method=method, progress=False) as lens:
         report = lens.report(tokens[6:], loss=False, progress=False)
     assert trace.rows[1].r2 == pytest.approx(report[1].r2)
     logits = model(tokens[6:])[:, :-1].flatten(0, 1).detach()

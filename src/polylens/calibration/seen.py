@@ -42,7 +42,7 @@ class Calibration:
     Attributes:
         host: the model.
         steps: (inputs, attention mask) of each batch.
-        exclude_first: leave out where sequences start, and keep it true where polynomials flow on.
+        exclude_first: leave out where sequences start.
         progress: show a progress bar.
     """
 
@@ -78,7 +78,7 @@ class Calibration:
             count = sum(int(counted(*step, exclude_first=False).sum()) for step in self.steps)
         else:
             count, origin = sum(len(batch) for batch, _ in self.steps), "inputs"
-        return [f"{count} {origin}", *["position 0 excluded"] * self.exclude_first]
+        return [f"{count} {origin}", *["first positions excluded"] * self.exclude_first]
 
     def kept(self, i: int) -> Tensor | None:
         """Rows of batch i that count, None for all."""

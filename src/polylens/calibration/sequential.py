@@ -17,7 +17,6 @@ from polylens.checks import Expert, Layer
 from polylens.errors import UnsupportedModel
 from polylens.fitting.estimator import Estimator
 from polylens.hosts.base import Arrival, Function, MLPSite
-from polylens.hosts.positions import keep_starts
 from polylens.polynomials.joint import Fitted
 
 
@@ -117,7 +116,7 @@ def on_replaced_stream(
     ):
 
         def flow(layer: Layer) -> Function:
-            return partial(_flow, calibration.exclude_first, found[layer])
+            return partial(_flow, found[layer])
 
         def visit(layer: Layer, arrivals: Arrivals) -> Function:
             with naming(layer, sites[layer]):
@@ -144,6 +143,5 @@ def require_ordered(sites: Iterable[Layer]) -> None:
         )
 
 
-def _flow(exclude_first: bool, polynomial: Fitted, arrival: Arrival) -> Tensor:
-    out = polynomial(arrival.x)
-    return keep_starts(out, arrival) if exclude_first else out
+def _flow(polynomial: Fitted, arrival: Arrival) -> Tensor:
+    return polynomial(arrival.x)

@@ -43,6 +43,14 @@ Stream = Annotated[
         "what the replaced layers below produce, to replace all at once.",
     ),
 ]
+FitTo = Annotated[
+    str | None,
+    typer.Option(
+        "--estimator",
+        help='"samples" (default): least squares over the inputs, neuron by neuron. "joint": over '
+        'all neurons\' features. "gaussian": in closed form under a Gaussian, to study layers.',
+    ),
+]
 OldStream = Annotated[str | None, typer.Option("--calibration", hidden=True)]
 Calibration = Annotated[int, typer.Option(help="From the start of the text.")]
 Heldout = Annotated[int, typer.Option(help="From what follows.")]
@@ -74,6 +82,7 @@ def report(
     device: Device = "cpu",
     dtype: Dtype = "float32",
     stream: Stream = "true",
+    estimator: FitTo = None,
     calibration: OldStream = None,
     calibration_tokens: Calibration = 4096,
     sampled_tokens: Annotated[
@@ -93,7 +102,7 @@ def report(
     with _one_line_errors():
         _check_outputs(json_file, plot_file, html_file)
         _check_losses(no_loss, prefixes)
-        chosen, method = parse_layers(layers), _method(stream, calibration)
+        chosen, method = parse_layers(layers), _method(stream, estimator, calibration)
         content = _read(text)
         other = None if heldout_text is None else _read(heldout_text)
         more = _windows("sampled", sampled_tokens, seq_len) if sampled_tokens else 0
@@ -128,6 +137,7 @@ def report(
 def demo(
     degree: Degree = 3,
     stream: Stream = "true",
+    estimator: FitTo = None,
     calibration: OldStream = None,
     json_file: JsonFile = None,
     plot_file: PlotFile = None,
@@ -146,7 +156,7 @@ def demo(
         from polylens import demo as embedded
         from polylens.attachment import attach
 
-        method = _method(stream, calibration)
+        method = _method(stream, estimator, calibration)
         training, heldout = (
             embedded.batches(text, sequences, DEMO_LENGTH) for text in embedded.texts()
         )
@@ -200,7 +210,9 @@ def features(
         if content is not None:
             sequences = _windows("calibration", calibration_tokens, seq_len)
             tokens = token_windows(tokenizer, content, sequences, 1, seq_len)[0]
-        lens = attach(bridge, tokens, degree=2, layers=layer, progress=sys.stderr.isatty())
+        method = _method("true", "gaussian", None)
+        options = {"layers": layer, "progress": sys.stderr.isatty()}
+        lens = attach(bridge, tokens, degree=2, method=method, **options)
         names = token_names(tokenizer)
         found = layer_features(lens, layer, token, against=other, k=k, names=names)
         Console().print(found, f"fitted to {lens.inputs_summary}")
@@ -264,11 +276,12 @@ def trace(
                 _wrote(path)
 
 
-def _method(stream: str, old: str | None) -> Any:
-    """What `attach` takes for a stream.
+def _method(stream: str, estimator: str | None, old: str | None) -> Any:
+    """What `attach` takes for a stream and an estimator.
 
     Raises:
-        InvalidInputError: neither "true" nor "sequential", or the option's old name.
+        InvalidInputError: neither "true" nor "sequential", another estimator, or the option's
+            old name.
     """
     if old is not None:
         raise InvalidInputError(f"--calibration is called --stream now: --stream {old}")
@@ -278,7 +291,7 @@ def _method(stream: str, old: str | None) -> Any:
     methods = {"true": TrueStream, "sequential": Sequential}
     if stream not in methods:
         raise InvalidInputError(f"--stream {stream!r} is unknown; there are {', '.join(methods)}")
-    return methods[stream]()
+    return methods[stream](**({} if estimator is None else {"estimator": estimator}))
 
 
 def parse_steps(text: str | None) -> list[int] | None:

@@ -30,6 +30,7 @@ from polylens.checks import Layer, check_layers, label
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fitting.fit import fit
 from polylens.inputs.gaussian import Gaussian
+from polylens.inputs.seen import Seen
 from polylens.lens import Lens
 from polylens.report.columns import BY_NAME, MISSING
 from polylens.report.report import Report
@@ -236,7 +237,8 @@ def _layers_table(lens: Lens, report: Report) -> str:
             rank = trace.square() / cov.square().sum()
             mean = torch.linalg.vector_norm(gaussian.mean)
             moments = [f"{mean:.3g}", f"{(trace / gaussian.d_in).sqrt():.3g}", f"{rank:.0f}"]
-            model_r2 = r2.form(float(polynomial.r2[top]))
+            if not isinstance(polynomial.inputs, Seen):
+                model_r2 = r2.form(float(polynomial.r2[top]))
         cells.append(
             [
                 *(row.label, site.kind, html.escape(site.activation.name)),

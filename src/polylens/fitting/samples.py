@@ -10,7 +10,9 @@ from torch import Tensor
 from polylens.fitting.estimator import Batch, Estimator, weighty
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.fitting.tails import best_tails
+from polylens.inputs.gaussian import Moments
 from polylens.inputs.samples import joined
+from polylens.inputs.seen import Seen
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
@@ -46,6 +48,7 @@ class SampleEstimator(Estimator):
         self._range = None if tails is None else PreactivationRange(weights)
         self._first: list[Batch] = []
         self._gram: Gram | None = None
+        self._moments = Moments()
 
     @abstractmethod
     def _begun(self, seen: PreactivationRange | None) -> Gram:
@@ -54,6 +57,7 @@ class SampleEstimator(Estimator):
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
         self.count += len(x)
         x, sample_weights = weighty(x, sample_weights)
+        self._moments.update(x, sample_weights)
         if self._gram is None and not self.tails:
             self._gram = self._begun(self._range)
         if self._gram is not None:
@@ -76,6 +80,8 @@ class SampleEstimator(Estimator):
             self._decide_by_first()
         assert self._gram is not None
         fitted = self._gram.solve()
+        own = fitted.base if isinstance(fitted, JointPolynomial) else fitted
+        own.inputs = Seen.of(self._moments)
         ends = None if self._range is None else self._range.ends
         return fitted if ends is None else fitted.with_ends(ends)
 

@@ -61,11 +61,9 @@ class Places:
 
     Attributes:
         rows: [n] indices among the batch * pos inputs of the layer.
-        first: [n] of bool, True at position 0 of a sequence that has more positions.
     """
 
     rows: Tensor
-    first: Tensor
 
 
 @dataclass(frozen=True)
@@ -306,9 +304,7 @@ class Host(ABC):
             f"a {self.name} has no remote traces; use lens[layer], or lens.replaced()"
         )
 
-    def copied(
-        self, layers: Iterable[Layer], keep_first: bool
-    ) -> tuple[nn.Module, Mapping[Layer, Any]]:
+    def copied(self, layers: Iterable[Layer]) -> tuple[nn.Module, Mapping[Layer, Any]]:
         """A copy of the module without a lens, and where in it these layers' activations are."""
         raise self._no_export()
 

@@ -1,13 +1,9 @@
 """Where sequences start, which activations count and what is scored: nothing else decides it.
 
 Language models park attention on the start of a sequence, where the MLPs' inputs are far from
-all others. With `exclude_first` it is left out of what is fitted and measured (`counted`) and
-stays true in a replaced model (`starts`, `keep_starts`). Left out is the first position that is
-no padding; true stays position 0 of what the model is called on, unless that is a single position,
-which continues a cached prompt.
-
-`has_starts`, `at_starts` and `with_starts` refer to nothing but torch: they travel with
-`hosts.nnsight.inline` to where polylens is not installed.
+all others. With `exclude_first` the first position that is no padding is left out of what is
+fitted and of R2 (`counted`). Nothing here decides what flows in a replaced model: there an input
+is covered by a polynomial or lies beyond its ends, wherever in a call it stands.
 """
 
 import torch
@@ -64,38 +60,3 @@ def targets(there: Tensor, lead: int = 1) -> Tensor:
         there: [batch, pos] of bool, `unpadded`.
     """
     return there[:, : there.shape[1] - lead] & there[:, lead:]
-
-
-def starts(rows: Tensor, pos: int) -> Tensor:
-    """[n] of bool: which of these rows of [batch * pos, d] activations start a sequence."""
-    return rows % pos == 0 if pos > 1 else torch.zeros_like(rows, dtype=torch.bool)
-
-
-def has_starts(h: Tensor) -> bool:
-    """Whether h [batch, pos, d] has a position that starts a sequence."""
-    return h.dim() >= 3 and h.shape[-2] > 1
-
-
-def at_starts(h: Tensor) -> Tensor:
-    """[batch, 1, d] of h [batch, pos, d] that `has_starts`: a view."""
-    return h[..., :1, :]
-
-
-def with_starts(out: Tensor, true: Tensor) -> Tensor:
-    """out [batch, pos, d] that `has_starts`, with `true` [batch, 1, d] there."""
-    return torch.cat([true, out[..., 1:, :]], dim=-2)
-
-
-def keep_starts(out: Tensor, arrival: Arrival, pos: int | None = None) -> Tensor:
-    """out, with the true output where sequences start.
-
-    Args:
-        out: [batch, pos, d], of an expert [n, d].
-        pos: where it may be [batch * pos, d], too.
-    """
-    first = None if arrival.places is None else arrival.places.first
-    if first is None and pos is not None and out.dim() == 2:
-        first = starts(torch.arange(len(out), device=out.device), pos)
-    if first is not None:
-        return torch.where(first[:, None], arrival.y, out)
-    return with_starts(out, at_starts(arrival.y)) if has_starts(out) else out

@@ -223,8 +223,12 @@ class Moments:
         self.count += len(x)
         self.weight += weight
 
-    def gaussian(self, name: str = "the samples") -> Gaussian:
+    def gaussian(self, name: str = "the samples", *, warn: bool = True) -> Gaussian:
         """The Gaussian with these moments.
+
+        Args:
+            name: of what they are of, for errors.
+            warn: with a NumericalWarning of fewer samples than features.
 
         Raises:
             InvalidInputError: no samples, or NaN or infinite ones (how many features).
@@ -236,7 +240,7 @@ class Moments:
             raise InvalidInputError(
                 f"{name}: {bad} of {len(self._sum)} features have NaN or infinite values"
             )
-        if self.count <= len(self._sum):
+        if warn and self.count <= len(self._sum):
             warnings.warn(
                 f"{name}: {self.count} samples give a covariance of rank at most "
                 f"{self.count - 1} in {len(self._sum)} dimensions; the fit is exact for that "

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from polylens.errors import StalePolynomialError
 from polylens.hosts.base import Arrival, MLPSite, Tap
-from polylens.hosts.positions import at_starts, has_starts, keep_starts
 from polylens.normal_forms.fingerprint import Fingerprint, fingerprint, same_weights
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import Fitted
@@ -23,13 +22,11 @@ class SiteEmitter:
 
     Attributes:
         replacing: degree of the replacement, or None while the true output flows on.
-        keep_first: leave every sequence true where it starts, see `hosts.positions`.
     """
 
-    def __init__(self, site: MLPSite, polynomial: Fitted, keep_first: bool) -> None:
+    def __init__(self, site: MLPSite, polynomial: Fitted) -> None:
         self.site = site
         self.polynomial = polynomial
-        self.keep_first = keep_first
         self.replacing: int | None = None
         self.owner: object = None
         self.point_names = (
@@ -61,13 +58,11 @@ class SiteEmitter:
         out = tap("out", out) if "out" in wanted else out
         if "error" in wanted:
             tap("error", y - out)
-        if self.replacing is None:
-            return y
-        return keep_starts(out, arrival) if self.keep_first else out
+        return y if self.replacing is None else out
 
     def neurons(self, y: Tensor, *others: Tensor) -> Tensor | None:
         """What the out-projection reads while replacing, from what the host has computed."""
-        *z, h = others
+        *z, _ = others
         assert self.replacing is not None
         self.refresh()
         polynomial = self.truncated(self.replacing)
@@ -76,10 +71,7 @@ class SiteEmitter:
         W = polynomial.W_in
         if not all(t.dtype == W.dtype and t.device == W.device for t in (y, *others)):
             return None
-        out = polynomial.neurons(y, *z)
-        if self.keep_first and has_starts(out):
-            at_starts(out).copy_(at_starts(h))
-        return out
+        return polynomial.neurons(y, *z)
 
     def truncated(self, degree: int) -> Fitted:
         """The optimum of this degree, made once."""

@@ -26,7 +26,8 @@ class Installation:
         degree: fitted degree.
         refused: reason for each layer that could not be read.
         inputs_summary: which input model the polynomials were fitted to.
-        exclude_first: whether position 0 of each sequence stays true under `replaced`.
+        exclude_first: whether the first position of each sequence was left out of the fit and is
+            left out of R2; what flows does not depend on it.
     """
 
     def __init__(
@@ -44,9 +45,7 @@ class Installation:
         self.inputs_summary = inputs_summary
         self.exclude_first = exclude_first
         self.degree = next(iter(polynomials.values())).degree
-        self._emitters = {
-            layer: SiteEmitter(sites[layer], polynomials[layer], exclude_first) for layer in sites
-        }
+        self._emitters = {layer: SiteEmitter(sites[layer], polynomials[layer]) for layer in sites}
         self._flows: list[dict[Layer, int | None]] = []
         with ExitStack() as undo:
             for layer, site in sites.items():
@@ -102,7 +101,7 @@ class Installation:
         """Within the context, these MLPs' outputs are those of their polynomials.
 
         Nestable: an inner context adds to or changes the outer one, which comes back on exit,
-        also after an exception. With `exclude_first` position 0 of each sequence stays true.
+        also after an exception.
         Without autograd and while nobody listens at or inside a layer, its polynomial reads the
         preactivations that the model computes anyway: a few elementwise operations more than
         the true layer. Otherwise it is evaluated beside the true layer, to the same values.

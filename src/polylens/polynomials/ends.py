@@ -19,6 +19,7 @@ class Ends:
 
     A is the polynomial that the activation approaches on that side. It is followed from the split
     between the two asymptotes on where that is further out than c; up to it nothing is gained.
+    Where both are the same, as of the identity, there is no split.
 
     Args:
         act: the activation.
@@ -41,10 +42,10 @@ class Ends:
         low, high = self.at
         found: dict[str, Rows] = {"clip": (moved(low), moved(high))}
         if self.asymptotes:
-            split = self.act.split
+            low, high = _on_their_sides(self.act, low, high)
             for name, powers, start in (
-                ("below", self.act.left, low.clamp(max=split)),
-                ("above", self.act.right, high.clamp(min=split)),
+                ("below", self.act.left, low),
+                ("above", self.act.right, high),
             ):
                 if any(powers[1:]):
                     rates = (rate.to(dtype or rate.dtype) for rate in _rates(powers, start))
@@ -105,8 +106,15 @@ class Ends:
 
 def asymptotes(act: Activation, y: Tensor) -> list[Tensor]:
     """What act approaches on either side, constant on the other side of the split."""
-    left, right = y.clamp(max=act.split), y.clamp(min=act.split)
+    left, right = _on_their_sides(act, y, y)
     return [evaluate_powers(act.left, left), evaluate_powers(act.right, right)]
+
+
+def _on_their_sides(act: Activation, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """low no further up, and high no further down, than the split of two asymptotes."""
+    if act.left == act.right:
+        return low, high
+    return low.clamp(max=act.split), high.clamp(min=act.split)
 
 
 def require_tails(tails: float | None) -> None:

@@ -413,7 +413,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
             fits = own.abs() <= limit
             if z_own is not None:
                 fits = torch.cat([fits, z_own.abs() <= limit])
-            fits = fits.all(0)
+            fits = fits.all(0) | self.P[k].isnan().any(0)  # which is to be seen
             powers = torch.where(fits, own, F.pad(powers, (0, 0, 0, 1)))
             if z_own is not None and z_powers is not None:
                 z_powers = torch.where(fits, z_own, F.pad(z_powers, (0, 0, 0, 1)))

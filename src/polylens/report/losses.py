@@ -12,7 +12,7 @@ from polylens.calibration.lockstep import Step
 from polylens.checks import Layer, block
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival, Function
-from polylens.hosts.positions import keep_starts, kept_rows, rows, targets, unpadded
+from polylens.hosts.positions import kept_rows, rows, targets, unpadded
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
 from polylens.report.scores import Cost, Scores, score
@@ -115,11 +115,7 @@ def measure_losses(
                 rises.update(changed, true)
             bar.update()
         for group, cost in ablated.items():
-            constants = {
-                layer: _constant(means[layer], batch.shape[1], lens.exclude_first)
-                for layer in group
-                if layer in means
-            }
+            constants = {layer: _constant(means[layer]) for layer in group if layer in means}
             with lens.host.substitute(constants):
                 ablation = score(lens.host.logits(batch, mask), None, batch, real, lead)
                 cost.update(ablation, true)
@@ -189,11 +185,6 @@ def _columns(
     return {**found, "ablation_delta_ce": harm, "loss_recovered": recovered}
 
 
-def _constant(mean: Tensor, pos: int, keep_first: bool) -> Function:
-    """The mean in place of an MLP's output, but for what stays true under `replaced`, too."""
-
-    def ablate(arrival: Arrival) -> Tensor:
-        out = mean.to(arrival.y).expand_as(arrival.y)
-        return keep_starts(out, arrival, pos) if keep_first else out
-
-    return ablate
+def _constant(mean: Tensor) -> Function:
+    """The mean in place of an MLP's output."""
+    return lambda arrival: mean.to(arrival.y).expand_as(arrival.y)

@@ -21,9 +21,7 @@ from polylens.report.report import LayerRow, Report
 from polylens.report.scores import lead_of
 from polylens.report.worst import Decode, decoder, explain
 
-FIRST_POSITION = (
-    "position 0 is left out of R² and stays true under replacement and ablation: attention sink"
-)
+FIRST_POSITION = "the first position of each sequence is left out of R²: attention sink"
 
 BOTH_WAYS = "the model reads both ways: CE is of each token itself, not of the next one"
 NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be scored"
@@ -51,9 +49,10 @@ def measure(
     tokens one over their sequences; memory is bounded by one batch.
 
     Args:
-        tokens: [batch, pos] token ids. R2 and the ablation's mean count neither padding nor,
-            with lens.exclude_first, position 0; losses count every token that is not padding.
-            Floats [batch, ...] where the model reads those: all count, and there is no loss.
+        tokens: [batch, pos] token ids. R2 and the ablation's mean count neither padding nor, with
+            lens.exclude_first, the first one of each sequence; losses count every token that is
+            not padding. Floats [batch, ...] where the model reads those: all count, and there is
+            no loss.
         degree: of the replacement, fitted degree by default.
         layers: which rows, all by default.
         attention_mask: [batch, pos], 0 at padding.

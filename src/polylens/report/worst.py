@@ -10,7 +10,6 @@ from polylens.calibration.tokens import batches
 from polylens.checks import Layer
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival, Observer
-from polylens.hosts.positions import starts
 from polylens.installed.installation import Installation
 from polylens.report.rows import WorstToken
 from polylens.report.scores import Scores
@@ -89,8 +88,6 @@ def explain(
         places = [(here.index(rises[i].sequence), rises[i].at) for i in chosen]
         n_pos = tokens.shape[1]
         at = torch.tensor([s * n_pos + p for s, p in places])
-        if lens.exclude_first:  # what stays true has no polynomial that could be wrong
-            at[starts(at, n_pos)] = -1
         look = _observers(lens, degree, layers, at, [causes[i] for i in chosen])
         with lens.replaced(degree=degree, layers=layers), lens.host.observe(look):
             lens.host.run(*step)

@@ -97,7 +97,7 @@ def identity(
         "tokens": _data([tokens for tokens, _ in steps]),
         "attention_mask": _data(masks) if masks else None,
         "batch_size": len(steps[0][0]),
-        "exclude_first": calibration.exclude_first,
+        "starts_left_out": calibration.exclude_first,
         "weighting": method.weighting,
         "tails": method.share_beyond,
         "estimator": method.kind.name,
@@ -112,8 +112,13 @@ def _data(batches: list[Tensor]) -> str:
 
 
 def _in_words_of_now(saved: Mapping[str, Any]) -> dict[str, Any]:
-    """An identity, also one whose estimator and tails were called inputs and clip."""
+    """An identity, also one whose estimator and tails were called inputs and clip.
+
+    One with "exclude_first" is of a stream on which starts of sequences stayed true: another one.
+    """
     saved = dict(saved)
+    if not saved.pop("exclude_first", True):
+        saved["starts_left_out"] = False
     if "clip" in saved:
         clip = saved.pop("clip")
         saved["tails"] = (0.0 if clip else None) if isinstance(clip, bool) else clip

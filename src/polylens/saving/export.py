@@ -13,14 +13,16 @@ from torch import Tensor, nn
 from polylens.checks import Layer, label
 from polylens.errors import ArtifactError, AttachmentError
 from polylens.hosts.base import TOLERANCE, relative_error
-from polylens.hosts.positions import at_starts, has_starts, with_starts
 from polylens.hosts.recording import half
 from polylens.hosts.torch.copying import GLUPlace, Place
 from polylens.polynomials.evaluation import PerNeuron
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import Fitted
+from polylens.saving.lens_file import warn_of_starts
 
-FORMAT = 2
+FORMAT = 3
+# Format 2 said whether position 0 of sequences stays true, which no longer is.
+READABLE = (2, FORMAT)
 # Of the weight files: what asks for a model without polynomials does not find them.
 VARIANT = "polylens"
 
@@ -29,25 +31,13 @@ class NeuronPolynomial(PerNeuron):
     """P(v) + z Q(v) per neuron, v = y - mean, where the activation was: act(y), or act(y) z.
 
     Called as f(y) in an MLP, f(y, z) in a GLU; [batch, pos, d_mlp] each and what comes back.
-
-    Attributes:
-        true: the activation; what starts of sequences pass through with `keep_first`.
     """
 
-    def __init__(self, true: nn.Module, tables: Mapping[str, Tensor], keep_first: bool) -> None:
-        super().__init__(tables)
-        self.true = true
-        self.keep_first = keep_first
-
     def extra_repr(self) -> str:
-        return f"degree={len(self.P) - 1}, keep_first={self.keep_first}"
+        return f"degree={len(self.P) - 1}"
 
     def forward(self, y: Tensor, z: Tensor | None = None) -> Tensor:
-        h = super().forward(y, z).contiguous()
-        if not (self.keep_first and has_starts(h)):
-            return h
-        first = self.true(at_starts(y).clone())
-        return with_starts(h, first if z is None else first * at_starts(z))
+        return super().forward(y, z).contiguous()
 
 
 class PolynomialGLU(nn.Module):
@@ -76,7 +66,6 @@ def built(
     model: nn.Module,
     places: Mapping[Layer, Place],
     polynomials: Mapping[Layer, Fitted],
-    keep_first: bool,
     inputs: str,
 ) -> nn.Module:
     """The model itself, with polynomials in these places; `Lens.export`.
@@ -105,7 +94,6 @@ def built(
         "format": FORMAT,
         "polylens": version("polylens"),
         "inputs": inputs,
-        "keep_first": keep_first,
         "layers": layers,
     }
     _install(model, record, tensors)
@@ -157,11 +145,13 @@ def load_exported(
             f"{path} holds a {config.model_type} without polynomials; load it with transformers, "
             "or save the model that lens.export() returns"
         )
-    if record["format"] != FORMAT:
+    if record["format"] not in READABLE:
         raise ArtifactError(
-            f"{path} is of format {record['format']}, this polylens reads format {FORMAT}: of a "
-            "later one, upgrade polylens; of an earlier one, export again"
+            f"{path} is of format {record['format']}, this polylens reads formats {READABLE}: of "
+            "a later one, upgrade polylens; of an earlier one, export again"
         )
+    if record.get("keep_first"):
+        warn_of_starts(path)
     name = (config.architectures or ["?"])[0]
     cls = model_class or getattr(transformers, name, None)
     if cls is None:
@@ -198,7 +188,7 @@ def _install(
         values = _unset(layer) if tensors is None else tensors[name]
         parent, act = _parent(model, layer["act"])
         true = getattr(parent, act)
-        polynomial = NeuronPolynomial(true, values, record["keep_first"])
+        polynomial = NeuronPolynomial(values)
         setattr(parent, act, polynomial.train(true.training))
         if layer["glu"] is not None:
             place = GLUPlace(**layer["glu"])

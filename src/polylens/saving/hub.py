@@ -104,7 +104,6 @@ def card(
     """What the polynomials are of and fitted to, how good they are, and how to load them."""
     base_model = base_model or _base_model(lens)
     data = ModelCardData(base_model=base_model, library_name=LIBRARY, tags=TAGS)
-    first = "stays true under `replaced`" if lens.exclude_first else "is replaced like the others"
     lines = [
         f"# Polynomials of the MLPs of {base_model or lens.model_name}",
         "",
@@ -118,7 +117,6 @@ def card(
         "```",
         "",
         f"- Input model: {lens.inputs_summary}.",
-        f"- Position 0 of a sequence {first}.",
         "",
         "## How good they are",
         "",

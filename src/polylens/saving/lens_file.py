@@ -1,6 +1,7 @@
 """The polynomials of a model in one file, without the model's weights."""
 
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -50,6 +51,16 @@ def entry(site: MLPSite, polynomial: Fitted, sums: Fingerprint | None = None) ->
     }
     return record, storage.prefixed(tensors, f"{name}:") | storage.prefixed(
         values, f"{name}:activation."
+    )
+
+
+def warn_of_starts(where: object) -> None:
+    """UserWarning about a file of a version that kept the first position of sequences true."""
+    warnings.warn(
+        f"{where} was written when the first position of every call stayed true under "
+        "replaced(); now it is replaced like the others, which costs loss unless the polynomials "
+        'have ends; attach anew with estimator="samples"',
+        stacklevel=4,
     )
 
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from polylens.attachment import attach
 from polylens.calibration.given import FromInputs
+from polylens.calibration.true_stream import TrueStream
 from polylens.checks import Layer, check_at_least, renamed, to_json
 from polylens.errors import InvalidInputError, PolylensError
 from polylens.files.whole import beside
@@ -27,6 +28,8 @@ from polylens.training.trace import TraceData as TraceData
 # Inputs of a model that reads no tokens, in one forward pass.
 BATCH = 4096
 PAIRS = "checkpoints must be pairs (step, model or function that returns one)"
+# What the growth of complexity over training is about.
+CLOSED_FORM = TrueStream(estimator="gaussian")
 FOUND = "nothing: the MLPs of any torch module are found by what flows through them"
 
 
@@ -206,7 +209,9 @@ def measure(step: int, model: Any, data: TraceData, degree: int) -> list[TraceRo
     with quiet(model) if isinstance(model, nn.Module) else torch.no_grad():
         _require_finite(model)
         if data.is_text:
-            with attach(model, data.calibration, degree=degree, progress=False) as lens:
+            with attach(
+                model, data.calibration, degree=degree, method=CLOSED_FORM, progress=False
+            ) as lens:
                 report = lens.report(data.held_out, loss=False, progress=False)
                 loss = _text_loss(lens, data.held_out)
             return [TraceRow(step, row.layer, "gaussian", row.r2, loss=loss) for row in report]
@@ -233,7 +238,7 @@ def _of_features(model: nn.Module, data: TraceData, degree: int) -> list[Measure
         )
         return [(n, name, report[n].r2, tuple(lens[n].r2.tolist())) for n in layers]
 
-    with attach(model, data.calibration, batch_size=BATCH, **options) as lens:
+    with attach(model, data.calibration, method=CLOSED_FORM, batch_size=BATCH, **options) as lens:
         first = _readers(lens, data.held_out) if data.inputs else []
         rows = measured(lens, "gaussian", [n for n in lens.layers if n not in first])
     if data.inputs and not first:

@@ -10,7 +10,6 @@ from polylens.errors import AttachmentError, UnsupportedModel
 from polylens.hosts.base import Emitter, MLPSite
 from polylens.hosts.nnsight.inline import InlinePolynomial
 from polylens.hosts.passage import Emitting, PolyPoint, Taps
-from polylens.hosts.positions import has_starts
 from polylens.hosts.torch.dataflow import Block
 from polylens.hosts.torch.host import TorchHost
 from polylens.hosts.torch.moe import ExpertSite
@@ -98,7 +97,7 @@ class NNsightHost(TorchHost):
         """Sent by value, so that polylens need not be installed where it runs."""
         import nnsight
 
-        for part in (InlinePolynomial, PerNeuron, has_starts):
+        for part in (InlinePolynomial, PerNeuron):
             nnsight.register(part.__module__)
         return InlinePolynomial(polynomial.weights.tensors(), polynomial.evaluation_tables())
 

@@ -2,15 +2,11 @@
 
 from torch import Tensor, nn
 
-from polylens.hosts.positions import at_starts, has_starts, with_starts
 from polylens.polynomials.evaluation import PerNeuron
 
 
 class InlinePolynomial(nn.Module):
     """f(x) = (P(y) + z Q(y)) W_out + b_out, [..., d_in] -> [..., d_out].
-
-    Called as f(x, y) with the true output y [batch, pos, d_out], starts of sequences stay
-    true, see `hosts.positions`.
 
     Args:
         tensors: W_in, W_out and those of W_gate, b_gate, b_in, b_out that there are.
@@ -33,12 +29,11 @@ class InlinePolynomial(nn.Module):
             self.register_buffer(name, own.get(name))
         self.neurons = PerNeuron(tables)
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         z = None
         if self.W_gate is not None:
             z = x @ self.W_in if self.b_in is None else x @ self.W_in + self.b_in
         pre = x @ (self.W_in if self.W_gate is None else self.W_gate)
         h = self.neurons(pre.to(self.neurons.mean.dtype), z)
         out = h.to(self.W_out.dtype) @ self.W_out
-        out = out if self.b_out is None else out + self.b_out
-        return out if y is None or not has_starts(out) else with_starts(out, at_starts(y))
+        return out if self.b_out is None else out + self.b_out

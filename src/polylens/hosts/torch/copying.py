@@ -37,19 +37,12 @@ class Place:
     glu: GLUPlace | None
 
 
-def place_of(model: nn.Module, block: Block, keep_first: bool) -> Place:
+def place_of(model: nn.Module, block: Block) -> Place:
     """The modules of a block that another activation would have to take the place of.
 
     Raises:
-        AttachmentError: a function in place of a module, modules that others use too, or
-            inputs among which position 0 of a sequence, if it is to be kept, cannot be told.
+        AttachmentError: a function in place of a module, or modules that others use too.
     """
-    if block.flat and keep_first:
-        raise _refusal(
-            block,
-            "it reads all sequences as one, in which nothing tells where position 0 is, and that "
-            "is to stay true; attach with exclude_first=False",
-        )
     if block.act is None:
         raise _refusal(block, "its activation is a function call, not a module to be replaced")
     found = [

@@ -235,8 +235,7 @@ class TorchHost(Host):
             self.sites()
         stack = self._experts[layer].stack
         if stack.module not in self._passages:
-            parent = self.module.get_submodule(stack.path.rpartition(".")[0])
-            self._passages[stack.module] = ExpertPassage(stack, parent)
+            self._passages[stack.module] = ExpertPassage(stack)
         return self._passages[stack.module]
 
     def _end(self, block: Block) -> nn.Module:
@@ -264,9 +263,7 @@ class TorchHost(Host):
         undo.callback(site.stack.module._modules.pop, name, None)
         return owner
 
-    def copied(
-        self, layers: Iterable[Layer], keep_first: bool
-    ) -> tuple[nn.Module, dict[Layer, Place]]:
+    def copied(self, layers: Iterable[Layer]) -> tuple[nn.Module, dict[Layer, Place]]:
         """A copy of the module without a lens, and where in it these layers' activations are.
 
         Raises:
@@ -279,7 +276,7 @@ class TorchHost(Host):
             )
         require_apart(self.module, self._blocks.values())
         blocks = {layer: self._block(layer) for layer in layers}  # type: ignore[arg-type]
-        places = {n: place_of(self.module, block, keep_first) for n, block in blocks.items()}
+        places = {n: place_of(self.module, block) for n, block in blocks.items()}
         return clean_copy(self.module), places
 
     def example_outputs(self, module: nn.Module) -> list[Tensor]:

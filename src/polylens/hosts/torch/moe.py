@@ -14,8 +14,7 @@ from polylens.activations.recognition import activation
 from polylens.checks import Expert
 from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
 from polylens.hosts.base import TOLERANCE, Arrival, MLPSite, Places, relative_error
-from polylens.hosts.passage import Step, batch_shape
-from polylens.hosts.positions import starts
+from polylens.hosts.passage import Step
 from polylens.hosts.quiet import quiet
 from polylens.hosts.recording import half, position, stacked
 from polylens.normal_forms.weights import GLUWeights
@@ -147,11 +146,10 @@ class ExpertPassage:
     What the other experts add, and the router, stay as they are.
     """
 
-    def __init__(self, stack: Stack, parent: nn.Module) -> None:
-        self.stack, self.parent = stack, parent
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
         self.functions: dict[int, list[Step]] = {}
         self._handles: list[Any] = []
-        self._shape: tuple[int, ...] = ()
 
     def __getstate__(self) -> dict:
         # the hooks of a copy came with its modules
@@ -160,10 +158,8 @@ class ExpertPassage:
     def add(self, expert: int, function: Step, first: bool) -> "Member":
         """Put a function at the end of an expert's functions, or in front of them."""
         if not self._handles:
-            note, run = self._note_shape, self._at_stack
-            add = self._handles.append
-            add(self.parent.register_forward_pre_hook(note, with_kwargs=True))
-            add(self.stack.module.register_forward_hook(run, with_kwargs=True))
+            handle = self.stack.module.register_forward_hook(self._at_stack, with_kwargs=True)
+            self._handles.append(handle)
         functions = self.functions.setdefault(expert, [])
         functions.insert(0 if first else len(functions), function)
         return Member(self, expert, function)
@@ -176,9 +172,6 @@ class ExpertPassage:
                 handle.remove()
             self._handles = []
 
-    def _note_shape(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._shape = batch_shape(args, kwargs)
-
     def _at_stack(self, module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> Tensor | None:
         routing = _routing(args, kwargs)
         if routing is None:
@@ -190,7 +183,7 @@ class ExpertPassage:
             rows, weights = routing.of(expert)
             if not functions or not len(rows):
                 continue
-            x, places = routing.x[rows], self._places(rows, len(routing.x))
+            x, places = routing.x[rows], Places(rows)
             true = y = self.stack.outputs(expert, x)
             for function in functions:
                 new = function(Arrival(x, y, places))
@@ -200,10 +193,6 @@ class ExpertPassage:
                 flat = out.reshape(len(routing.x), -1) if changed is None else changed
                 changed = flat.index_add(0, rows, change)
         return None if changed is None else changed.reshape(out.shape)
-
-    def _places(self, rows: Tensor, total: int) -> Places:
-        batch, pos = self._shape if len(self._shape) == 2 else (total, 1)
-        return Places(rows, starts(rows, pos if batch * pos == total else 1))
 
 
 @dataclass(frozen=True)
