@@ -1,5 +1,6 @@
 """What the hosts share: torch hooks that see a site's x and y, and its hook points."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -39,6 +40,22 @@ class Interior:
         return {"y": self.y[0], "h": self.h} | ({} if self.z is None else {"z": self.z[0]})
 
 
+class _Now(threading.local):
+    """What is known of the pass that goes on, in each thread for itself.
+
+    Attributes:
+        x: the input that was seen, until the output is.
+        inside: what was seen inside, and which version of it, by name.
+        done: whether the neurons were replaced, so that nothing is left to do to the output.
+        shape: (batch, pos) of the pass.
+    """
+
+    x: Tensor | None = None
+    inside: dict[str, tuple[Tensor, int]] | None = None
+    done = False
+    shape: tuple[int, ...] = ()
+
+
 class Passage:
     """Calls a function in every forward pass of a site; a returned tensor replaces y.
 
@@ -55,10 +72,7 @@ class Passage:
     def __init__(self, function: Step, interior: Interior | None = None) -> None:
         self.function = function
         self._interior = interior if isinstance(function, Emitting) else None
-        self._x: Tensor | None = None
-        self._inside: dict[str, tuple[Tensor, int]] = {}
-        self._done = False
-        self._shape: tuple[int, ...] = ()
+        self._now = _Now()
         self._handles: list[Any] = []
         try:
             self._register()
@@ -77,7 +91,10 @@ class Passage:
 
     def __getstate__(self) -> dict:
         # Handles belong to the hooks of the original; a copy's hooks came with its modules.
-        return {**self.__dict__, "_handles": [], "_x": None, "_inside": {}, "_done": False}
+        return {**self.__dict__, "_handles": [], "_now": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _now=_Now())
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -86,20 +103,21 @@ class Passage:
         self._forget()
 
     def _forget(self) -> None:
-        self._x, self._inside, self._done = None, {}, False
+        now = self._now
+        now.x, now.inside, now.done = None, None, False
 
     def _add(self, handle: Any) -> None:
         self._handles.append(handle)
 
     def _note_shape(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._shape = batch_shape(args, kwargs) or self._shape
+        self._now.shape = batch_shape(args, kwargs) or self._now.shape
 
     def _let_go(self, module: nn.Module, args: tuple, out: Any) -> None:
         self._forget()
 
     def _call(self, x: Tensor, y: Tensor) -> Tensor | None:
-        if self._done:
-            self._done = False
+        if self._now.done:
+            self._now.done = False
             return None
         return self._shaped(self._arrive, x, y)
 
@@ -107,7 +125,7 @@ class Passage:
         return self.function(Arrival(x, y))
 
     def _shaped(self, function: Callable[..., Tensor | None], *values: Tensor) -> Tensor | None:
-        shape, last = self._shape, values[-1]
+        shape, last = self._now.shape, values[-1]
         if last.dim() != 2 or len(shape) != 2 or len(last) != shape[0] * shape[1]:
             return function(*values)
         new = function(*(value.reshape(*shape, -1) for value in values))
@@ -122,10 +140,11 @@ class Passage:
     def _see(self, name: str, out: Any) -> None:
         # inference tensors do not tell whether an activation worked in place
         if self.function.replacing and not (torch.is_grad_enabled() or out.is_inference()):  # type: ignore
-            self._inside[name] = out, out._version
+            self._now.inside = {**(self._now.inside or {}), name: (out, out._version)}
 
     def _at_neurons(self, module: nn.Module, args: tuple) -> tuple | None:
-        seen, self._inside, self._done = self._inside, {}, False
+        now = self._now
+        seen, now.inside, now.done = now.inside, None, False
         if not seen or not args or not self._alone():
             return None
         interior, h = self._interior, args[0]
@@ -142,7 +161,7 @@ class Passage:
         new = self._shaped(self.function.neurons, *values, h)  # type: ignore
         if new is None:
             return None
-        self._done = True
+        now.done = True
         return (new, *args[1:])
 
     def _alone(self) -> bool:

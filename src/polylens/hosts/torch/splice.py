@@ -60,10 +60,10 @@ class Splice(Passage):
 
     def _grab(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._require_in_place()
-        self._x = args[0] if args else next(iter(kwargs.values()))
+        self._now.x = args[0] if args else next(iter(kwargs.values()))
 
     def _at_end(self, module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
-        x, self._x = self._x, None
+        x, self._now.x = self._now.x, None
         if x is None:
             self._require_in_place()
             return None

@@ -77,7 +77,7 @@ class Junction(Passage):
         self._add(wiring.block.register_forward_hook(self._let_go, always_call=True))
 
     def _start(self, module: nn.Module, args: tuple) -> None:
-        self._x = None
+        self._now.x = None
         owner = self.wiring.owner
         if getattr(owner, self.wiring.y_name, None) is not self.wiring.y_point:
             raise AttachmentError(
@@ -86,14 +86,14 @@ class Junction(Passage):
                 "detach polylens first, or undo the other splice"
             )
         hooks: Any = self.wiring.x_point._forward_hooks if self.wiring.x_point is not None else {}
-        if self._grab_id in hooks:
+        if self._grab_id in hooks and next(reversed(hooks)) != self._grab_id:
             hooks.move_to_end(self._grab_id)  # so that edits by user hooks are seen
 
     def _grab(self, module: nn.Module, args: tuple, out: Tensor) -> None:
-        self._x = out
+        self._now.x = out
 
     def _at_point(self, module: nn.Module, args: tuple) -> tuple | None:
-        x, self._x = self._x, None
+        x, self._now.x = self._now.x, None
         if x is None:
             return None
         y = self._call(x, args[0])
