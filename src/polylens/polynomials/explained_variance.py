@@ -18,6 +18,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from polylens.activations.activation import MAX_DEGREE, Activation
@@ -37,6 +38,8 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights, check_weights
 
 # Panels on which GELU, whose coefficients need none, is smooth.
 GELU_PANELS = (-12.0, -3.0, 3.0, 12.0)
+# Hermite polynomials He_k of the fit, in those of a component, He_j.
+_IN_BASIS = "degree k neuron, k j neuron -> degree j neuron"
 # The weights and components of a mixture, on the layer's device.
 Components = list[tuple[float, Gaussian]]
 
@@ -165,9 +168,9 @@ def error_under(
         basis = hermite_change_of_variable((moments.m - m) * inverse, moments.s * inverse, n)
         factorial = factorials(n + 1, series.e)
         e, c = (v.expand(n + 1, *v.shape).clone() for v in (series.e, series.c))
-        e[:, : n + 1] -= factorial * torch.einsum("nkh,kjh->njh", P, basis)
+        e[:, : n + 1] -= factorial * einsum(P, basis, _IN_BASIS)
         if Q is not None and n:
-            gate = torch.einsum("nkh,kjh->njh", Q, basis[:n, :n]) * factorial[:n]
+            gate = einsum(Q, basis[:n, :n], _IN_BASIS) * factorial[:n]
             padded = torch.cat([gate, torch.zeros_like(e[:, :2])], dim=1)
             for k in range(n + 1):
                 e[k, : n + 1] -= times_linear(padded[k], moments.z_mean, moments.a)
