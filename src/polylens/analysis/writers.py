@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from einops import einsum
 from torch import Tensor
 
 from polylens.analysis.arguments import check_lens
@@ -119,7 +120,7 @@ def _attention(
     """
     attn = cache.model.blocks[block].attn
     z = cache["z", block, "attn"][batch, position]
-    written = torch.einsum("hd,hdm->hm", z, attn.W_O.to(z))
+    written = einsum(z, attn.W_O.to(z), "head d_head, head d_head d_model -> head d_model")
     n_heads, b_O = len(written), getattr(attn, "b_O", None)
     bias = torch.zeros_like(written[0]) if b_O is None else b_O.to(written)
     written = torch.cat([written, bias[None]])

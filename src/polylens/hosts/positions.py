@@ -7,6 +7,7 @@ is covered by a polynomial or lies beyond its ends, wherever in a call it stands
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from polylens.hosts.base import Arrival
@@ -45,7 +46,7 @@ def rows(arrival: Arrival, kept: Tensor | None) -> tuple[Tensor, Tensor]:
 
     At an expert those of its inputs that are among them.
     """
-    x, y = (t.reshape(-1, t.shape[-1]) for t in (arrival.x, arrival.y))
+    x, y = (rearrange(t, "... d -> (...) d") for t in (arrival.x, arrival.y))
     if kept is None:
         return x, y
     kept, places = kept.to(x.device), arrival.places

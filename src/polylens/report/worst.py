@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from polylens.calibration.tokens import batches
@@ -123,11 +124,11 @@ def _observers(
 
         def look(arrival: Arrival) -> None:
             x, y, places = arrival.x, arrival.y, arrival.places
-            flat = x.reshape(-1, x.shape[-1])
+            flat = rearrange(x, "... d -> (...) d")
             rows = torch.arange(len(flat)) if places is None else places.rows.cpu()
             row, which = (rows[:, None] == wanted).nonzero(as_tuple=True)
             row = row.to(x.device)
-            x, y = flat[row], y.reshape(-1, y.shape[-1])[row].double()
+            x, y = flat[row], rearrange(y, "... d -> (...) d")[row].double()
             size = torch.linalg.vector_norm(y, dim=-1).clamp(min=torch.finfo(y.dtype).tiny)
             errors = torch.linalg.vector_norm(y - polynomial(x).double(), dim=-1) / size
             t = (polynomial.weights.neurons(x)["y"].double() - neurons.m) / neurons.s
