@@ -52,6 +52,7 @@ class TinyHost(Host):
 
     reads_tokens = True
     d_vocab = D_VOCAB
+    n_positions = None
 
     def __init__(self, flat: bool = False) -> None:
         super().__init__(TinyModel().eval(), "tiny")

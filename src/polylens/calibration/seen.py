@@ -67,7 +67,13 @@ class Calibration:
         Raises:
             InvalidInputError: unusable tokens, mask or batch size.
         """
-        tokens, mask = validate_inputs(tokens, attention_mask, reads_tokens=host.reads_tokens)
+        tokens, mask = validate_inputs(
+            tokens,
+            attention_mask,
+            reads_tokens=host.reads_tokens,
+            d_vocab=host.d_vocab,
+            n_positions=host.n_positions,
+        )
         order = visiting_order(len(tokens)).to(tokens.device)
         steps = list(batches(tokens[order], None if mask is None else mask[order], batch_size))
         return cls(host, steps, exclude_first, progress)

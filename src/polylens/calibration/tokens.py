@@ -16,6 +16,7 @@ def validate_inputs(
     *,
     reads_tokens: bool,
     d_vocab: int | None = None,
+    n_positions: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """What a model is run on: `validate_tokens`, or for a model that reads no token ids the
     float tensor [batch, ...] (images, features) as it is.
@@ -24,7 +25,7 @@ def validate_inputs(
         InvalidInputError: as `validate_tokens`; no float tensor, an empty one, or one with a mask.
     """
     if reads_tokens:
-        return validate_tokens(inputs, attention_mask, d_vocab=d_vocab)
+        return validate_tokens(inputs, attention_mask, d_vocab=d_vocab, n_positions=n_positions)
     inputs = _as_tensor("inputs", inputs)
     if not inputs.is_floating_point() or inputs.dim() < 2 or inputs.numel() == 0:
         raise InvalidInputError(
@@ -37,7 +38,11 @@ def validate_inputs(
 
 
 def validate_tokens(
-    tokens: Tensor, attention_mask: Tensor | None = None, *, d_vocab: int | None = None
+    tokens: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    d_vocab: int | None = None,
+    n_positions: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The tokens and mask as int64 [batch, pos].
 
@@ -45,10 +50,11 @@ def validate_tokens(
         tokens: [batch, pos] token ids of any integer dtype, at least two positions.
         attention_mask: [batch, pos] of 0 and 1 (any dtype), 0 at padding; None counts all.
         d_vocab: size of the vocabulary, when known.
+        n_positions: longest sequence that the model has positions for, where there is one.
 
     Raises:
-        InvalidInputError: another dtype or shape, no tokens, ids outside the vocabulary, or a
-            mask of another shape, with other values, or of padding only.
+        InvalidInputError: another dtype or shape, no tokens, ids outside the vocabulary, longer
+            sequences, or a mask of another shape, with other values, or of padding only.
     """
     tokens = _as_tensor("tokens", tokens)
     shape = tuple(tokens.shape)
@@ -66,6 +72,11 @@ def validate_tokens(
         raise InvalidInputError(
             f"tokens have {shape[1]} position per sequence; at least 2 are needed, one to "
             "predict the other"
+        )
+    if n_positions is not None and shape[1] > n_positions:
+        raise InvalidInputError(
+            f"tokens have {shape[1]} positions per sequence, the model has {n_positions}; cut them "
+            "into shorter sequences"
         )
     tokens = tokens.long()
     low, high = int(tokens.min()), int(tokens.max())

@@ -174,6 +174,11 @@ class Host(ABC):
         return None
 
     @property
+    def n_positions(self) -> int | None:
+        """The longest sequence that it has positions for; None where nothing limits it."""
+        return None
+
+    @property
     @abstractmethod
     def reads_tokens(self) -> bool:
         """Whether what the model is run on are token ids; else floats. Known after `sites`."""

@@ -1,5 +1,6 @@
 """The one guard around polylens' own passes through a model, which must leave no trace."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,3 +39,26 @@ def quiet(model: nn.Module, seed: int | None = None) -> Iterator[None]:
         finally:
             for module, flag in training:
                 module.training = flag
+
+
+def require_as_is(module: object) -> None:
+    """UnsupportedModel for compiled modules, which do not run hooks of later, and in autocast."""
+    for path, part in module.named_modules() if isinstance(module, nn.Module) else ():
+        if hasattr(part, "_orig_mod") or getattr(part, "_compiled_call_impl", None) is not None:
+            raise UnsupportedModel(
+                f"{path or type(part).__name__} is compiled, and what was compiled does not run "
+                "hooks that came later; attach to the model before it is compiled, for "
+                "torch.compile(model) to the model itself"
+            )
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise UnsupportedModel(
+            "within torch.autocast a model does not compute with the weights that it has; attach "
+            "and measure outside of it (a replaced model may run within it)"
+        )
+
+
+def forget_compiled() -> None:
+    """Have torch.compile look at its modules anew: graphs are shared between modules of a class,
+    and do not notice that hooks have come or gone."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

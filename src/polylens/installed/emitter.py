@@ -38,10 +38,12 @@ class SiteEmitter:
         self._truncated: dict[int, Fitted] = {polynomial.degree: polynomial}
         self._identity = _identity(site.tensors())
         self._fingerprint = fingerprint(polynomial.weights)
+        self._dtype = polynomial.weights.dtype
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy of the model gets its own emitters, but the lens stays with the original.
-        return {**self.__dict__, "owner": None}
+        # A copy of the model gets its own emitters, but the lens stays with the original, and so
+        # does what it replaces: nobody could end that in the copy.
+        return {**self.__dict__, "owner": None, "replacing": None}
 
     def __call__(self, arrival: Arrival, tap: Tap) -> Tensor:
         x, y = arrival.x, arrival.y
@@ -97,7 +99,7 @@ class SiteEmitter:
         """
         identity, weights = _identity(self.site.tensors()), self.site.weights()
         now = fingerprint(weights)
-        if not same_weights(self._fingerprint, now, weights):
+        if not same_weights(self._fingerprint, now, weights, self._dtype):
             raise StalePolynomialError(
                 f"layer {self.site.layer} ({self.site.path}): the weights changed after the "
                 "polynomial was fitted to them (weight processing, training or an edit); detach "
@@ -117,6 +119,13 @@ class SiteEmitter:
 
 def _identity(tensors: dict[str, Tensor]) -> dict[str, tuple[object, ...]]:
     return {
-        name: (t.data_ptr(), t._version, t.dtype, t.device, t.stride())
+        # tensors made in inference_mode do not count their versions
+        name: (
+            t.data_ptr(),
+            None if t.is_inference() else t._version,
+            t.dtype,
+            t.device,
+            t.stride(),
+        )
         for name, t in tensors.items()
     }

@@ -7,6 +7,7 @@ from typing import NoReturn, TypeVar
 from polylens.checks import Layer, check_degree, check_layers, renamed
 from polylens.errors import AttachmentError, InvalidInputError
 from polylens.hosts.base import Host, MLPSite
+from polylens.hosts.quiet import forget_compiled
 from polylens.installed.emitter import SiteEmitter
 from polylens.normal_forms.fingerprint import Fingerprint
 from polylens.polynomials.joint import Fitted
@@ -50,7 +51,9 @@ class Installation:
         with ExitStack() as undo:
             for layer, site in sites.items():
                 undo.callback(host.install(site, self._emitters[layer]))
+            undo.callback(forget_compiled)
             self._undo: ExitStack | None = undo.pop_all()
+        forget_compiled()
         for emitter in self._emitters.values():
             emitter.owner = self
 

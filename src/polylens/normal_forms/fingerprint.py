@@ -27,19 +27,30 @@ def fingerprint(weights: MLPWeights | GLUWeights) -> Fingerprint:
     return found
 
 
+# Of sums in float64, which another device or number of threads adds up in another order.
+ROUNDING = 1e-13
+
+
 def same_weights(
-    fitted: Fingerprint, now: Fingerprint, weights: MLPWeights | GLUWeights, eps: float = 1e-12
+    fitted: Fingerprint,
+    now: Fingerprint,
+    weights: MLPWeights | GLUWeights,
+    dtype: torch.dtype,
 ) -> bool:
     """Whether two fingerprints can be those of the same weights.
 
+    Of the same dtype they are the same to the rounding of the sums.
+
     Args:
         now: of `weights`.
-        eps: of the dtype that the fitted ones had, if it was coarser than that of `weights`.
+        dtype: that the fitted ones had.
     """
     if fitted.keys() != now.keys():
         return False
-    # Rounding to the current dtype moves each sum by at most eps * norm * sqrt(size).
-    eps = max(torch.finfo(weights.dtype).eps, eps)
+    # Rounding to another dtype moves each sum by at most eps * norm * sqrt(size).
+    eps = ROUNDING
+    if weights.dtype != dtype:
+        eps = max(torch.finfo(weights.dtype).eps, torch.finfo(dtype).eps)
     for name, (total, square, mixed) in now.items():
         before = fitted[name]
         scale = eps * (before[1] * getattr(weights, name).numel()) ** 0.5 + 1e-300

@@ -69,7 +69,11 @@ def measure(
     _check_options(loss, prefixes, worst)
     reads_tokens = lens.host.reads_tokens
     tokens, mask = validate_inputs(
-        tokens, attention_mask, reads_tokens=reads_tokens, d_vocab=lens.host.d_vocab
+        tokens,
+        attention_mask,
+        reads_tokens=reads_tokens,
+        d_vocab=lens.host.d_vocab,
+        n_positions=lens.host.n_positions,
     )
     loss = loss and reads_tokens
     as_text = decoder(lens, decode, tokens) if loss else str

@@ -155,8 +155,8 @@ def _require_same_weights(weights: Weights, record: Mapping[str, Any]) -> None:
     if str(weights.dtype) == record["dtype"]:
         same = storage.sha256(weights.tensors().items()) == record["sha256"]
     else:
-        eps = torch.finfo(getattr(torch, record["dtype"].removeprefix("torch."))).eps
-        same = same_weights(record["sums"], fingerprint(weights), weights, eps)
+        dtype = getattr(torch, record["dtype"].removeprefix("torch."))
+        same = same_weights(record["sums"], fingerprint(weights), weights, dtype)
     if not same:
         raise ArtifactError(
             "the model's weights are not those that the polynomial was fitted to "

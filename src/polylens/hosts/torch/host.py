@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,28 @@ class TorchHost(Host):
     @property
     def is_encoder_decoder(self) -> bool:
         return getattr(getattr(self.module, "config", None), "is_encoder_decoder", False)
+
+    @property
+    def d_vocab(self) -> int | None:
+        table = self._embedding()
+        return None if table is None else table.num_embeddings
+
+    @property
+    def n_positions(self) -> int | None:
+        """Of learned positions; others may be longer than the model was trained with."""
+        text = getattr(getattr(self.module, "config", None), "get_text_config", lambda: None)()
+        n = getattr(text, "max_position_embeddings", None)
+        sizes = (m.num_embeddings for m in self.module.modules() if _is_embedding(m))
+        return n if n in set(sizes) and n != self.d_vocab else None
+
+    def _embedding(self) -> nn.Embedding | None:
+        if not _is_hugging_face(self.module):
+            return None
+        try:
+            table = self.module.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            return None
+        return table if _is_embedding(table) else None
 
     @property
     def reads_tokens(self) -> bool:
@@ -314,6 +336,10 @@ class TorchHost(Host):
 
 class _ForwardFailed(Exception):
     """The example inputs do not fit the model."""
+
+
+def _is_embedding(module: Any) -> TypeGuard[nn.Embedding]:
+    return isinstance(module, nn.Embedding)
 
 
 def _is_hugging_face(module: Any) -> bool:

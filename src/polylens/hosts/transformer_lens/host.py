@@ -62,6 +62,11 @@ class TransformerLensHost(Host):
         return getattr(self.model.cfg, "d_vocab", None)
 
     @property
+    def n_positions(self) -> int | None:
+        learned = getattr(self.model.cfg, "positional_embedding_type", None) == "standard"
+        return self.model.cfg.n_ctx if learned else None
+
+    @property
     def reads_tokens(self) -> bool:
         return True
 

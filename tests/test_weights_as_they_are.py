@@ -1,0 +1,120 @@
+"""Weights, tokens and models in the states in which people have them: right, or refused by name."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+
+import polylens
+from polylens import InvalidInputError, StalePolynomialError, UnsupportedModel
+from tests.hf_models import D_VOCAB, build
+
+TOKENS = torch.randint(3, D_VOCAB, (16, 24), generator=torch.Generator().manual_seed(3))
+
+
+def attach(model, tokens=TOKENS, **options):
+    return polylens.attach(model, tokens, progress=False, **{"degree": 2, **options})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_one_neuron_edited_in_place_is_noticed(dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).to(dtype).eval()
+    x = torch.randn(512, 64, dtype=dtype)
+    with attach(model, x, example_inputs=x[:4]) as lens:
+        with lens.replaced():
+            model(x)
+        model[0].weight.data[7] *= 1 + max(2 * torch.finfo(dtype).eps, 1e-9)
+        with pytest.raises(StalePolynomialError, match="layer 0"), lens.replaced():
+            pass
+
+
+@pytest.mark.parametrize("lr", [1e-6, 1e-4])
+def test_one_small_step_of_training_is_noticed(lr):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)).eval()
+    x = torch.randn(512, 64)
+    with attach(model, x, example_inputs=x[:4]) as lens:
+        model(x).square().mean().backward()
+        torch.optim.Adam(model.parameters(), lr).step()
+        with pytest.raises(StalePolynomialError), lens.replaced():
+            pass
+
+
+def test_moves_between_dtypes_are_none_of_the_weights():
+    model = build("llama")
+    with attach(model) as lens:
+        model.double()
+        with lens.replaced(), torch.no_grad():
+            assert model(TOKENS).logits.isfinite().all()
+        model.bfloat16()
+        with lens.replaced(), torch.no_grad():
+            assert model(TOKENS).logits.isfinite().all()
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        model = build("llama")
+    with attach(model) as lens, torch.inference_mode(), lens.replaced():
+        assert model(TOKENS).logits.isfinite().all()
+
+
+def test_a_copy_of_a_replaced_model_is_the_true_one():
+    model = build("llama")
+    with torch.no_grad():
+        true = model(TOKENS).logits
+        with attach(model) as lens, lens.replaced():
+            copies = [copy.deepcopy(model)]
+            file = io.BytesIO()
+            torch.save(model, file)
+            file.seek(0)
+            copies.append(torch.load(file, weights_only=False))
+            assert not torch.equal(model(TOKENS).logits, true)
+        for each in copies:
+            assert torch.equal(each(TOKENS).logits, true)
+            assert polylens.attached(each) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_ids_beyond_the_vocabulary_are_refused(name):
+    with pytest.raises(InvalidInputError, match=f"from 0 to {D_VOCAB - 1}, got"):
+        attach(build(name), TOKENS + D_VOCAB - 10)
+
+
+def test_sequences_beyond_learned_positions_are_refused():
+    long = TOKENS.repeat(1, 4)
+    with pytest.raises(InvalidInputError, match="96 positions per sequence, the model has 48"):
+        attach(build("gpt2"), long)
+    attach(build("llama"), long).detach()  # rotary
+
+
+def test_compiled_models_are_refused_and_autocast_is_named():
+    model = build("llama")
+    model.model.layers[0].compile(backend="eager")
+    with pytest.raises(UnsupportedModel, match=r"model\.layers\.0 is compiled"):
+        attach(model)
+    with pytest.raises(UnsupportedModel, match="is compiled"):
+        attach(torch.compile(build("llama"), backend="eager"))
+    with pytest.raises(UnsupportedModel, match="autocast"), torch.autocast("cpu", torch.bfloat16):
+        attach(build("llama"))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_after_attach_and_seen_by_what_is_compiled_before():
+    text = TOKENS[:2]
+    with torch.no_grad():
+        torch.compile(build("llama"), backend="eager")(text)  # shares its graph with its class
+        model = build("llama")
+        before = torch.compile(model, backend="eager")
+        true = before(text).logits
+        with attach(model) as lens:
+            after = torch.compile(model, backend="eager")
+            with lens.replaced():
+                expected = model(text).logits
+                assert not torch.equal(expected, true)
+                for compiled in (after, before):
+                    torch.testing.assert_close(compiled(text).logits, expected)
+            assert torch.equal(after(text).logits, true)
+        torch.testing.assert_close(after(text).logits, true)
