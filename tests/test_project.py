@@ -54,7 +54,8 @@ def test_make_targets_exist(path):
 
 def test_each_check_of_ci_is_in_the_workflow():
     called = re.findall(r"^make ([a-z]+)", text(".ci/run"), re.MULTILINE)
-    assert set(called) == set(re.findall(r"- run: make ([a-z]+)", text(".github/workflows/ci.yml")))
+    there = set(re.findall(r"- run: make ([a-z]+)", text(".github/workflows/ci.yml")))
+    assert there == {"coverage" if each == "test" else each for each in called}  # the same tests
 
 
 def named_in_architecture():

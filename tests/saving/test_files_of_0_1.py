@@ -18,6 +18,8 @@ import polylens
 from polylens import DensePolynomial, JointPolynomial, Polynomial
 from polylens.files.format import within
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*was written when the first position:UserWarning")
+
 FILES = Path(__file__).parent.parent / "data" / "files_of_0_1"
 EXPECTED = load_file(FILES / "expected.safetensors")
 LLAMA = {"hidden_size": 8, "intermediate_size": 12, "num_attention_heads": 2}
