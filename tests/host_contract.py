@@ -219,7 +219,8 @@ class HostContract:
             raise KeyError("injected")
 
         failed = 0
-        for name, module in list(lens.host.module.named_modules()):
+        modules = list(lens.host.module.named_modules())
+        for name, module in modules[:: 1 + len(modules) // 50]:
             handle = module.register_forward_hook(fail)
             try:
                 with lens.replaced():
@@ -233,8 +234,9 @@ class HostContract:
                 for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
                 if hasattr(hook, "__self__")
             }
-            held = [getattr(p, n, None) for p in passages for n in ("_x", "_inside", "_done")]
-            assert not any(v is not None and v is not False and v != {} for v in held), name
+            now = [vars(p)["_now"] for p in passages if "_now" in vars(p)]
+            assert now
+            assert all(n.x is None and n.inside is None and not n.done for n in now), name
         assert failed > 8
         assert torch.equal(logits(model), reference)
         lens.detach()
@@ -302,9 +304,9 @@ class HostContract:
         assert lengths.count(1) >= 4
 
     def test_a_deep_copy_is_independent(self, model):
+        true = logits(model)
         lens = attach(model)
         with lens.replaced():
-            replaced = logits(model)
             twin = copy.deepcopy(lens.host.module)
         with pytest.raises(AttachmentError, match="already"):
             attach(twin)
@@ -312,7 +314,7 @@ class HostContract:
         with torch.no_grad():
             for parameter in lens.host.module.parameters():
                 parameter.zero_()
-        assert_close(logits(twin), replaced)
+        assert_close(logits(twin), true)
 
     def test_observers_see_the_normal_form_also_under_substitution(self, model):
         lens = attach(model)

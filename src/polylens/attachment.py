@@ -18,6 +18,7 @@ from polylens.fitting.estimator import require_degree
 from polylens.hosts import host_for
 from polylens.hosts.base import Host, MLPSite
 from polylens.hosts.passage import require_free
+from polylens.hosts.quiet import require_as_is
 from polylens.lens import Lens, attached
 from polylens.report.report import Report
 from polylens.saving import lens_file
@@ -41,7 +42,7 @@ def find_mlps(model: Any, example_inputs: Any = None) -> list[MLPSite]:
     Raises:
         UnsupportedModel: an unknown kind of model, or one in which no layer can be read.
     """
-    sites, refused = host_for(model, example_inputs).sites()
+    sites, refused = _host(model, example_inputs).sites()
     _require_sites(sites, refused, model)
     return sites
 
@@ -253,6 +254,11 @@ def _saved_report(path: str | os.PathLike[str], saved: Any) -> Report | None:
         return None
 
 
+def _host(model: Any, example_inputs: Any) -> Host:
+    require_as_is(getattr(model, "_module", model))
+    return host_for(model, example_inputs)
+
+
 def _read(
     model: Any, example_inputs: Any, inputs: Any = None
 ) -> tuple[Host, list[MLPSite], dict[Layer, str]]:
@@ -261,7 +267,7 @@ def _read(
     Args:
         inputs: what it is going to be run on; serves where `example_inputs` cannot be guessed.
     """
-    host = host_for(model, example_inputs)
+    host = _host(model, example_inputs)
     host.offer(inputs)
     if attached(model) is not None:
         raise AttachmentError(

@@ -6,7 +6,6 @@ from torch import nn
 
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Host
-from polylens.hosts.quiet import require_as_is
 
 
 def host_for(model: Any, example_inputs: Any = None) -> Host:
@@ -19,7 +18,6 @@ def host_for(model: Any, example_inputs: Any = None) -> Host:
     Raises:
         UnsupportedModel: what was got, and what is supported.
     """
-    require_as_is(getattr(model, "_module", model))
     kinds = {cls.__name__ for cls in type(model).__mro__}
     if kinds & {"HookedTransformer", "TransformerBridge"}:
         from polylens.hosts.transformer_lens.host import TransformerLensHost
