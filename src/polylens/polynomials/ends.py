@@ -1,5 +1,8 @@
 """Where a neuron's polynomial ends, and the asymptote of the activation takes over."""
 
+# Matrices and tables of coefficients are upper case.
+# pyright: reportConstantRedefinition=false
+
 import math
 
 import torch

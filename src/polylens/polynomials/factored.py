@@ -1,5 +1,8 @@
 """A polynomial in factored form: a small polynomial per neuron between two weight matrices."""
 
+# Matrices and tables of coefficients are upper case.
+# pyright: reportConstantRedefinition=false
+
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 

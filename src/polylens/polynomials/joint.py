@@ -1,5 +1,8 @@
 """A polynomial per neuron, corrected by the features of all neurons."""
 
+# Matrices and tables of coefficients are upper case.
+# pyright: reportConstantRedefinition=false
+
 # It is made of a factored one, and reads what that has derived.
 # pyright: reportPrivateUsage=false
 

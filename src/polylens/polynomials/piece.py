@@ -59,5 +59,6 @@ class Piece(Brief):
 
 def product(x: Tensor, W: Tensor) -> Tensor:
     """x @ W in float64, without a copy of all of W."""
-    columns = W.split(max(1, CAST // max(1, len(W))), dim=1)
-    return torch.cat([x.double() @ some.double() for some in columns], dim=-1)
+    step, x = max(1, CAST // max(1, len(W))), x.double()
+    starts = range(0, max(1, W.shape[1]), step)
+    return torch.cat([x @ W[:, i : i + step].double() for i in starts], dim=-1)

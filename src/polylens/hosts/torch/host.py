@@ -72,10 +72,11 @@ class TorchHost(Host):
         return n if n in set(sizes) and n != self.d_vocab else None
 
     def _embedding(self) -> nn.Embedding | None:
-        if not _is_hugging_face(self.module):
+        module: Any = self.module
+        if not _is_hugging_face(module):
             return None
         try:
-            table = self.module.get_input_embeddings()
+            table = module.get_input_embeddings()
         except (AttributeError, NotImplementedError):
             return None
         return table if _is_embedding(table) else None
