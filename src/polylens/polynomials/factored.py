@@ -459,7 +459,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         if z_powers is not None:
             tables["Q"] = z_powers.to(dtype).unbind()
         if self.ends is not None:
-            tables |= Ends(self.act, self.ends, self.asymptotes).tables(self.m, dtype)
+            tables.update(Ends(self.act, self.ends, self.asymptotes).tables(self.m, dtype))
         return _Horner(shift.to(dtype), self.m.to(dtype), tables)
 
     def evaluation_tables(self) -> dict[str, Tensor]:
