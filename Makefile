@@ -39,9 +39,12 @@ test: $(VENV)/installed
 newest:
 	$(MAKE) test VENV=.venv4 TRANSFORMER_LENS=">=4" PYTEST="-m 'not smollm2 and not laws' $(WITHOUT_MODEL)"
 
-# The tests on the lowest versions that pyproject.toml allows.
+# What most depends on versions, on the lowest ones that pyproject.toml allows.
+LOWEST = $(addprefix tests/,activations files fitting inputs polynomials calibration saving \
+	hosts/test_torch.py hosts/test_hosts_agree.py test_lens.py test_function_of_text.py \
+	test_weights_as_they_are.py test_public_names.py)
 lowest:
-	$(MAKE) test VENV=.venv-lowest PYTHON="$(PYTHON310)" CONSTRAINTS=constraints-lowest.txt
+	$(MAKE) test VENV=.venv-lowest PYTHON="$(PYTHON310)" CONSTRAINTS=constraints-lowest.txt PYTEST="$(LOWEST)"
 
 # The laws on hundreds of random examples instead of the same few.
 laws: $(VENV)/installed
