@@ -22,7 +22,6 @@ import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,44 +57,6 @@ def same_sign(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a * b > 0).double().mean())
 
 
-def second_differences(layer, writers: torch.Tensor, a: torch.Tensor, b: torch.Tensor):
-    """[pairs, d_out]: how writers a and b interact in the true MLP."""
-    x = writers.sum(0)
-
-    def f(inputs: torch.Tensor) -> torch.Tensor:
-        return layer(inputs.to(layer.dtype)).double()
-
-    alone = f(x - writers)
-    return f(x[None]) - alone[a] - alone[b] + f(x - writers[a] - writers[b])
-
-
-def lead(model, read: torch.Tensor, layer: int, guesses: list[int], edit) -> torch.Tensor:
-    """[n]: first guess's logit over the second's, where `edit` is what the MLP's output becomes."""
-    hooks = [(f"blocks.{layer}.mlp.hook_out", lambda output, hook: edit(output))]
-    logits = model.run_with_hooks(read, fwd_hooks=hooks)[:, -1]
-    return (logits[:, guesses[0]] - logits[:, guesses[1]]).double()
-
-
-def without(output: torch.Tensor, taken: torch.Tensor) -> torch.Tensor:
-    """`taken` [n, d_out] out of outputs [n, pos, d_out] at the last position."""
-    output = output.clone()
-    output[:, -1] -= taken.to(output)
-    return output
-
-
-def through_what_follows(model, read: torch.Tensor, layer: int, guesses: list[int]):
-    """[d_out]: gradient of the lead by the MLP's output at the last position."""
-    outputs = []
-
-    def begin(output: torch.Tensor) -> torch.Tensor:
-        outputs.append(output.detach().requires_grad_())
-        return outputs[0]
-
-    with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(lead(model, read, layer, guesses, begin), outputs)
-    return gradient[0, -1].double()
-
-
 def to_the_logits(lens, cache, layer: int, batch: int, position: int, guesses: list[int]):
     """[d_out]: along the unembedding, over what the norms behind the MLP divide by."""
     points = ("ln_final.hook_scale", f"blocks.{layer}.ln2_post.hook_scale")
@@ -109,28 +70,29 @@ def compare(lens, cache, logits, tokens, layer: int, options: argparse.Namespace
     """
     generator = torch.Generator().manual_seed(0)
     every, cases, strongest, random = [], [], [], []
-    model, whole = lens.host.model, options.whole
+    whole = options.whole
     for batch, position in itertools.product(range(len(tokens)), options.positions):
         read = tokens[batch : batch + 1, : position + 1]
         guesses = logits[batch, position].topk(2).indices.tolist()
         if options.direction == "gradient":
-            u = through_what_follows(model, read, layer, guesses)
+            (u,) = analysis.logit_gradient(lens, read, layer, *guesses)
         else:
             u = to_the_logits(lens, cache, layer, batch, position, guesses)
         writers, names = analysis.residual_writers(lens, cache, layer, position, batch)
         found = analysis.interactions(lens[layer], writers, u, names)
         a, b = torch.triu_indices(len(writers), len(writers), 1)
         predicted = 2 * found.pairs[a, b]
-        differences = second_differences(lens[layer].weights, writers, a, b)
+        differences = analysis.second_differences(lens[layer].weights, writers, a, b)
         true = differences @ u
         every.append(torch.stack([predicted, true]))
 
         top = predicted.abs().topk(whole).indices
         chosen = torch.cat([top, torch.randperm(len(a), generator=generator)[:whole]])
-        taken = torch.cat([torch.zeros_like(differences[:1]), differences[chosen]])
-        edit = partial(without, taken=taken)
-        leads = lead(model, read.expand(len(taken), -1), layer, guesses, edit)
-        effect = torch.stack([predicted[chosen], leads[0] - leads[1:]])
+        edits = {int(i): analysis.Edit(layer, differences[i], at=-1) for i in chosen}
+        taken = analysis.intervene(lens, read, edits, batch_size=2 * whole)
+        first, second = guesses
+        falls = [taken[int(i)].logits[second] - taken[int(i)].logits[first] for i in chosen]
+        effect = torch.stack([predicted[chosen], torch.stack(falls)])
         strongest.append(effect[:, :whole])
         random.append(effect[:, whole:])
         pair = names[a[top[0]]], names[b[top[0]]]

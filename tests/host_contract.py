@@ -184,6 +184,20 @@ class HostContract:
             assert not torch.equal(all_layers, reference)
             assert not torch.equal(one, reference)
 
+    def test_an_edit_changes_what_flows(self, model):
+        seen = []
+        with attach(model) as lens, torch.no_grad():
+            n = lens.layers[-1]
+            for flow, function in ((lens.suspended, lens[n].weights), (lens.replaced, lens[n])):
+                with flow():
+                    reference = logits(model)
+                    with lens.host.edit({n: lambda arrival: seen.append(arrival) or arrival.y}):
+                        assert_close(logits(model), reference)
+                    assert_close(seen[-1].y, function(seen[-1].x))
+                    with lens.host.edit({n: lambda arrival: 2 * arrival.y}):
+                        assert not torch.equal(logits(model), reference)
+                    assert torch.equal(logits(model), reference)
+
     def test_contexts_may_be_left_in_any_order(self, model):
         reference = logits(model)
         with attach(model) as lens:

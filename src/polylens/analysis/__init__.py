@@ -18,7 +18,13 @@ from polylens.analysis.features import eigenfeatures as eigenfeatures
 from polylens.analysis.features import quadratic_energy as quadratic_energy
 from polylens.analysis.interactions import Interactions as Interactions
 from polylens.analysis.interactions import interactions as interactions
+from polylens.analysis.interactions import second_differences as second_differences
 from polylens.analysis.interactions import through_norm as through_norm
+from polylens.analysis.interventions import Edit as Edit
+from polylens.analysis.interventions import Effect as Effect
+from polylens.analysis.interventions import Effects as Effects
+from polylens.analysis.interventions import intervene as intervene
+from polylens.analysis.interventions import logit_gradient as logit_gradient
 from polylens.analysis.layer_features import FeatureRow as FeatureRow
 from polylens.analysis.layer_features import LayerFeatures as LayerFeatures
 from polylens.analysis.layer_features import layer_features as layer_features

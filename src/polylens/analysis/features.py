@@ -1,6 +1,6 @@
 """Eigenfeatures of the quadratic form along one output direction."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from polylens.analysis.metric import (
     gaussian_of,
     metric_of,
 )
+from polylens.analysis.parts import FeaturePart, chosen, feature_part
 from polylens.brief import Brief
 from polylens.errors import ConvergenceError, InvalidInputError
 from polylens.polynomials.quadratic_form import QuadraticForm
@@ -165,6 +166,19 @@ class EigenFeatures(Brief):
             self.polynomial,
             self.u,
         )
+
+    def part(self, features: int | Sequence[int] | None = None) -> FeaturePart:
+        """What these features, all by default, add to the layer's output along u.
+
+        x -> sum_i values_i (((x - mean) . vectors_i)^2 - its mean) u / |u|^2, a function of inputs
+        [..., d_in] that `Edit` takes out, scales or adds.
+
+        Raises:
+            InvalidInputError: a feature that is not there.
+        """
+        which = chosen(features, len(self))
+        outputs = self.values[which, None] * self.u / self.u.square().sum()
+        return feature_part(self.metric, self.vectors[:, which], outputs, 2)
 
     def plot(self, shape: tuple[int, int] | None = None, n: int = 4) -> "Figure":
         """Spectrum, and of images of this shape the first n patterns of either sign."""

@@ -14,6 +14,7 @@ from polylens.analysis.players import taylor_interactions
 from polylens.analysis.readout import behind_norm
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
+from polylens.normal_forms.weights import GLUWeights, MLPWeights
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,6 +124,43 @@ def interactions(
         beyond, neurons = int(piece.beyond.sum()), len(piece.beyond)
         about += f" with ends, around an input beyond those of {beyond} of {neurons} neurons"
     return Interactions(names, constant, linear, pairs, about)
+
+
+@torch.no_grad()
+def second_differences(layer: Any, writers: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """[pairs, d_out] float64: what two writers do together beyond what each does alone.
+
+    f(x) - f(x - a) - f(x - b) + f(x - a - b) at x = sum_a writers_a, with f the true layer,
+    whose differences a polynomial's `pairs` predict, or a polynomial itself.
+
+    Args:
+        layer: weights of a layer, such as `polynomial.weights`, or a polynomial.
+        writers: [n, d_in].
+        a, b: [pairs] numbers of writers.
+
+    Raises:
+        InvalidInputError: writers of another size, or a number beyond them.
+    """
+    weights: Any = layer
+    if not isinstance(layer, MLPWeights | GLUWeights):
+        check_polynomial(layer)
+        weights = layer.weights
+    dtype = weights.dtype
+    writers = check_inputs(writers, weights.d_in, weights.device)
+    a, b = (torch.as_tensor(numbers, device=writers.device) for numbers in (a, b))
+    if writers.dim() != 2 or any(((t < 0) | (t >= len(writers))).any() for t in (a, b)):
+        raise InvalidInputError(
+            f"a and b must be numbers of writers [n, {weights.d_in}], got writers "
+            f"{tuple(writers.shape)} and a, b in {int(torch.minimum(a, b).min())} ... "
+            f"{int(torch.maximum(a, b).max())}"
+        )
+    x = writers.sum(0)
+
+    def f(inputs: Tensor) -> Tensor:
+        return layer(inputs.to(dtype)).double()
+
+    alone = f(x - writers)
+    return f(x[None]) - alone[a] - alone[b] + f(x - writers[a] - writers[b])
 
 
 def through_norm(

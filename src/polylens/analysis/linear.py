@@ -1,13 +1,15 @@
 """Singular features of the linear part."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from polylens.analysis.arguments import check_polynomial
-from polylens.analysis.metric import MetricLike, check_count, metric_of
+from polylens.analysis.metric import Metric, MetricLike, check_count, metric_of
+from polylens.analysis.parts import FeaturePart, chosen, feature_part
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 
@@ -24,6 +26,7 @@ class SingularFeatures(Brief):
         outputs: [d_out, k], orthonormal.
         share: [k] cumulative share of the sum of all squared singular values; under a covariance
             metric, of the variance of the linear part.
+        polynomial, metric: where they come from.
     """
 
     values: Tensor
@@ -31,9 +34,24 @@ class SingularFeatures(Brief):
     patterns: Tensor
     outputs: Tensor
     share: Tensor
+    polynomial: Any = field(repr=False)
+    metric: Metric = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def part(self, features: int | Sequence[int] | None = None) -> FeaturePart:
+        """What these features, all by default, add to the layer's output.
+
+        x -> sum_i ((x - mean) . vectors_i) values_i outputs_i, a function of inputs [..., d_in]
+        that `Edit` takes out, scales or adds.
+
+        Raises:
+            InvalidInputError: a feature that is not there.
+        """
+        which = chosen(features, len(self))
+        outputs = self.values[which, None] * self.outputs[:, which].T
+        return feature_part(self.metric, self.vectors[:, which], outputs, 1)
 
 
 @torch.no_grad()
@@ -66,4 +84,7 @@ def singular_features(
     share = values.square().cumsum(0) / values.square().sum()
     outputs = outputs[:k].T
     vectors = beta @ outputs / values[:k]
-    return SingularFeatures(values[:k], vectors, in_metric.out_of(Q[:, :k]), outputs, share[:k])
+    patterns = in_metric.out_of(Q[:, :k])
+    return SingularFeatures(
+        values[:k], vectors, patterns, outputs, share[:k], polynomial, in_metric
+    )

@@ -1,6 +1,6 @@
 """Checks and changes of coordinates that the analyses share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,17 +26,33 @@ class Metric:
     Attributes:
         L: [d_in, rank], a diagonal [d_in], or None for the plain inner product.
         d_in: size of the inputs.
+        gaussian: mean and covariance of the inputs, from which activations are measured; None
+            where nothing is known of them.
     """
 
     L: Tensor | None
     d_in: int
+    gaussian: Gaussian | None = None
 
     @property
     def rank(self) -> int:
         return self.d_in if self.L is None or self.L.dim() == 1 else self.L.shape[1]
 
     def to(self, dtype: torch.dtype) -> "Metric":
-        return self if self.L is None else Metric(self.L.to(dtype), self.d_in)
+        return self if self.L is None else replace(self, L=self.L.to(dtype))
+
+    def center(self) -> Tensor:
+        """[d_in] mean of the inputs, zero where nothing is known of them."""
+        if self.gaussian is not None:
+            return self.gaussian.mean
+        device = None if self.L is None else self.L.device
+        return torch.zeros(self.d_in, dtype=torch.float64, device=device)
+
+    def variance(self, vectors: Tensor) -> Tensor:
+        """[k] of x . vectors [d_in, k]; zero where nothing is known of the inputs."""
+        if self.gaussian is None:
+            return torch.zeros_like(vectors[0])
+        return linalg.vecdot(vectors, self.gaussian.cov_matmul(vectors), dim=0)
 
     def out_of(self, z: Tensor) -> Tensor:
         """L z for z [rank, n]: from white coordinates to input space."""
@@ -69,15 +85,17 @@ def metric_of(polynomial: Any, metric: MetricLike) -> Metric:
             metric, or one that is zero.
     """
     d_in, device = polynomial.d_in, _device(polynomial)
+    own = gaussian_of(polynomial.inputs)
+    own = None if own is None else own.to(device)
     if metric is None:
-        return Metric(None, d_in)
+        return Metric(None, d_in, own)
     if isinstance(metric, str):
         if metric != "covariance":
             raise InvalidInputError(
                 f"metric={metric!r} is unknown; None, 'covariance', an input model or a tensor "
                 f"[{d_in}, {d_in}] are possible"
             )
-        gaussian = gaussian_of(polynomial.inputs)
+        gaussian = own
         if gaussian is None:
             raise InvalidInputError(
                 "metric='covariance' needs an input model with a covariance, this polynomial has "
@@ -97,7 +115,8 @@ def metric_of(polynomial: Any, metric: MetricLike) -> Metric:
         if gaussian is None or gaussian.d_in != d_in:
             got = type(metric).__name__ if gaussian is None else f"{gaussian.d_in} features"
             raise InvalidInputError(f"metric must be an input model of {d_in} features, got {got}")
-    return Metric(_factor(gaussian.to(device).cov), d_in)
+    gaussian = gaussian.to(device)
+    return Metric(_factor(gaussian.cov), d_in, own if isinstance(metric, Tensor) else gaussian)
 
 
 def direction(u: object, size: int, device: torch.device, name: str = "u") -> Tensor:

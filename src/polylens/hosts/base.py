@@ -223,6 +223,13 @@ class Host(ABC):
         """Within the context the output of layer's MLP is functions[layer](arrival)."""
 
     @abstractmethod
+    def edit(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
+        """Within the context functions[layer](arrival) flows on, with what flowed in arrival.y.
+
+        In a replaced layer that is its polynomial's output, else the true one.
+        """
+
+    @abstractmethod
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
         """Add the emitter's hook points and route the MLP's output through it.
 

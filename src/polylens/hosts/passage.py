@@ -199,6 +199,19 @@ def substituting(join: Join, functions: Mapping[Layer, Function]) -> Iterator[No
         yield
 
 
+@contextmanager
+def editing(join: Join, functions: Mapping[Layer, Function]) -> Iterator[None]:
+    """`Host.edit`: functions see what flows, and have the last word on it."""
+    with ExitStack() as stack:
+        for layer, function in functions.items():
+            stack.callback(join(layer, partial(_edit, function), False).remove)
+        yield
+
+
+def _edit(function: Function, arrival: Arrival) -> Tensor:
+    return function(arrival)
+
+
 def _keep(true: dict[Layer, Tensor], layer: Layer, arrival: Arrival) -> None:
     true[layer] = arrival.y
 

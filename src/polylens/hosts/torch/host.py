@@ -13,7 +13,7 @@ from polylens.checks import Expert, Layer
 from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
 from polylens.hosts.base import Emitter, Function, Host, MLPSite, Norm, Observer, openings, written
 from polylens.hosts.norms import Call, norm_read
-from polylens.hosts.passage import Emitting, PolyPoint, Step, Taps, observing, substituting
+from polylens.hosts.passage import Emitting, PolyPoint, Step, Taps, editing, observing, substituting
 from polylens.hosts.quiet import quiet
 from polylens.hosts.torch.copying import Place, clean_copy, place_of, require_apart
 from polylens.hosts.torch.dataflow import Block, find_blocks
@@ -241,6 +241,9 @@ class TorchHost(Host):
 
     def substitute(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         return substituting(self._join, functions)
+
+    def edit(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
+        return editing(self._join, functions)
 
     def _join(self, layer: Layer, function: Step, first: bool) -> Splice | Member:
         if isinstance(layer, Expert):

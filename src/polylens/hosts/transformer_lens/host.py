@@ -30,7 +30,7 @@ from polylens.hosts.base import (
     written,
 )
 from polylens.hosts.norms import Call, matching_norm, norm_behind, norm_read
-from polylens.hosts.passage import Emitting, Step, Taps, observing, substituting
+from polylens.hosts.passage import Emitting, Step, Taps, editing, observing, substituting
 from polylens.hosts.quiet import quiet
 from polylens.hosts.transformer_lens.junction import Junction, Wiring, interior_of
 from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights
@@ -238,6 +238,9 @@ class TransformerLensHost(Host):
 
     def substitute(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         return substituting(self._join, functions)
+
+    def edit(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
+        return editing(self._join, functions)
 
     def _join(self, layer: Layer, function: Step, first: bool) -> Junction:
         return Junction(self._wiring(layer), function, first)
