@@ -379,11 +379,16 @@ class HostContract:
             a, b = host.logits(TOKENS, mask), host.logits(other, mask)
         assert_close(a[:, :-3], b[:, :-3])
 
-    def test_a_second_lens_is_refused(self, model):
-        with attach(model):
-            for again in (model, host_for(model).module):
+    def test_a_second_lens_takes_the_place_of_the_first(self, model):
+        module = host_for(model).module
+        with attach(model) as first:
+            if module is not model:
                 with pytest.raises(AttachmentError, match="already"):
-                    attach(again)
+                    attach(module)
+            with pytest.warns(UserWarning, match="takes its place"):
+                second = attach(model)
+            assert (first.is_attached, second.is_attached) == (False, True)
+        second.detach()
         attach(model).detach()
 
     def test_weights_that_are_not_loaded_are_refused_by_name(self, model):

@@ -101,11 +101,81 @@ def test_reports_measure_the_true_model_even_inside_replaced(model):
     assert inside.to_dict() == plain.to_dict()
 
 
+def test_another_lens_takes_the_place_of_the_one_that_is_there(model):
+    first = attach(model, layers=0)
+    plain = model(HELD_OUT)
+    with pytest.raises(polylens.InvalidInputError, match="no layer 99"):
+        attach(model, layers=99)
+    assert first.is_attached
+    assert polylens.attached(model) is first
+    with first.replaced():
+        replaced = model(HELD_OUT)
+        with pytest.raises(AttachmentError, match="replaces layers"):
+            attach(model)
+    with pytest.warns(UserWarning, match="takes its place"):
+        second = attach(model, layers="1-2")
+    assert not first.is_attached
+    assert polylens.attached(model) is second
+    assert second.layers == (1, 2)
+    second.detach()
+    with attach(model, layers=[-4]) as again, again.replaced():
+        assert torch.equal(model(HELD_OUT), replaced)
+    assert torch.equal(model(HELD_OUT), plain)
+
+
+def test_replaced_without_with_says_that_it_does_nothing(model):
+    with attach(model) as lens, pytest.warns(UserWarning, match="write `with"):
+        lens.replaced(degree=1)
+
+
+def test_tokens_come_as_tokenizers_give_them(model):
+    padded = TOKENS.clone()
+    mask = torch.ones_like(TOKENS)
+    padded[:, -9:], mask[:, -9:] = 0, 0
+    with attach(model, padded, attention_mask=mask) as lens:
+        by_name = lens.report(padded, attention_mask=mask, progress=False)
+        plain = lens.run_with_cache(padded, attention_mask=mask)[1]["out", 1]
+    given = {"input_ids": padded.tolist(), "attention_mask": mask.tolist()}
+    with attach(model, given) as lens:
+        assert lens.report(given, progress=False).to_dict() == by_name.to_dict()
+        out = lens.run_with_cache(given, names="out")[1]["out", 1]
+        torch.testing.assert_close(out, plain)  # not the sum of its degrees, to rounding
+        assert lens[-1] is lens[3]
+        for wrong in ("1", slice(0, 2), None):
+            with pytest.raises(InvalidInputError, match="one polynomial a layer"):
+                lens[wrong]
+    assert attach(model, list(TOKENS.split(4))).detach() is None
+    refused = {
+        "padding=True": [[1, 2, 3], [4, 5]],
+        "polylens.tokenize": ["some text"],
+        "pixels": {"pixels": TOKENS},
+        "token_type_ids": {"input_ids": TOKENS, "token_type_ids": mask},
+    }
+    for words, wrong in refused.items():
+        with pytest.raises(InvalidInputError, match=words):
+            attach(model, wrong)
+    with pytest.raises(InvalidInputError, match="twice"):
+        attach(model, given, attention_mask=mask)
+    with pytest.raises(
+        TypeError, match=r"attach\(\) takes no batchsize=; did you mean batch_size="
+    ):
+        attach(model, batchsize=4)
+
+
+def test_a_token_is_named_by_its_text(model):
+    assert model.tokenizer.decode(polylens.tokenize("schön", model, 6)[0].tolist()) == "schön"
+    with attach(model, layers=[1, 3]) as lens:
+        towards = polylens.analysis.logit_direction
+        assert torch.equal(towards(lens, -1, "e", "a"), towards(lens, 3, ord("e"), ord("a")))
+    with pytest.raises(InvalidInputError, match="longest has 5"):
+        polylens.tokenize(["abc", "abcde"], model, 6)
+    with pytest.raises(InvalidInputError, match="no tokenizer"):
+        polylens.tokenize("abc", demo.load_model())
+
+
 def test_attached_finds_the_lens_and_detach_forgets_it(model):
     lens = attach(model, layers=0)
     assert polylens.attached(model) is lens
-    with pytest.raises(AttachmentError, match="has a lens already"):
-        attach(model)
     lens.detach()
     assert polylens.attached(model) is None
     for use in (lens.detach, lambda: lens.report(HELD_OUT), lambda: lens.replaced().__enter__()):

@@ -9,6 +9,7 @@ The mathematics is Belrose & Rigg 2025, "Converting MLPs into Polynomials in Clo
 arXiv 2502.01032. No host framework is imported until a model of it is attached.
 """
 
+import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, NoReturn
 
@@ -21,6 +22,7 @@ from polylens.attachment import attach, find_mlps, load
 from polylens.calibration.given import FromInputs, FromNorm
 from polylens.calibration.sampling import sample_tokens
 from polylens.calibration.sequential import Sequential
+from polylens.calibration.tokens import tokenize
 from polylens.calibration.true_stream import TrueStream
 from polylens.checks import Expert
 from polylens.errors import (
@@ -50,7 +52,7 @@ from polylens.polynomials.joint import JointPolynomial
 from polylens.polynomials.quadratic_form import QuadraticForm
 from polylens.report.report import Report
 from polylens.saving.export import load_exported
-from polylens.training.tracer import TraceData, Tracer, trace_training
+from polylens.training.tracer import Trace, TraceData, Tracer, trace_training
 
 __version__ = version("polylens")
 
@@ -81,6 +83,7 @@ __all__ = [
     "Samples",
     "Sequential",
     "StalePolynomialError",
+    "Trace",
     "TraceData",
     "Tracer",
     "TrueStream",
@@ -101,6 +104,7 @@ __all__ = [
     "load_exported",
     "register_activation",
     "sample_tokens",
+    "tokenize",
     "trace_training",
 ]
 
@@ -115,4 +119,8 @@ if not TYPE_CHECKING:  # for a checker an unknown name is an error
 
     def __getattr__(name: str) -> NoReturn:
         hint = f"; write polylens.{_REMOVED[name]}" if name in _REMOVED else ""
-        raise AttributeError(f"module 'polylens' has no attribute {name!r}{hint}", name=name)
+        raise AttributeError(
+            f"module 'polylens' has no attribute {name!r}{hint}",
+            name=name,
+            obj=sys.modules[__name__],
+        )

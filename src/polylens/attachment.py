@@ -2,7 +2,8 @@
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -11,9 +12,10 @@ from polylens.calibration.given import FromInputs, FromNorm, under_models
 from polylens.calibration.sampling import sampled
 from polylens.calibration.seen import Calibration, SeenInputs, require_deterministic
 from polylens.calibration.sequential import Sequential, on_replaced_stream, require_ordered
+from polylens.calibration.tokens import opened
 from polylens.calibration.true_stream import TrueStream, on_true_stream
-from polylens.checks import Layer, check_layers, labelled, renamed
-from polylens.errors import ArtifactError, AttachmentError, InvalidInputError, UnsupportedModel
+from polylens.checks import Layer, Layers, check_layers, labelled, renamed
+from polylens.errors import ArtifactError, InvalidInputError, UnsupportedModel
 from polylens.fitting.estimator import require_degree
 from polylens.hosts import host_for
 from polylens.hosts.base import Host, MLPSite
@@ -64,7 +66,7 @@ def attach(
     *,
     degree: int = 3,
     method: Method | None = None,
-    layers: Iterable[Layer] | Layer | None = None,
+    layers: Layers | None = None,
     attention_mask: Tensor | None = None,
     exclude_first: bool = True,
     batch_size: int = 8,
@@ -84,7 +86,8 @@ def attach(
     Args:
         model: a HookedTransformer or a TransformerBridge, an nnsight model, a Hugging Face or
             any other torch module.
-        tokens: [batch, pos] token ids on which the layers' inputs are seen; sampled from the
+        tokens: [batch, pos] token ids on which the layers' inputs are seen (`tokenize` makes
+            them of text), or what a tokenizer returns, with its attention_mask; sampled from the
             model itself where there are none. For a model that reads no token ids, the floats
             [batch, ...] it reads: images, features.
         degree: fitted degree, 0 ... 12; lower ones come with it.
@@ -94,7 +97,8 @@ def attach(
               that errors do not pile up;
             - `FromNorm()`: the Gaussian that the norm in front of it implies;
             - `FromInputs(inputs)`: input models of one's own.
-        layers: which layers; all that can be read by default.
+        layers: which layers, as numbers, -1 for the last, or "0-5,10"; all that can be read by
+            default.
         attention_mask: [batch, pos], 0 at padding, which is left out.
         exclude_first: leave the first position of each sequence out of the fit and R2: language
             models park attention there, far from all other inputs. It is replaced like the
@@ -109,13 +113,16 @@ def attach(
     Raises:
         InvalidInputError: tokens, layers, degree or method that cannot be used.
         UnsupportedModel: no readable MLP, or a named layer that was refused (with the reason).
-        AttachmentError: already attached, or in training mode with dropout.
+        AttachmentError: a lens on the model that replaces layers, or a model in training mode
+            with dropout.
         ArtifactError: a checkpoint that is damaged, or belongs to another model, other tokens
             or other arguments (it says which); it is left as it is.
         OSError: checkpoint or offload cannot be written.
 
+    A lens that is on the model already is detached, with a warning, once the new one is there.
+
     Cost: one forward pass over the tokens, and for each layer what the method says. If anything
-    fails nothing stays attached.
+    fails the model is as it was.
 
     >>> import polylens
     >>> model = polylens.demo.load_model()
@@ -131,47 +138,49 @@ def attach(
     require_degree(degree)
     method = TrueStream() if method is None else method
     _check_method(method, tokens)
-    host, found, refused = _read(model, example_inputs, tokens)
-    require_deterministic(host.module)
-    sites = {site.layer: site for site in found}
-    sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
-    exclude_first = exclude_first and host.reads_tokens
-    saved = None
-    if isinstance(method, FromNorm | FromInputs):
-        polynomials = under_models(method.models(host, sites), sites, degree, progress)
-        summary = method.describe()
-    else:
-        origin = "tokens"
-        if tokens is None:
-            tokens = sampled(host, method.sampled, SAMPLED_LENGTH, 0, progress)
-            origin = "tokens sampled from the model"
-        data = Calibration.on(
-            host,
-            tokens,
-            attention_mask,
-            exclude_first=exclude_first,
-            batch_size=batch_size,
-            progress=progress,
-        )
-        if isinstance(method, Sequential):
-            require_ordered(sites)
-            if method.checkpoint is not None:
-                own = identity(data, sites, method, degree)
-                saved = Checkpoint(method.checkpoint, own, found, refused)
-            polynomials = on_replaced_stream(data, sites, method, degree, saved)
+    tokens, attention_mask = opened(tokens, attention_mask)
+    with _in_place_of(attached(model), 5):
+        host, found, refused = _read(model, example_inputs, tokens)
+        require_deterministic(host.module)
+        sites = {site.layer: site for site in found}
+        sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
+        exclude_first = exclude_first and host.reads_tokens
+        saved = None
+        if isinstance(method, FromNorm | FromInputs):
+            polynomials = under_models(method.models(host, sites), sites, degree, progress)
+            summary = method.describe()
         else:
-            polynomials = dict(on_true_stream(data, sites, method, degree, refused))
-        summary = ", ".join([method.kind.name, *data.describe(origin), *method.describe()])
-    sites = {layer: sites[layer] for layer in polynomials}
-    _require_sites(list(sites.values()), refused, model)
-    lens = Lens(host, sites, polynomials, refused, summary, exclude_first)
-    if saved is not None:
-        try:
-            saved.finish(lens.header(), lens.layers)
-        except BaseException:
-            lens.detach()
-            raise
-    return lens
+            origin = "tokens"
+            if tokens is None:
+                tokens = sampled(host, method.sampled, SAMPLED_LENGTH, 0, progress)
+                origin = "tokens sampled from the model"
+            data = Calibration.on(
+                host,
+                tokens,
+                attention_mask,
+                exclude_first=exclude_first,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            if isinstance(method, Sequential):
+                require_ordered(sites)
+                if method.checkpoint is not None:
+                    own = identity(data, sites, method, degree)
+                    saved = Checkpoint(method.checkpoint, own, found, refused)
+                polynomials = on_replaced_stream(data, sites, method, degree, saved)
+            else:
+                polynomials = dict(on_true_stream(data, sites, method, degree, refused))
+            summary = ", ".join([method.kind.name, *data.describe(origin), *method.describe()])
+        sites = {layer: sites[layer] for layer in polynomials}
+        _require_sites(list(sites.values()), refused, model)
+        lens = Lens(host, sites, polynomials, refused, summary, exclude_first)
+        if saved is not None:
+            try:
+                saved.finish(lens.header(), lens.layers)
+            except BaseException:
+                lens.detach()
+                raise
+        return lens
 
 
 def load(
@@ -208,12 +217,28 @@ def load(
     >>> polylens.load("demo.safetensors", model).inputs_summary == lens.inputs_summary
     True
     """
-    on_hub = isinstance(address, str) and address.startswith(HUB)
-    if not on_hub and not (revision is None and token is None):
+    if not isinstance(address, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidInputError(
+            f"load(address, model) takes the path or hf:// address first, got a "
+            f"{type(address).__name__}"
+        )
+    if not _on_hub(address) and not (revision is None and token is None):
         raise InvalidInputError(
             f"revision= and token= are of a repository on the Hub; {address} is a path. Give "
             f"{HUB}user/name"
         )
+    with _in_place_of(attached(model), 4):
+        return _load(address, model, example_inputs, revision, token)
+
+
+def _load(
+    address: str | os.PathLike[str],
+    model: Any,
+    example_inputs: Any,
+    revision: str | None,
+    token: str | bool | None,
+) -> Lens:
+    on_hub = _on_hub(address)
     host, found, refused = _read(model, example_inputs)
     path = address
     if on_hub:
@@ -249,9 +274,28 @@ def _saved_report(path: str | os.PathLike[str], saved: Any) -> Report | None:
         warnings.warn(
             f"{path}: the polynomials are loaded, the report beside them is not, and "
             f"lens.saved_report is None: {error}; lens.report(...) measures anew",
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
+
+
+def _on_hub(address: str | os.PathLike[str]) -> bool:
+    return isinstance(address, str) and address.startswith(HUB)
+
+
+@contextmanager
+def _in_place_of(lens: Lens | None, stacklevel: int) -> Generator[None, None, None]:
+    """Within the context the model has no lens; the one that it had comes back after an error."""
+    if lens is None:
+        yield
+        return
+    with lens.giving_way():
+        yield
+    warnings.warn(
+        "this model had a lens, which is detached now: the new one takes its place "
+        "(lens.replaced(degree=...) gives lower degrees without a new fit)",
+        stacklevel=stacklevel,
+    )
 
 
 def _host(model: Any, example_inputs: Any) -> Host:
@@ -269,11 +313,6 @@ def _read(
     """
     host = _host(model, example_inputs)
     host.offer(inputs)
-    if attached(model) is not None:
-        raise AttachmentError(
-            "this model has a lens already: polylens.attached(model); detach() it first, or use "
-            "lens.replaced(degree=...) for a lower degree"
-        )
     require_free(host.module)
     found, refused = host.sites()
     _require_sites(found, refused, model)

@@ -1,6 +1,8 @@
 """Which layers, degree and options a user asked for: checked once, said once."""
 
+import difflib
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import wraps
@@ -33,6 +35,10 @@ class Expert:
 
 # What tells sites apart: the number of a block, or an expert in it.
 Layer = int | Expert
+# Several: numbers, or text such as "0-5,10".
+Layers = Iterable[Layer] | Layer | str
+
+_RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,13 +60,20 @@ def renamed(**hints: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
             p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
         ]
         any_number = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-        name = function.__qualname__
+        known = {p.name for p in parameters}
+        any_name = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        name = function.__name__
+        name = function.__qualname__.partition(".")[0] if name == "__init__" else name
         own = by_position[1:] if by_position[:1] in (["self"], ["cls"]) else by_position
 
         @wraps(function)
         def called(*args: P.args, **kwargs: P.kwargs) -> R:
             for old in hints.keys() & kwargs.keys():
                 raise InvalidInputError(f"{name}() no longer takes {old}=; use {hints[old]}")
+            for unknown in () if any_name else kwargs.keys() - known:
+                near = difflib.get_close_matches(unknown, known, 1)
+                hint = f"did you mean {near[0]}=?" if near else f"there are {', '.join(by_name)}"
+                raise TypeError(f"{name}() takes no {unknown}=; {hint}")
             if len(args) > len(by_position) and not any_number:
                 extra = args[len(by_position) :]
                 raise InvalidInputError(
@@ -154,15 +167,35 @@ def check_at_least(name: str, value: int, least: int) -> None:
         raise InvalidInputError(f"{name} must be an integer >= {least}, got {value!r}")
 
 
+def layers_in(text: str) -> list[int]:
+    """ "0-5,10" -> [0, 1, 2, 3, 4, 5, 10].
+
+    Raises:
+        InvalidInputError: anything else.
+    """
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise InvalidInputError(
+                f"layers {text!r}: {part.strip()!r} is neither a layer nor a rising range; "
+                "write them such as 0-5,10, or all"
+            )
+        layers.update(range(first, last + 1))
+    return sorted(layers)
+
+
 def check_layers(
-    layers: Iterable[Layer] | Layer | None,
+    layers: Layers | None,
     there: Collection[Layer],
     refused: Mapping[Layer, str],
     where: str = "",
 ) -> list[Layer]:
-    """The layers in the order of `there`, each once; all that are there for None.
+    """The layers in the order of `there`, each once; all that are there for None or "all".
 
-    A number stands for everything in that layer, an Expert for one expert.
+    A number stands for everything in that layer, a negative one counts from the last, an Expert
+    stands for one expert, and text such as "0-5,10" for the numbers in it.
 
     Args:
         where: what they are missing from, for the error.
@@ -171,13 +204,21 @@ def check_layers(
         InvalidInputError: none, or one that is not there.
         UnsupportedModel: one that was refused (with the reason).
     """
-    if layers is None:
+    if layers is None or layers == "all":
         return list(there)
-    chosen = [layers] if isinstance(layers, Layer) else list(layers)
+    if isinstance(layers, str):
+        layers = layers_in(layers)
+    try:
+        chosen = [layers] if isinstance(layers, Layer) else list(layers)
+    except TypeError:
+        raise InvalidInputError(
+            f"layers must be numbers, or text such as '0-5,10', got {layers!r}"
+        ) from None
     if not chosen:
         raise InvalidInputError(f"layers is empty; there are {list(there)}")
     wanted: set[Layer] = set()
     for layer in chosen:
+        layer = from_the_end(layer, {*there, *refused})
         if isinstance(layer, tuple):
             raise InvalidInputError(
                 f"no layer {layer!r}{where}: an expert is polylens.Expert(layer, expert), several "
@@ -190,6 +231,14 @@ def check_layers(
             raise InvalidInputError(f"no layer {layer!r}{where}; there are {list(there)}")
         wanted |= members
     return [layer for layer in there if layer in wanted]
+
+
+def from_the_end(layer: Layer, there: Collection[Layer]) -> Layer:
+    """Of a negative number the layer that it counts to, -1 being the last; others as they are."""
+    numbers = sorted({block(each) for each in there})
+    if isinstance(layer, int) and -len(numbers) <= layer < 0:
+        return numbers[layer]
+    return layer
 
 
 def label(layer: Layer) -> str:

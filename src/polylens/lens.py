@@ -8,10 +8,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor
 from torch.nn import Module
 
-from polylens.checks import Layer, check_degree, label, renamed
+from polylens.calibration.tokens import opened
+from polylens.checks import Layer, Layers, check_degree, label, renamed
 from polylens.errors import AttachmentError
 from polylens.hosts.base import Host
 from polylens.installed.installation import Installation
@@ -52,14 +54,18 @@ class Lens(Installation):
 
     def __init__(self, host: Host, *installed: Any) -> None:
         super().__init__(host, *installed)
-        LENSES[id(host.model)] = self
 
+    def _install(self) -> None:
+        super()._install()
+        LENSES[id(self.host.model)] = self
+
+    @renamed()
     def report(
         self,
         tokens: Tensor,
         *,
         degree: int | None = None,
-        layers: Iterable[Layer] | Layer | None = None,
+        layers: Layers | None = None,
         attention_mask: Tensor | None = None,
         batch_size: int = 8,
         loss: bool = True,
@@ -108,11 +114,12 @@ class Lens(Installation):
                 progress=progress,
             )
 
+    @renamed()
     def run_with_cache(
         self,
         tokens: Tensor,
         *,
-        layers: Iterable[Layer] | Layer | None = None,
+        layers: Layers | None = None,
         names: Iterable[str] | None = None,
         attention_mask: Tensor | None = None,
     ) -> tuple[Any, dict[tuple[str, Layer], Tensor]]:
@@ -124,7 +131,8 @@ class Lens(Installation):
         Args:
             tokens: [batch, pos] token ids; floats [batch, ...] for a model that reads those.
             layers: one, several, or all (default).
-            names: of "in", "out", "error", "degree_0", "degree_1", ...; all by default.
+            names: one or several of "in", "out", "error", "degree_0", "degree_1", ...; all by
+                default.
             attention_mask: [batch, pos], 0 at padding.
 
         Returns:
@@ -136,8 +144,10 @@ class Lens(Installation):
             AttachmentError: the lens is detached.
         """
         self._require_attached()
+        tokens, mask = opened(tokens, attention_mask)
         with self.host.reading(self._chosen(layers), names) as values:
-            return self.host.forward(tokens, attention_mask), values
+            mask = None if mask is None else torch.as_tensor(mask)
+            return self.host.forward(torch.as_tensor(tokens), mask), values
 
     def __getattr__(self, name: str) -> Any:
         hint = f"; use {_GONE[name]}" if name in _GONE else ""
@@ -171,9 +181,7 @@ class Lens(Installation):
         return self.host.inline(polynomial)
 
     @renamed()
-    def export(
-        self, *, degree: int | None = None, layers: Iterable[Layer] | Layer | None = None
-    ) -> Module:
+    def export(self, *, degree: int | None = None, layers: Layers | None = None) -> Module:
         """A new model in which these MLPs are polynomials, made of ordinary modules.
 
             model = lens.export(degree=3)

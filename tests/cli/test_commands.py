@@ -11,8 +11,9 @@ from typer.testing import CliRunner
 
 import polylens
 from polylens import analysis, demo
+from polylens.checks import layers_in
 from polylens.cli import loading
-from polylens.cli.commands import app, parse_layers
+from polylens.cli.commands import app
 from polylens.cli.loading import load_model, parse_device, parse_dtype, token_windows
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.report.report import Report
@@ -310,16 +311,16 @@ def test_cuda_that_is_not_there():
 
 @pytest.mark.parametrize(
     ("text", "layers"),
-    [(None, None), ("3", [3]), ("0-2,10", [0, 1, 2, 10]), (" 4 , 4-5", [4, 5]), ("7-7", [7])],
+    [("3", [3]), ("0-2,10", [0, 1, 2, 10]), (" 4 , 4-5", [4, 5]), ("7-7", [7])],
 )
 def test_layer_syntax(text, layers):
-    assert parse_layers(text) == layers
+    assert layers_in(text) == layers
 
 
 @pytest.mark.parametrize("text", ["", ",", "a", "1-", "-1", "5-3", "1--2", "1;2", "0-99999999"])
 def test_layer_syntax_errors(text):
     with pytest.raises(InvalidInputError, match="0-5,10"):
-        parse_layers(text)
+        layers_in(text)
 
 
 class WordTokenizer:

@@ -187,8 +187,12 @@ def test_a_polynomial_is_not_a_lens(tmp_path):
     model = build("llama")
     with attach(model) as lens:
         lens[0].save(tmp_path / "one")
-        with pytest.raises(polylens.AttachmentError, match="has a lens already"):
+        with pytest.raises(ArtifactError, match="not a lens"):
             polylens.load(tmp_path / "one", model)
+        assert lens.is_attached
+        lens.save(tmp_path / "lens")
+        with pytest.warns(UserWarning, match="takes its place"):
+            polylens.load(tmp_path / "lens", model).detach()
     with pytest.raises(ArtifactError, match="not a lens"):
         polylens.load(tmp_path / "one", model)
 

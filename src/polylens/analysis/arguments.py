@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polylens.checks import Layer, from_the_end
 from polylens.errors import InvalidInputError
 from polylens.installed.installation import Installation
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
@@ -36,6 +37,17 @@ def check_lens(value: Any) -> None:
             f"{type(value).__name__}; of a single polynomial there are eigenfeatures, "
             "singular_features and interactions"
         )
+
+
+def check_layer(lens: Any, layer: Any) -> Layer:
+    """The layer of this lens; -1 is its last one.
+
+    Raises:
+        InvalidInputError: no lens, or one without this layer.
+    """
+    check_lens(lens)
+    lens[layer]  # refuses one that is not attached
+    return from_the_end(layer, lens.layers)
 
 
 def as_numbers(value: Any, name: str, device: torch.device | None = None) -> Tensor:

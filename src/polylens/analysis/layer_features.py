@@ -2,25 +2,29 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from polylens.analysis.arguments import check_lens
+from polylens.analysis.arguments import check_layer, check_lens
 from polylens.analysis.features import EigenFeatures, eigenfeatures
 from polylens.analysis.metric import gaussian_of
 from polylens.analysis.readout import (
     before_norm,
     behind_norm,
     embedding_scores,
+    single_token,
     token_direction,
     top_tokens,
     unembedding_scores,
 )
 from polylens.brief import Brief
 from polylens.calibration.given import norm_inputs
+from polylens.calibration.tokens import token_names
 from polylens.checks import Layer, label, to_json
+from polylens.errors import InvalidInputError
 from polylens.hosts.base import Norm
 from polylens.inputs.gaussian import Gaussian
 from polylens.report.rendering import as_html
@@ -102,12 +106,12 @@ class LayerFeatures(Brief):
 def layer_features(
     lens: Any,
     layer: Layer,
-    token: int,
+    token: int | str,
     *,
-    against: int | None = None,
+    against: int | str | None = None,
     k: int = 8,
     n_tokens: int = 6,
-    names: Callable[[int], str] = str,
+    names: Callable[[int], str] | None = None,
 ) -> LayerFeatures:
     """The k eigenfeatures of a layer along a token's logit, each with the tokens it reads.
 
@@ -118,15 +122,18 @@ def layer_features(
     Args:
         lens: of a TransformerLens model, of degree 2 or more.
         layer: an attached layer.
-        token, against: ids.
+        token, against: ids, or text that is one token each.
         k: features; n_tokens: named at either end of each.
-        names: id -> text.
+        names: id -> text; by default the model's tokenizer, else ids.
 
     Raises:
         InvalidInputError: no such layer or token, k above the rank, a degree below 2.
         UnsupportedModel: another host; a layer that does not read a norm's output, such as one
             whose norm is folded away, or a model without a final norm.
     """
+    layer = check_layer(lens, layer)
+    token, against = _id(lens, token), None if against is None else _id(lens, against)
+    names = names or token_names(lens.host.tokenizer)
     u = logit_direction(lens, layer, token, against)
     moments = input_moments(lens, layer)
     features = eigenfeatures(lens[layer], u, k, metric=moments)
@@ -137,7 +144,9 @@ def layer_features(
 
 
 @torch.no_grad()
-def logit_direction(lens: Any, layer: Layer, token: int, against: int | None = None) -> Tensor:
+def logit_direction(
+    lens: Any, layer: Layer, token: int | str, against: int | str | None = None
+) -> Tensor:
     """[d_out] float64: u such that a layer's output f raises a token's logit by f . u / scales.
 
     `token_direction` through the final norm and, where there is one (Gemma, OLMo 2), the norm
@@ -147,16 +156,15 @@ def logit_direction(lens: Any, layer: Layer, token: int, against: int | None = N
     Args:
         lens: of a TransformerLens model.
         layer: an attached layer.
-        token: id; `against` another, or None for the mean of all.
+        token: id, or text that is one token; `against` another, or None for the mean of all.
 
     Raises:
         InvalidInputError: no such layer or token, or a token against itself.
         UnsupportedModel: another host, or a model without a final norm.
     """
     last, own = _norms_behind(lens, layer)
-    u = token_direction(
-        lens.host.unembedding, token, against, centred=last.centred, weight=last.weight
-    )
+    ids = _id(lens, token), None if against is None else _id(lens, against)
+    u = token_direction(lens.host.unembedding, *ids, centred=last.centred, weight=last.weight)
     return u if own is None else before_norm(u, centred=own.centred, weight=own.weight)
 
 
@@ -227,8 +235,18 @@ def written_tokens(
     return top_tokens(scores[:, 0], n_tokens, names)
 
 
+def _id(lens: Any, token: int | str) -> int:
+    """The id of a token that is given as such or as its text."""
+    if not isinstance(token, str):
+        return token
+    check_lens(lens)
+    tokenizer = lens.host.tokenizer
+    if tokenizer is None:
+        raise InvalidInputError(f"token {token!r}: this model has no tokenizer; give its id")
+    return single_token(token, partial(tokenizer.encode, add_special_tokens=False))
+
+
 def _norms_behind(lens: Any, layer: Layer) -> tuple[Norm, Norm | None]:
     """The final norm, and what the layer's output passes before the residual stream, if any."""
-    check_lens(lens)
-    lens[layer]  # refuses one that is not attached
+    layer = check_layer(lens, layer)
     return lens.host.final_norm(), lens.host.norms_behind([layer], "mlp").get(layer)

@@ -1,13 +1,115 @@
 """Batches of inputs: one check of what users pass in."""
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from polylens.checks import check_at_least
 from polylens.errors import InvalidInputError
+
+
+def opened(inputs: Any, attention_mask: Any = None) -> tuple[Any, Any]:
+    """(tokens, mask) of what a tokenizer returns, one tensor of a list of them; others as given.
+
+    Raises:
+        InvalidInputError: text, sequences of several lengths, or a mapping of something else.
+    """
+    if isinstance(inputs, Mapping):
+        named = dict(cast(Mapping[str, Any], inputs))
+        ids, mask = named.pop("input_ids", None), named.pop("attention_mask", None)
+        # 0 for the first of BERT's two texts, which for a language model is all there is
+        types: Any = named.pop("token_type_ids", 0)
+        if ids is None or named or torch.as_tensor(types).any():
+            raise InvalidInputError(
+                "tokens must be a tensor [batch, pos], or input_ids and attention_mask by name, "
+                f"got {', '.join(cast(Iterable[str], inputs)) or 'an empty mapping'}"
+            )
+        if mask is not None and attention_mask is not None:
+            raise InvalidInputError("attention_mask is given twice: among the tokens, and by name")
+        return opened(ids, attention_mask if mask is None else mask)
+    several = list(cast(Sequence[Any], inputs)) if isinstance(inputs, list | tuple) else []
+    if isinstance(inputs, str) or (several and all(isinstance(each, str) for each in several)):
+        raise InvalidInputError(_TEXT)
+    tensors = [each for each in several if isinstance(each, Tensor) and each.dim() > 1]
+    if tensors and len(tensors) == len(several) and len({each.shape[1:] for each in tensors}) == 1:
+        return torch.cat(tensors), attention_mask
+    lengths = {len(cast(list[Any], each)) for each in several if isinstance(each, list | tuple)}
+    if len(lengths) > 1:
+        raise InvalidInputError(
+            f"the sequences have {min(lengths)} to {max(lengths)} tokens; pad them, as "
+            'tokenizer(texts, padding=True, return_tensors="pt") does, whose result can be given '
+            "as it is"
+        )
+    return cast(Any, inputs), attention_mask
+
+
+def tokenize(text: str | Sequence[str], tokenizer: Any, length: int = 128) -> Tensor:
+    """Text as windows of token ids, int64 [n, length], for `attach` and `Lens.report`.
+
+    Each window starts with the token that the tokenizer puts in front of texts, if it does; what
+    does not fill a window at the end of a text is left out.
+
+    Args:
+        text: one or several, which share no window.
+        tokenizer: of Hugging Face, or a model that has one as `model.tokenizer`.
+        length: positions of each window.
+
+    Raises:
+        InvalidInputError: no tokenizer, length < 2, or no text that fills a window.
+
+    >>> import polylens
+    >>> model = polylens.demo.load_bridge()
+    >>> polylens.tokenize("What does an MLP compute?", model, 8).shape
+    torch.Size([3, 8])
+    """
+    tokenizer = _tokenizer(tokenizer)
+    check_at_least("length", length, 2)
+    texts: list[Any] = [text] if isinstance(text, str) else list(text)
+    if not all(isinstance(each, str) for each in texts):
+        raise InvalidInputError(f"text must be a string or several, got {type(text).__name__}")
+    found = [windows(tokenizer, ids_of(tokenizer, each), length) for each in texts]
+    if not any(map(len, found)):
+        longest = max((len(ids_of(tokenizer, each)) for each in texts), default=0)
+        raise InvalidInputError(
+            f"no text fills a window of {length} tokens, the longest has {longest}; give longer "
+            "ones, or length="
+        )
+    return torch.cat(found)
+
+
+def windows(tokenizer: Any, ids: list[int], length: int) -> Tensor:
+    """int64 [n, length]: ids without special tokens cut into windows, a rest left out.
+
+    Every window starts with the tokenizer's BOS token if it puts one in front of texts.
+    """
+    bos = leading_bos(tokenizer)
+    fresh = length - len(bos)
+    cut = torch.tensor(ids[: len(ids) // fresh * fresh], dtype=torch.long).reshape(-1, fresh)
+    start = torch.tensor(bos, dtype=torch.long).expand(len(cut), -1)
+    return torch.cat([start, cut], dim=1)
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    """The ids of a text of any length, without special tokens."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def leading_bos(tokenizer: Any) -> list[int]:
+    """The token that is put in front of texts, if there is one."""
+    bos = getattr(tokenizer, "bos_token_id", None)
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
+
+
+def _tokenizer(value: Any) -> Any:
+    found = value if callable(getattr(value, "decode", None)) else getattr(value, "tokenizer", None)
+    if found is None:
+        raise InvalidInputError(
+            f"a {type(value).__name__} has no tokenizer; give one of Hugging Face, such as "
+            "AutoTokenizer.from_pretrained(name)"
+        )
+    return found
 
 
 def validate_inputs(
@@ -24,6 +126,7 @@ def validate_inputs(
     Raises:
         InvalidInputError: as `validate_tokens`; no float tensor, an empty one, or one with a mask.
     """
+    inputs, attention_mask = opened(inputs, attention_mask)
     if reads_tokens:
         return validate_tokens(inputs, attention_mask, d_vocab=d_vocab, n_positions=n_positions)
     inputs = _as_tensor("inputs", inputs)
@@ -123,6 +226,12 @@ def token_names(tokenizer: Any) -> Callable[[int], str]:
         return str
     # Bytes that are no text of their own come escaped, and repr would do it again.
     return lambda token: repr(tokenizer.decode([token])).replace(2 * "\\", "\\")
+
+
+_TEXT = (
+    "tokens must be token ids, got text; polylens.tokenize(text, tokenizer) cuts it into windows, "
+    'and what tokenizer(texts, padding=True, return_tensors="pt") returns can be given as it is'
+)
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:

@@ -1,7 +1,6 @@
 """The command line. Heavy imports happen inside the commands, so that --help is quick."""
 
 import json
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from polylens.checks import layers_in
 from polylens.errors import InvalidInputError, PolylensError
 
 if TYPE_CHECKING:
@@ -28,8 +28,6 @@ app = typer.Typer(
 )
 
 DEMO_SEQUENCES, DEMO_LENGTH = 32, 128
-
-_RANGE = re.compile(r"(\d{1,4})(?:-(\d{1,4}))?")
 
 ModelName = Annotated[
     str, typer.Argument(help='Hub name, local directory, .gguf file, or "demo", the embedded one.')
@@ -102,7 +100,10 @@ def report(
     with _one_line_errors():
         _check_outputs(json_file, plot_file, html_file)
         _check_losses(no_loss, prefixes)
-        chosen, method = parse_layers(layers), _method(stream, estimator, calibration)
+        chosen, method = (
+            None if layers in (None, "all") else layers_in(layers),
+            _method(stream, estimator, calibration),
+        )
         content = _read(text)
         other = None if heldout_text is None else _read(heldout_text)
         more = _windows("sampled", sampled_tokens, seq_len) if sampled_tokens else 0
@@ -306,27 +307,6 @@ def parse_steps(text: str | None) -> list[int] | None:
     if not all(part.isascii() and part.isdecimal() for part in parts):
         raise InvalidInputError(f"steps {text!r} must be numbers with commas, such as 0,1,512")
     return [int(part) for part in parts]
-
-
-def parse_layers(text: str | None) -> list[int] | None:
-    """ "0-5,10" -> [0, 1, 2, 3, 4, 5, 10]; None stays None.
-
-    Raises:
-        InvalidInputError: anything else.
-    """
-    if text is None:
-        return None
-    layers: set[int] = set()
-    for part in text.split(","):
-        match = _RANGE.fullmatch(part.strip())
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last:
-            raise InvalidInputError(
-                f"layers {text!r}: {part.strip()!r} is neither a layer nor a rising range; "
-                "write them such as 0-5,10"
-            )
-        layers.update(range(first, last + 1))
-    return sorted(layers)
 
 
 def main() -> None:

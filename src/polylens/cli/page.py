@@ -26,7 +26,7 @@ from polylens.analysis.layer_features import (
 )
 from polylens.analysis.metric import gaussian_of
 from polylens.calibration.tokens import token_names
-from polylens.checks import Layer, check_layers, label
+from polylens.checks import Layer, Layers, check_layers, label
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fitting.fit import fit
 from polylens.inputs.gaussian import Gaussian
@@ -77,7 +77,7 @@ def html_page(
     report: Report,
     path: str | Path | None = None,
     *,
-    layers: Iterable[Layer] | Layer | None = None,
+    layers: Layers | None = None,
     names: Callable[[int], str] | None = None,
     k: int = 4,
     n_tokens: int = 5,

@@ -44,7 +44,10 @@ def load_model(
 def load_bridge(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """The trained model as a TransformerLens TransformerBridge (3.9 or later)."""
+    """The trained model as a TransformerLens TransformerBridge (3.9 or later).
+
+    Its `tokenizer` is a ByteTokenizer; `encode(text)[None]` are tokens to run it on.
+    """
     from transformer_lens.model_bridge.sources import build_bridge_from_module
 
     model = load_model(device, dtype)
@@ -52,6 +55,7 @@ def load_bridge(
         model, "GPT2LMHeadModel", hf_config=model.config, tokenizer=None
     )
     bridge.cfg.model_name = "polylens-demo"
+    bridge.tokenizer = ByteTokenizer()
     return bridge
 
 
@@ -107,7 +111,8 @@ def decode(tokens: Tensor) -> str:
 class ByteTokenizer:
     """`encode` and `decode` as a Hugging Face tokenizer has them."""
 
-    bos_token_id = None
+    bos_token_id = eos_token_id = pad_token_id = None
+    padding_side = "right"
 
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": self.encode(text)}

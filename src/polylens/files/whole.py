@@ -4,6 +4,7 @@ import os
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
+from errno import EISDIR, ENOENT
 from pathlib import Path
 
 
@@ -17,6 +18,10 @@ def beside(path: str | os.PathLike[str]) -> Generator[Path]:
         OSError: the destination cannot be written.
     """
     target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise IsADirectoryError(EISDIR, "a directory; give the name of a file in it", str(path))
+    if not target.parent.is_dir():
+        raise FileNotFoundError(ENOENT, "no such directory", str(Path(path).absolute().parent))
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
     temporary.open("xb").close()  # the usual OSError where this cannot be written
     try:

@@ -1,8 +1,9 @@
 """Where polylens meets the frameworks: one file per host."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Host
@@ -32,7 +33,25 @@ def host_for(model: Any, example_inputs: Any = None) -> Host:
 
         return TorchHost(model, example_inputs)
     raise UnsupportedModel(
-        f"cannot attach to a {type(model).__module__}.{type(model).__name__}; supported are "
-        "TransformerLens' HookedTransformer and TransformerBridge, nnsight models, and any "
-        "torch or Hugging Face module"
+        f"cannot attach to a {type(model).__module__}.{type(model).__name__}{_instead(model)}; "
+        "supported are TransformerLens' HookedTransformer and TransformerBridge, nnsight models, "
+        "and any torch or Hugging Face module"
     )
+
+
+def _instead(value: Any) -> str:
+    """What somebody who gave this may have meant."""
+    if isinstance(value, str):
+        return (
+            f": load the model first, TransformerBridge.boot_transformers({value!r}) or "
+            f"AutoModelForCausalLM.from_pretrained({value!r})"
+        )
+    if isinstance(value, Tensor):
+        return ": the model comes first, then the tokens"
+    if isinstance(value, Mapping):
+        return ": weights by name do not say what is computed with them; load them into a model"
+    if isinstance(getattr(value, "model", None), nn.Module):
+        return ": give its .model"
+    if isinstance(value, tuple | list) and value and isinstance(value[0], nn.Module):
+        return ": give the model in it alone"
+    return ""

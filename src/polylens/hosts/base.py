@@ -255,7 +255,7 @@ class Host(ABC):
             InvalidInputError: a layer that is not installed, or an unknown name.
         """
         values: dict[tuple[str, Layer], Tensor] = {}
-        wanted = None if names is None else list(names)
+        wanted = [names] if isinstance(names, str) else names if names is None else list(names)
         with ExitStack() as stack:
             for layer in layers:
                 if layer not in self._points:

@@ -1,10 +1,11 @@
 """What a lens does to a model: the polynomials installed in it, read, switched and taken off."""
 
+import warnings
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import NoReturn, TypeVar
+from typing import Generic, NoReturn, TypeVar
 
-from polylens.checks import Layer, check_degree, check_layers, renamed
+from polylens.checks import Layer, Layers, check_degree, check_layers, from_the_end, renamed
 from polylens.errors import AttachmentError, InvalidInputError
 from polylens.hosts.base import Host, MLPSite
 from polylens.hosts.quiet import forget_compiled
@@ -13,6 +14,7 @@ from polylens.normal_forms.fingerprint import Fingerprint
 from polylens.polynomials.joint import Fitted
 
 Self = TypeVar("Self", bound="Installation")
+Owner = TypeVar("Owner", bound="Installation", covariant=True)
 
 
 class Installation:
@@ -48,14 +50,37 @@ class Installation:
         self.degree = next(iter(polynomials.values())).degree
         self._emitters = {layer: SiteEmitter(sites[layer], polynomials[layer]) for layer in sites}
         self._flows: list[dict[Layer, int | None]] = []
-        with ExitStack() as undo:
-            for layer, site in sites.items():
-                undo.callback(host.install(site, self._emitters[layer]))
-            undo.callback(forget_compiled)
-            self._undo: ExitStack | None = undo.pop_all()
-        forget_compiled()
+        self._undo: ExitStack | None = None
+        self._install()
         for emitter in self._emitters.values():
             emitter.owner = self
+
+    def _install(self) -> None:
+        with ExitStack() as undo:
+            for layer, site in self.sites.items():
+                undo.callback(self.host.install(site, self._emitters[layer]))
+            undo.callback(forget_compiled)
+            self._undo = undo.pop_all()
+        forget_compiled()
+
+    @contextmanager
+    def giving_way(self) -> Generator[None, None, None]:
+        """Detached for good if the context ends well, attached again after an error in it.
+
+        Raises:
+            AttachmentError: detached already, or layers are replaced.
+        """
+        if self._flows:
+            raise AttachmentError(
+                "the lens that is on this model replaces layers; leave `with lens.replaced()` "
+                "before another one takes its place"
+            )
+        self.detach()
+        try:
+            yield
+        except BaseException:
+            self._install()
+            raise
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -70,6 +95,12 @@ class Installation:
         return self._undo is not None
 
     def __getitem__(self, layer: Layer) -> Fitted:
+        if not isinstance(layer, Layer):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise InvalidInputError(
+                f"a lens has one polynomial a layer, lens[{self.layers[0]}]; of several there are "
+                f"[lens[n] for n in lens.layers]; got lens[{layer!r}]"
+            )
+        layer = from_the_end(layer, self.layers)
         if layer not in self._emitters:
             experts = self._chosen([layer])
             raise InvalidInputError(f"layer {layer} is a mixture of experts; there are {experts}")
@@ -97,10 +128,9 @@ class Installation:
         )
 
     @renamed()
-    @contextmanager
     def replaced(
-        self: Self, *, degree: int | None = None, layers: Iterable[Layer] | Layer | None = None
-    ) -> Generator[Self, None, None]:
+        self: Self, *, degree: int | None = None, layers: Layers | None = None
+    ) -> "Replacement[Self]":
         """Within the context, these MLPs' outputs are those of their polynomials.
 
         Nestable: an inner context adds to or changes the outer one, which comes back on exit,
@@ -111,26 +141,22 @@ class Installation:
 
         Args:
             degree: 0 ... fitted degree (default), by truncation.
-            layers: one, several, or all (default).
+            layers: one, several, or all (default); -1 is the last, "0-5,10" a text of several.
 
         Raises:
             InvalidInputError: unknown layer, degree above the fitted one.
             AttachmentError: the lens is detached.
             StalePolynomialError: weights changed since the fit.
         """
-        chosen, degree = self.ready(layers, degree)
-        with self._flowing(dict.fromkeys(chosen, degree)):
-            yield self
+        return Replacement(self, degree, layers)
 
     @contextmanager
     def suspended(self) -> Generator[None, None, None]:
         """Within the context every true output flows, whatever is replaced around it."""
-        with self._flowing(dict.fromkeys(self.layers)):
+        with self.flowing(dict.fromkeys(self.layers)):
             yield
 
-    def ready(
-        self, layers: Iterable[Layer] | Layer | None, degree: int | None
-    ) -> tuple[list[Layer], int]:
+    def ready(self, layers: Layers | None, degree: int | None) -> tuple[list[Layer], int]:
         """The layers and the degree that were asked for, fitted to the weights there are now.
 
         Raises:
@@ -151,7 +177,7 @@ class Installation:
         return {layer: self._emitters[layer].verify() for layer in layers}
 
     @contextmanager
-    def _flowing(self, degrees: Mapping[Layer, int | None]) -> Generator[None, None, None]:
+    def flowing(self, degrees: Mapping[Layer, int | None]) -> Generator[None, None, None]:
         """Within the context, layer's polynomial of this degree (None: the true output) flows."""
         entry = dict(degrees)
         self._flows.append(entry)
@@ -189,5 +215,32 @@ class Installation:
         if not self.is_attached:
             raise AttachmentError("this lens is detached; attach again to use it")
 
-    def _chosen(self, layers: Iterable[Layer] | Layer | None) -> list[Layer]:
+    def _chosen(self, layers: Layers | None) -> list[Layer]:
         return check_layers(layers, self.sites, self.refused, " in this lens")
+
+
+class Replacement(Generic[Owner]):
+    """What `replaced` returns: the context in which MLPs are their polynomials.
+
+    One that is dropped without `with` has done nothing, and warns.
+    """
+
+    def __init__(self, owner: Owner, degree: int | None, layers: Layers | None) -> None:
+        self._owner, self._degree, self._layers = owner, degree, layers
+        self._inside = ExitStack()
+        self._entered = False
+
+    def __enter__(self) -> Owner:
+        self._entered = True
+        chosen, degree = self._owner.ready(self._layers, self._degree)
+        self._inside.enter_context(self._owner.flowing(dict.fromkeys(chosen, degree)))
+        return self._owner
+
+    def __exit__(self, *exception: object) -> None:
+        self._inside.close()
+
+    def __del__(self) -> None:
+        if not self._entered:
+            warnings.warn(
+                "replaced() alone changes nothing; write `with lens.replaced():`", stacklevel=2
+            )

@@ -168,7 +168,8 @@ class Approximation(nn.Module):
             raise InvalidInputError(f"u must be a vector [{self.d_out}]: {error}") from error
         if tuple(vector.shape) != (self.d_out,) or not torch.isfinite(vector).all():
             raise InvalidInputError(
-                f"u must be a finite vector of shape ({self.d_out},), got {tuple(vector.shape)}"
+                f"u must be a finite vector of shape ({self.d_out},), got {tuple(vector.shape)}; "
+                "towards a token: analysis.logit_direction(lens, layer, token)"
             )
         return vector
 

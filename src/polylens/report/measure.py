@@ -1,6 +1,6 @@
 """How the figures of a report are measured: R2 of every layer in one pass, then the losses."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from polylens.calibration.lockstep import Step
 from polylens.calibration.seen import require_deterministic, watch
 from polylens.calibration.tokens import batches, validate_inputs
-from polylens.checks import Layer, check_degree, check_layers, label
+from polylens.checks import Layer, Layers, check_degree, check_layers, label
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival
 from polylens.hosts.positions import counted, rows
@@ -32,7 +32,7 @@ def measure(
     tokens: Tensor,
     *,
     degree: int | None = None,
-    layers: Iterable[Layer] | Layer | None = None,
+    layers: Layers | None = None,
     attention_mask: Tensor | None = None,
     batch_size: int = 8,
     loss: bool = True,

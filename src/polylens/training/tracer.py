@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Collection, Container, Iterable
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ from polylens.attachment import attach
 from polylens.calibration.given import FromInputs
 from polylens.calibration.true_stream import TrueStream
 from polylens.checks import Layer, check_at_least, renamed, to_json
-from polylens.errors import InvalidInputError, PolylensError
+from polylens.errors import AttachmentError, InvalidInputError, PolylensError
 from polylens.files.whole import beside
 from polylens.hosts.base import Arrival, Observer
 from polylens.hosts.quiet import quiet
-from polylens.lens import Lens
+from polylens.lens import Lens, attached
 from polylens.report.scores import lead_of, score
 from polylens.training.rows import TraceRow as TraceRow
 from polylens.training.trace import Trace as Trace
@@ -159,7 +159,7 @@ class Tracer:
 
 @renamed(layers=FOUND)
 def trace_training(
-    checkpoints: Iterable[tuple[int, Any]],
+    checkpoints: Iterable[tuple[int, Any]] | Mapping[int, Any],
     data: TraceData | tuple[Any, ...],
     degree: int = 3,
     *,
@@ -169,8 +169,9 @@ def trace_training(
     """R2 of every degree up to `degree`, by layer, and the loss, over checkpoints.
 
     Args:
-        checkpoints: (step, model) or (step, function that returns a model), taken one at a time,
-            for instance ((s, lambda s=s: load(revision=f"step{s}")) for s in steps).
+        checkpoints: by step, or as pairs: (step, model) or (step, function that returns a model),
+            taken one at a time, for instance
+            ((s, lambda s=s: load(revision=f"step{s}")) for s in steps).
         data: a TraceData, or the tuple of its fields.
         degree: highest degree.
         path: JSON-lines file to append to and resume from; checkpoints that it holds are not
@@ -186,11 +187,12 @@ def trace_training(
 
     Source: Belrose & Rigg 2025, on the growth of complexity over training.
     """
-    if not isinstance(checkpoints, Iterable):
+    pairs: Any = checkpoints.items() if isinstance(checkpoints, Mapping) else checkpoints
+    if not isinstance(pairs, Iterable):
         raise InvalidInputError(f"{PAIRS}, got {type(checkpoints).__name__}")
     tracer = Tracer(data, degree, path=path, steps=lambda step: True)
-    for checkpoint in tqdm(checkpoints, "tracing", disable=not progress):
-        if not isinstance(checkpoint, tuple) or len(checkpoint) != 2:
+    for checkpoint in tqdm(pairs, "tracing", disable=not progress):
+        if not isinstance(checkpoint, tuple | list) or len(checkpoint) != 2:
             raise InvalidInputError(f"{PAIRS}, got {type(checkpoint).__name__} in it")
         step, source = checkpoint
         if tracer.is_due(step):
@@ -206,6 +208,10 @@ def measure(step: int, model: Any, data: TraceData, degree: int) -> list[TraceRo
         InvalidInputError: weights that are not finite; input models where no layer reads the
             model's own input; otherwise as `attach` and `Lens.report`.
     """
+    if attached(model) is not None:
+        raise AttachmentError(
+            "the model has a lens, which a trace would have to take off; detach() it"
+        )
     with quiet(model) if isinstance(model, nn.Module) else torch.no_grad():
         _require_finite(model)
         if data.is_text:
