@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from tests.hf_models import build
 
 import polylens
 from polylens import analysis, demo
@@ -108,9 +109,9 @@ def test_a_report_of_something_else_is_refused(made):
 
 
 def test_what_is_missing_is_said():
-    model = demo.load_model()
-    tokens = demo.batches(demo.texts()[0], 4, 64)
-    for degree, said in ((1, "no quadratic part"), (2, "no tokens: ")):
+    tokens = torch.randint(3, 88, (8, 32))
+    for name, degree, said in (("llama", 1, "no quadratic part"), ("bert", 2, "no tokens: ")):
+        model = build(name)
         with polylens.attach(model, tokens, degree=degree, layers=1, progress=False) as lens:
             page = html_page(lens, lens.report(tokens, loss=False, progress=False))
         Balanced(page)

@@ -215,3 +215,67 @@ def test_a_linear_map_replaced_by_another_library_is_noticed(name):
     assert torch.equal(logits(model), reference)
     lens.detach()
     assert module_snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "olmo2"])
+def test_tokens_are_directions_as_on_a_bridge(name):
+    model = build(name)
+    host = TorchHost(model)
+    host.sites()
+    inner = model.transformer if name == "gpt2" else model.model
+    last, table = (inner.ln_f, inner.wte) if name == "gpt2" else (inner.norm, inner.embed_tokens)
+    offset = 1 if name == "gemma2" else 0
+    norm = host.final_norm()
+    assert norm.centred is (name == "gpt2")
+    torch.testing.assert_close(norm.weight, last.weight.detach() + offset)
+    assert torch.equal(host.embedding, table.weight)
+    assert torch.equal(host.unembedding, model.lm_head.weight.T)
+    behind = host.norms_behind([0, 1], "mlp")
+    assert set(behind) == ({0, 1} if name in ("gemma2", "olmo2") else set())
+    if behind:
+        weight = inner.layers[1].post_feedforward_layernorm.weight.detach()
+        torch.testing.assert_close(behind[1].weight, weight + offset)
+    reference = logits(model)
+    # a layer moves the logits along the unembedding, through these norms
+    direction = torch.randn(24)
+    with host.edit({1: lambda arrival: arrival.y + 1e-3 * direction}), torch.no_grad():
+        moved = (host.logits(TOKENS) - reference)[0, 3].double()
+    if not behind:
+        u = polylens.analysis.unembedding_scores(
+            direction, host.unembedding, centred=norm.centred, weight=norm.weight
+        )
+        # the norm shrinks what lies along its input, too, which a frozen scale leaves out
+        assert torch.corrcoef(torch.stack([moved - moved.mean(), u[:, 0]]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("bert", "does not read a norm of what"),
+        ("bart", "in the residual stream"),
+        ("vit", "that polylens knows"),
+    ],
+)
+def test_models_in_which_tokens_are_no_directions_say_so(name, reason):
+    host = TorchHost(build(name))
+    host.sites()
+    with pytest.raises(UnsupportedModel, match=reason):
+        host.final_norm()
+    with pytest.raises(UnsupportedModel, match="that polylens knows"):
+        _ = TorchHost(torch.nn.Sequential(torch.nn.Linear(3, 2))).embedding
+
+
+def test_the_tokenizer_is_that_which_lies_beside_the_model(tmp_path):
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    model = build("llama")
+    model.save_pretrained(tmp_path)
+    words = {f"w{i}": i for i in range(90)}
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0").save_pretrained(tmp_path)
+    assert TorchHost(model).tokenizer is None
+    host = TorchHost(AutoModelForCausalLM.from_pretrained(tmp_path))
+    assert host.tokenizer.decode([7]) == "w7"
+    host.model.tokenizer = "mine"
+    assert host.tokenizer == "mine"

@@ -97,6 +97,8 @@ class TinyHost(Host):
         finally:
             self.functions = {}
 
+    edit = substitute
+
 
 class TinyLens:
     """What `measure` needs of a Lens."""

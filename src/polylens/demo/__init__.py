@@ -26,7 +26,7 @@ HOLD_OUT_EVERY = 10
 def load_model(
     device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
 ) -> "GPT2LMHeadModel":
-    """The trained model in eval mode, as Hugging Face's GPT2LMHeadModel."""
+    """The trained model in eval mode, as Hugging Face's GPT2LMHeadModel; `tokenizer` is its."""
     from safetensors.torch import load
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -38,6 +38,7 @@ def load_model(
     if set(missing) - {"lm_head.weight"} or unexpected:
         raise InvalidInputError(f"damaged demo model: missing {missing}, unexpected {unexpected}")
     model.tie_weights()
+    model.tokenizer = ByteTokenizer()  # type: ignore
     return model.to(device=device, dtype=dtype).eval()  # type: ignore
 
 

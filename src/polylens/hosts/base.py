@@ -302,8 +302,8 @@ class Host(ABC):
 
     def _nameless(self) -> UnsupportedModel:
         return UnsupportedModel(
-            f"a {self.name} has no embedding and unembedding by name; load the model in "
-            "TransformerLens, or use eigenfeatures with a direction of your own"
+            f"{self.model_name} ({self.name}) has no embedding and unembedding that polylens "
+            "knows; use eigenfeatures with a direction of your own"
         )
 
     def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:

@@ -17,17 +17,25 @@ def norm_read(site: MLPSite, calls: list[Call], x: Tensor) -> Norm:
     Raises:
         UnsupportedModel: none of them is.
     """
+    found = norm_giving(calls, x)
+    if found is not None:
+        return found[1]
+    raise UnsupportedModel(
+        f"layer {site.layer} ({site.path}) does not read the output of a LayerNorm or RMSNorm, "
+        "so inputs='norm' says nothing about it; give tokens="
+    )
+
+
+def norm_giving(calls: list[Call], x: Tensor) -> tuple[Call, Norm] | None:
+    """The last call (module, input, output) whose output is x, and its Norm."""
     x = _rows(x)
     for module, before, after in reversed(calls):
         after = _rows(after)
         if after.shape == x.shape and torch.allclose(after, x, atol=1e-5):
             norm = matching_norm(module, before, after)
             if norm is not None:
-                return norm
-    raise UnsupportedModel(
-        f"layer {site.layer} ({site.path}) does not read the output of a LayerNorm or RMSNorm, "
-        "so inputs='norm' says nothing about it; give tokens="
-    )
+                return (module, before, after), norm
+    return None
 
 
 def norm_behind(calls: list[Call], y: Tensor) -> Norm | None:

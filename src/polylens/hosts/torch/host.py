@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from typing import Any, TypeGuard
 
@@ -11,10 +11,21 @@ from torch import Tensor, nn
 
 from polylens.checks import Expert, Layer
 from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
-from polylens.hosts.base import Emitter, Function, Host, MLPSite, Norm, Observer, openings, written
-from polylens.hosts.norms import Call, norm_read
+from polylens.hosts.base import (
+    Arrival,
+    Emitter,
+    Function,
+    Host,
+    MLPSite,
+    Norm,
+    Observer,
+    openings,
+    written,
+)
+from polylens.hosts.norms import Call, norm_behind, norm_giving, norm_read
 from polylens.hosts.passage import Emitting, PolyPoint, Step, Taps, editing, observing, substituting
 from polylens.hosts.quiet import quiet
+from polylens.hosts.recording import position
 from polylens.hosts.torch.copying import Place, clean_copy, place_of, require_apart
 from polylens.hosts.torch.dataflow import Block, find_blocks
 from polylens.hosts.torch.guessing import Inputs, accepted, guessed_inputs
@@ -52,7 +63,24 @@ class TorchHost(Host):
 
     @property
     def tokenizer(self) -> Any | None:
-        return getattr(self.model, "tokenizer", None)
+        own = getattr(self.model, "tokenizer", None)
+        return self._stored_tokenizer if own is None else own
+
+    @cached_property
+    def _stored_tokenizer(self) -> Any | None:
+        """That which lies where the model was loaded from; nothing is downloaded."""
+        source = getattr(getattr(self.module, "config", None), "_name_or_path", None)
+        if not source or not _is_hugging_face(self.module):
+            return None
+        from transformers import AutoTokenizer
+
+        try:
+            found = AutoTokenizer.from_pretrained(
+                source, local_files_only=True, trust_remote_code=False
+            )
+        except Exception:  # whatever is missing there, ids name the tokens as well
+            return None
+        return found if len(found) <= (self.d_vocab or 0) else None
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -317,25 +345,106 @@ class TorchHost(Host):
                 f"{site.path} sees the inputs that its router sends there, about which the norm "
                 "says nothing; give tokens"
             )
-        block = self._block(site.layer)  # type: ignore[arg-type]
-        passed: list[Call] = []
+        layer, read = site.layer, list[Tensor]()
+        with self.observe({layer: lambda arrival: read.append(arrival.x.detach().clone())}):
+            passed = self._norm_calls()
+        return norm_read(site, passed, read[0])
+
+    def norms_behind(self, layers: Iterable[Layer], part: str) -> dict[Layer, Norm]:
+        if part != "mlp":
+            raise self._nameless()
+        outputs: dict[Layer, Tensor] = {}
+
+        def keep(layer: Layer, arrival: Arrival) -> None:
+            outputs[layer] = arrival.y.detach().clone()
+
+        # an expert's output is weighted before it goes anywhere
+        plain = [layer for layer in layers if not isinstance(layer, Expert)]
+        with self.observe({layer: partial(keep, layer) for layer in plain}):
+            passed = self._norm_calls()
+        found = {layer: norm_behind(passed, y) for layer, y in outputs.items()}
+        return {layer: norm for layer, norm in found.items() if norm is not None}
+
+    def final_norm(self) -> Norm:
+        (module, before, _), norm = self._final_norm({})
+        last = max(self._blocks, default=None)
+        if last is None or last in self.norms_behind([last], "mlp"):
+            return norm
+        paths = (path for path, each in self.module.named_modules() if each is module)
+        if position(next(paths, "")) == position(self._blocks[last].path):
+            raise UnsupportedModel(
+                f"{type(self.module).__name__} has its normalisations in the residual stream, so "
+                "that tokens are no directions of what its layers write"
+            )
+        # what a layer writes must come to this norm as it is
+        moved = torch.randn(before.shape[-1], generator=torch.Generator().manual_seed(0))
+        moved = moved.to(before) * before.std()
+        (_, after, _), _ = self._final_norm({last: lambda arrival: arrival.y + moved.to(arrival.y)})
+        change = (after - before).reshape(-1, len(moved)).double()
+        if torch.cosine_similarity(change, moved.double(), dim=-1).min() < 0.99:
+            raise UnsupportedModel(
+                f"{type(self.module).__name__}: its head does not read a norm of what its layers "
+                "write, so that tokens are no directions of their outputs"
+            )
+        return norm
+
+    def _final_norm(self, functions: Mapping[Layer, Function]) -> tuple[Call, Norm]:
+        """The normalisation in front of the head, and what it read and returned."""
         read: list[Tensor] = []
+
+        def keep(module: nn.Module, args: tuple) -> None:
+            read.append(args[0].detach().clone())
+
+        hook = self._head().register_forward_pre_hook(keep)
+        try:
+            with self.edit(functions):
+                passed = self._norm_calls()
+        finally:
+            hook.remove()
+        found = norm_giving(passed, read[-1]) if read else None
+        if found is None:
+            raise UnsupportedModel(
+                f"{type(self.module).__name__}: there is no LayerNorm or RMSNorm in front of the "
+                "unembedding"
+            )
+        return found
+
+    def _norm_calls(self) -> list[Call]:
+        """What the normalisations of the model read and return for the example inputs."""
+        passed: list[Call] = []
 
         def keep(module: nn.Module, args: tuple, out: Any) -> None:
             if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
                 passed.append((module, args[0].detach().clone(), out.detach().clone()))
 
+        if self._examples is None:
+            self.sites()
+        assert self._examples is not None
         with ExitStack() as stack:
             for module in self.module.modules():
                 if "norm" in type(module).__name__.lower() or isinstance(module, nn.LayerNorm):
                     stack.callback(module.register_forward_hook(keep).remove)
-            stack.enter_context(
-                self.observe({block.layer: lambda arrival: read.append(arrival.x.detach().clone())})
-            )
             stack.enter_context(quiet(self.module))
-            assert self._examples is not None
             self._call(self.module, self._examples)
-        return norm_read(site, passed, read[0])
+        return passed
+
+    @property
+    def embedding(self) -> Tensor:
+        table = self._embedding()
+        if table is None:
+            raise self._nameless()
+        return table.weight.detach()
+
+    @property
+    def unembedding(self) -> Tensor:
+        return self._head().weight.detach().T
+
+    def _head(self) -> nn.Linear:
+        module: Any = self.module
+        head = module.get_output_embeddings() if _is_hugging_face(module) else None
+        if not isinstance(head, nn.Linear):
+            raise self._nameless()
+        return head
 
 
 class _ForwardFailed(Exception):
