@@ -12,6 +12,11 @@ from polylens.analysis.adversarial import transfer as transfer
 from polylens.analysis.directions import OutputDirections as OutputDirections
 from polylens.analysis.directions import degree_energy as degree_energy
 from polylens.analysis.directions import output_directions as output_directions
+from polylens.analysis.examples import Example as Example
+from polylens.analysis.examples import FeatureRow as FeatureRow
+from polylens.analysis.examples import LayerFeatures as LayerFeatures
+from polylens.analysis.examples import examples as examples
+from polylens.analysis.examples import layer_features as layer_features
 from polylens.analysis.features import EigenFeatures as EigenFeatures
 from polylens.analysis.features import RestrictedQuadratic as RestrictedQuadratic
 from polylens.analysis.features import eigenfeatures as eigenfeatures
@@ -25,10 +30,7 @@ from polylens.analysis.interventions import Effect as Effect
 from polylens.analysis.interventions import Effects as Effects
 from polylens.analysis.interventions import intervene as intervene
 from polylens.analysis.interventions import logit_gradient as logit_gradient
-from polylens.analysis.layer_features import FeatureRow as FeatureRow
-from polylens.analysis.layer_features import LayerFeatures as LayerFeatures
-from polylens.analysis.layer_features import layer_features as layer_features
-from polylens.analysis.layer_features import logit_direction as logit_direction
+from polylens.analysis.layer_tokens import logit_direction as logit_direction
 from polylens.analysis.linear import SingularFeatures as SingularFeatures
 from polylens.analysis.linear import singular_features as singular_features
 from polylens.analysis.readout import before_norm as before_norm

@@ -76,6 +76,32 @@ def spectrum_figure(
     return drawn
 
 
+def features_figure(values: Sequence[float], shown: Sequence[str], title: str) -> "Figure":
+    """Bars of the values of features, each with a text.
+
+    Raises:
+        InvalidInputError: no features.
+    """
+    if not values:
+        raise InvalidInputError("there are no features to draw")
+    with figure((6.0, 0.6 + 0.22 * len(values))) as drawn:
+        panel = drawn.subplots()
+        ranks = range(1, len(values) + 1)
+        colours = [COLOURS[1 if value > 0 else 0] for value in values]
+        panel.barh(ranks, [abs(value) for value in values], color=colours)
+        for rank, value, text in zip(ranks, values, shown, strict=True):
+            label = " ".join(text.split()).replace("$", r"\$")  # no mathematics
+            panel.text(abs(value), rank, f" {label}", va="center", fontsize=6, clip_on=False)
+        panel.set_xlim(0, 2.2 * max(map(abs, values)) or 1.0)
+        panel.set_ylim(len(values) + 0.6, 0.4)
+        panel.set_yticks(list(ranks))
+        panel.set_ylabel("feature")
+        panel.set_xlabel("|value|, blue where it lowers the output")
+        panel.set_title(title)
+        panel.spines[["top", "right"]].set_visible(False)
+    return drawn
+
+
 def class_features_figure(
     by_class: Sequence[tuple[Tensor, Tensor]],
     shape: tuple[int, int],

@@ -2,16 +2,20 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from polylens.analysis.arguments import check_polynomial
+from polylens.analysis.figures import spectrum_figure
 from polylens.analysis.metric import Metric, MetricLike, check_count, metric_of
 from polylens.analysis.parts import FeaturePart, chosen, feature_part
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True, repr=False)
@@ -52,6 +56,10 @@ class SingularFeatures(Brief):
         which = chosen(features, len(self))
         outputs = self.values[which, None] * self.outputs[:, which].T
         return feature_part(self.metric, self.vectors[:, which], outputs, 1)
+
+    def plot(self, shape: tuple[int, int] | None = None, n: int = 4) -> "Figure":
+        """Spectrum, and of images of this shape the first n patterns."""
+        return spectrum_figure(self.values, self.patterns, float(self.share[-1]), shape, n)
 
 
 @torch.no_grad()

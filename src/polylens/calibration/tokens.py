@@ -222,10 +222,13 @@ def _validate_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None
 
 def token_names(tokenizer: Any) -> Callable[[int], str]:
     """Token id -> its text in quotes; the id itself where there is no tokenizer (None)."""
-    if tokenizer is None:
-        return str
+    return str if tokenizer is None else names_by(tokenizer.decode)
+
+
+def names_by(decode: Callable[[list[int]], str]) -> Callable[[int], str]:
+    """Token id -> its text in quotes."""
     # Bytes that are no text of their own come escaped, and repr would do it again.
-    return lambda token: repr(tokenizer.decode([token])).replace(2 * "\\", "\\")
+    return lambda token: repr(decode([token])).replace(2 * "\\", "\\")
 
 
 _TEXT = (

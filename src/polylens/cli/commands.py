@@ -196,7 +196,6 @@ def features(
         content = None if text is None else _read(text)
         from polylens.analysis import layer_features, single_token
         from polylens.attachment import attach
-        from polylens.calibration.tokens import token_names
         from polylens.cli.loading import load_model, token_windows
 
         _quiet_libraries()
@@ -214,8 +213,8 @@ def features(
         method = _method("true", "gaussian", None)
         options = {"layers": layer, "progress": sys.stderr.isatty()}
         lens = attach(bridge, tokens, degree=2, method=method, **options)
-        names = token_names(tokenizer)
-        found = layer_features(lens, layer, token, against=other, k=k, names=names)
+        options = {"against": other, "k": k, "decode": tokenizer.decode}
+        found = layer_features(lens, layer, token, tokens, **options)
         Console().print(found, f"fitted to {lens.inputs_summary}")
         if json_file is not None:
             json_file.write_text(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")

@@ -17,13 +17,8 @@ from polylens.analysis import (
     eigenfeatures,
     singular_features,
 )
-from polylens.analysis.layer_features import (
-    FeatureRow,
-    TokenScores,
-    feature_rows,
-    input_moments,
-    written_tokens,
-)
+from polylens.analysis.examples import FeatureRow, feature_rows
+from polylens.analysis.layer_tokens import TokenScores, input_moments, written_tokens
 from polylens.analysis.metric import gaussian_of
 from polylens.calibration.tokens import token_names
 from polylens.checks import Layer, Layers, check_layers, label
@@ -85,7 +80,7 @@ def html_page(
     """A report, its figure, the input model, spectra and the strongest features of each layer.
 
     Each layer is opened along the output direction that carries most of its quadratic variance.
-    On TransformerLens hosts features are read out in tokens.
+    Features are read out in tokens where a model has an embedding and an unembedding by name.
 
     Args:
         lens: what the report is about; a detached one serves as well.
@@ -181,7 +176,7 @@ def _open(lens: Lens, layer: Layer, k: int, n_tokens: int, names: Callable[[int]
     except PolylensError as error:
         return Opening(layer, shares, missing=str(error))
     try:
-        rows = feature_rows(lens, layer, features, moments.mean, n_tokens, names)[:k]
+        rows = feature_rows(lens, layer, features, n_tokens, names)[:k]
         return Opening(
             layer, shares, features, written_tokens(lens, layer, u, n_tokens, names), rows
         )

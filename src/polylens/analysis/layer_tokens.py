@@ -1,0 +1,111 @@
+"""What a layer reads and writes, as tokens: through the norms around it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from polylens.analysis.arguments import check_lens
+from polylens.analysis.metric import gaussian_of
+from polylens.analysis.readout import (
+    before_norm,
+    behind_norm,
+    embedding_scores,
+    token_direction,
+    top_tokens,
+    unembedding_scores,
+)
+from polylens.calibration.given import norm_inputs
+from polylens.checks import Layer
+from polylens.errors import InvalidInputError, UnsupportedModel
+from polylens.hosts.base import Norm
+from polylens.inputs.gaussian import Gaussian
+
+TokenScores = list[tuple[str, float]]
+
+
+@torch.no_grad()
+def logit_direction(lens: Any, layer: Layer, token: int, against: int | None = None) -> Tensor:
+    """[d_out] float64: u such that a layer's output f raises a token's logit by f . u / scales.
+
+    `token_direction` through the final norm and, where there is one (Gemma, OLMo 2), the norm
+    behind the layer, their scales frozen: `scales` is the product of what the two divide by. What
+    later layers make of f is not in it; `logit_gradient` has it.
+
+    Args:
+        lens: of a language model.
+        layer: an attached layer.
+        token: id; `against` another, or None for the mean of all.
+
+    Raises:
+        InvalidInputError: no such layer or token, or a token against itself.
+        UnsupportedModel: a model without an unembedding that polylens knows, or whose tokens are
+            no directions of what its layers write.
+    """
+    last, own = _norms_behind(lens, layer)
+    u = token_direction(
+        lens.host.unembedding, token, against, centred=last.centred, weight=last.weight
+    )
+    return u if own is None else before_norm(u, centred=own.centred, weight=own.weight)
+
+
+@torch.no_grad()
+def embedding_activations(
+    lens: Any, layer: Layer, vectors: Tensor, center: Tensor, ids: Tensor | None = None
+) -> Tensor:
+    """[d_vocab, k]: each token's embedding alone, through the norm in front of the layer, less
+    `center`, along reading directions [d_in, k]. Of these token ids only, where they are given.
+
+    Raises:
+        UnsupportedModel: a model without an embedding that polylens knows, or whose embedding is
+            not what its layers read; a layer that does not read a norm's output.
+    """
+    check_lens(lens)
+    W_E, norm = lens.host.embedding, lens.host.norm(lens.sites[layer])
+    try:
+        scores = embedding_scores(
+            vectors,
+            W_E if ids is None else W_E[ids.to(W_E.device)],
+            centred=norm.centred,
+            weight=norm.weight,
+            bias=norm.bias,
+        )
+    except InvalidInputError as error:
+        raise UnsupportedModel(f"layer {layer} reads no embeddings: {error}") from error
+    return scores - center.to(scores) @ vectors.to(scores)
+
+
+def input_moments(lens: Any, layer: Layer) -> Gaussian:
+    """Mean and covariance of a layer's inputs, under what its polynomial was fitted to.
+
+    A fit to samples has kept no moments, nor has a loaded lens: then those that the norm in front
+    of the layer implies.
+
+    Raises:
+        UnsupportedModel: neither; the layer does not read a norm's output.
+    """
+    own = gaussian_of(lens[layer].inputs)
+    return own or norm_inputs(lens.host, {layer: lens.sites[layer]})[layer]
+
+
+@torch.no_grad()
+def written_tokens(
+    lens: Any, layer: Layer, u: Tensor, n_tokens: int, names: Callable[[int], str]
+) -> tuple[TokenScores, TokenScores]:
+    """(raised most, lowered most) when a layer writes u, through the norms behind it.
+
+    Raises:
+        UnsupportedModel: as `logit_direction`.
+    """
+    last, own = _norms_behind(lens, layer)
+    u = u if own is None else behind_norm(u, centred=own.centred, weight=own.weight)
+    scores = unembedding_scores(u, lens.host.unembedding, centred=last.centred, weight=last.weight)
+    return top_tokens(scores[:, 0], n_tokens, names)
+
+
+def _norms_behind(lens: Any, layer: Layer) -> tuple[Norm, Norm | None]:
+    """The final norm, and what the layer's output passes before the residual stream, if any."""
+    check_lens(lens)
+    lens[layer]  # refuses one that is not attached
+    return lens.host.final_norm(), lens.host.norms_behind([layer], "mlp").get(layer)
