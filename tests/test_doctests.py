@@ -17,7 +17,14 @@ OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 VERBS = (
     *("Gaussian", "GaussianMixture", "Samples", "MLPWeights", "GLUWeights"),
     *("fit", "fit_joint", "fit_global", "explained_variance", "register_activation"),
-    *("attach", "load", "analysis.eigenfeatures", "analysis.examples", "analysis.intervene"),
+    *(
+        "attach",
+        "load",
+        "analysis.eigenfeatures",
+        "analysis.distance",
+        "analysis.examples",
+        "analysis.intervene",
+    ),
 )
 
 

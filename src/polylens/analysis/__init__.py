@@ -9,6 +9,12 @@ from polylens.analysis.adversarial import evaluate_attacks as evaluate_attacks
 from polylens.analysis.adversarial import linear_attack as linear_attack
 from polylens.analysis.adversarial import singular_attack as singular_attack
 from polylens.analysis.adversarial import transfer as transfer
+from polylens.analysis.comparison import Comparison as Comparison
+from polylens.analysis.comparison import FeatureChange as FeatureChange
+from polylens.analysis.comparison import LayerDistance as LayerDistance
+from polylens.analysis.comparison import compare as compare
+from polylens.analysis.comparison import distance as distance
+from polylens.analysis.comparison import feature_changes as feature_changes
 from polylens.analysis.directions import OutputDirections as OutputDirections
 from polylens.analysis.directions import degree_energy as degree_energy
 from polylens.analysis.directions import output_directions as output_directions

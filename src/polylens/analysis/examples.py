@@ -76,7 +76,8 @@ class FeatureRow:
         token_r2: share of the variance of its activations in the text that the embeddings of the
             tokens there explain; None where it was not measured.
         high, low: tokens whose embedding alone activates it most, either way: none where token_r2
-            is below 0.5, as it mostly is behind the first layers, where they say nothing.
+            is below 0.5, where they say nothing. In SmolLM2-135M it is 0.95 in layer 0 and 0.01 in
+            the median of every later layer.
         raises, lowers: tokens whose logits the feature raises and lowers most at its highest
             examples, through all that follows; none where that was not asked for.
         residual: of an eigenpair, relative to the largest value.

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 from polylens.checks import block
-from polylens.drawing import COLOURS, MARKERS, depth, depth_bar, figure, tidy
+from polylens.drawing import COLOURS, MARKERS, depth, depth_bar, figure, style_of, tidy
 from polylens.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -132,6 +132,37 @@ def class_features_figure(
             panels[0, column].set_title(f"{name}\n{panels[0, column].get_title()}")
         panels[0, 0].set_ylabel("raises it", color=COLOURS[1])
         panels[1, 0].set_ylabel("lowers it", color=COLOURS[0])
+    return drawn
+
+
+def distances_figure(layers: Sequence[str], by_degree: Sequence[Sequence[float]]) -> "Figure":
+    """Distances by layer, of all degrees and of each.
+
+    Args:
+        by_degree: of each layer, what each degree contributes.
+
+    Raises:
+        InvalidInputError: no layers.
+    """
+    if not layers:
+        raise InvalidInputError("no layer was compared, so there is nothing to draw")
+    with figure((3.5, 2.4)) as drawn:
+        panel = drawn.subplots()
+        places = range(len(layers))
+        panel.plot(places, [sum(parts) for parts in by_degree], color="black", label="all")
+        for k in range(max(map(len, by_degree))):
+            colour, marker = style_of(k)
+            parts = [each[k] if k < len(each) else 0.0 for each in by_degree]
+            panel.plot(
+                places, parts, color=colour, marker=marker, markersize=3, linewidth=1, label=f"{k}"
+            )
+        step = -(-len(layers) // 12)
+        panel.set_xticks(list(places)[::step], list(layers)[::step])
+        panel.set_xlabel("layer")
+        panel.set_ylabel("E|f − g|² / Var f")
+        panel.set_ylim(bottom=0)
+        panel.legend(frameon=False, fontsize=6.5, title="degree", title_fontsize=6.5)
+        tidy(panel)
     return drawn
 
 

@@ -160,24 +160,44 @@ def error_under(
     In every component the error of each neuron is again a Hermite series.
     """
     n = len(P) - 1
-    inverse = torch.where(s > 0, 1 / s, 0.0)
     total = torch.zeros(n + 1, dtype=torch.float64, device=weights.device)
     for weight, component in components:
         moments = preactivation_moments(component, weights, linear_variance=True)
         series = _series(weights, moments)
-        basis = hermite_change_of_variable((moments.m - m) * inverse, moments.s * inverse, n)
-        factorial = factorials(n + 1, series.e)
         e, c = (v.expand(n + 1, *v.shape).clone() for v in (series.e, series.c))
-        e[:, : n + 1] -= factorial * einsum(P, basis, _IN_BASIS)
-        if Q is not None and n:
-            gate = einsum(Q, basis[:n, :n], _IN_BASIS) * factorial[:n]
-            padded = torch.cat([gate, torch.zeros_like(e[:, :2])], dim=1)
-            for k in range(n + 1):
-                e[k, : n + 1] -= times_linear(padded[k], moments.z_mean, moments.a)
-            c[:, :n] -= gate
+        own_e, own_c = _series_of(m, s, P, Q, moments)
+        e[:, : n + 1] -= own_e
+        c[:, : n + 1] -= own_c
         parts, tail, _ = _sum_over_pairs(weights, component, moments, e, c, series.tail)
         total += weight * (parts.sum(1) + tail)
     return total.clamp(min=0)
+
+
+@torch.no_grad()
+def energy_under(
+    weights: MLPWeights | GLUWeights,
+    gaussian: Gaussian,
+    m: Tensor,
+    s: Tensor,
+    P: Tensor,
+    Q: Tensor | None,
+) -> Tensor:
+    """[degree + 1] E|f_k|^2 of a factored polynomial's parts under a Gaussian.
+
+    f_k is the part of degree k in that Gaussian's own Hermite polynomials, so that they sum to
+    E|f|^2, and those of k >= 1 to the variance. The activation does not enter.
+
+    Args:
+        P: [degree + 1, d_mlp] coefficients of He_k((y - m) / s); Q: [degree, d_mlp] or None.
+    """
+    moments = preactivation_moments(gaussian, weights, linear_variance=True)
+    e, c = _series_of(m, s, P[None], None if Q is None else Q[None], moments)
+    sums, _, _ = _sum_over_pairs(weights, gaussian, moments, e, c, torch.zeros_like(m))
+    mean = e[0, 0] @ weights.W_out.double()
+    mean = mean if weights.b_out is None else mean + weights.b_out.double()
+    energy = sums[0].clamp(min=0)
+    energy[0] = mean.square().sum()
+    return energy
 
 
 @torch.no_grad()
@@ -201,6 +221,24 @@ def variance_under(weights: MLPWeights | GLUWeights, components: Components) -> 
     mean, share = torch.stack(means), W_out.new_tensor(shares)
     between = share @ (mean - share @ mean).square().sum(1)
     return within + float(between)
+
+
+def _series_of(
+    m: Tensor, s: Tensor, P: Tensor, Q: Tensor | None, moments: Preactivations
+) -> tuple[Tensor, Tensor]:
+    """(e, c) [sets, degree + 1, d_mlp] of P(t) + z Q(t), t = (y - m) / s, under these moments."""
+    n = P.shape[1] - 1
+    inverse = torch.where(s > 0, 1 / s, 0.0)
+    basis = hermite_change_of_variable((moments.m - m) * inverse, moments.s * inverse, n)
+    factorial = factorials(n + 1, P)
+    e = factorial * einsum(P, basis, _IN_BASIS)
+    c = torch.zeros_like(e)
+    if Q is not None and n:
+        c[:, :n] = einsum(Q, basis[:n, :n], _IN_BASIS) * factorial[:n]
+        padded = torch.cat([c, torch.zeros_like(c[:, :1])], dim=1)
+        for k in range(len(e)):
+            e[k] += times_linear(padded[k], moments.z_mean, moments.a)
+    return e, c
 
 
 class _Series(NamedTuple):
