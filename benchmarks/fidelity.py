@@ -25,7 +25,8 @@ import torch
 from matplotlib.figure import Figure
 
 import polylens
-from polylens.cli.loading import all_windows, load_model
+from polylens.calibration.tokens import windows as all_windows
+from polylens.cli.loading import load_model
 from polylens.report.scores import Cost, score
 
 LENGTH = 128

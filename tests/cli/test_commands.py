@@ -1,9 +1,11 @@
 """The command line: end to end on tiny models, and one line for every mistake."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -113,10 +115,13 @@ def test_report_layer_by_layer_on_text_of_the_model_too(model_dir, text_file, tm
     assert report.inputs.endswith("layer by layer")
 
 
+DEMO_SIZES = ["--calibration-tokens", "512", "--heldout-tokens", "512"]
+
+
 def test_demo(tmp_path):
     out, page = tmp_path / "report.json", tmp_path / "page.html"
     files = ["--json", str(out), "--html", str(page)]
-    result = run(app, ["demo", "--sequences", "4", "--stream", "sequential", *files])
+    result = run(app, ["demo", *DEMO_SIZES, "--stream", "sequential", *files])
     assert result.exit_code == 0, result.output
     text = page.read_text(encoding="utf-8")
     assert "<h3>Layer 3</h3>" in text
@@ -126,6 +131,96 @@ def test_demo(tmp_path):
     assert report.degree == 3
     assert all(row.r2[1] < row.r2[3] for row in report)
     assert report.base_ce < 2.5
+
+
+def test_a_saved_lens_is_reported_as_it_was_fitted(tmp_path):
+    saved, page = tmp_path / "demo.lens", tmp_path / "page.html"
+    result = run(app, ["demo", *DEMO_SIZES, "--no-loss", "--json", "-", "--save", str(saved)])
+    assert result.exit_code == 0, result.output
+    fitted = json.loads(result.stdout)  # and nothing else
+    assert "polylens-demo" in result.stderr
+    arguments = ["report", "demo", *DEMO_SIZES, "--no-loss", "--lens", str(saved), "--quiet"]
+    result = run(app, [*arguments, "--json", "-"])
+    assert (result.exit_code, result.stderr) == (0, ""), result.output
+    assert json.loads(result.stdout) == fitted
+    assert run(app, [*arguments, "--html", str(page)]).output == ""
+    assert "<h3>Layer 3</h3>" in page.read_text(encoding="utf-8")
+    with polylens.load(saved, demo.load_bridge()) as lens:
+        assert lens.saved_report.to_dict() == fitted
+
+
+def test_interactions_of_a_prompt_sum_to_what_the_layer_writes(tmp_path):
+    out, plot, saved = tmp_path / "found.json", tmp_path / "found.png", tmp_path / "demo.lens"
+    assert run(app, ["fit", "demo", *DEMO_SIZES[:2], "--save", str(saved), "-q"]).exit_code == 0
+    arguments = ["interactions", "demo", "--lens", str(saved), "--layer", "-2", "--prompt", "a fox"]
+    result = run(app, [*arguments, "--json", str(out), "--plot", str(plot), "-k", "4"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text(encoding="utf-8"))
+    assert "layer 2, position 4 ('x'): logit of" in found["title"]
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    terms = [value for *_, value in (*found["first order"], *found["pairs"])]
+    assert found["constant"] + sum(terms) == pytest.approx(found["total"], rel=1e-6)
+    # The same from the library.
+    model = demo.load_bridge()
+    read = demo.encode("a fox")[None]
+    with polylens.load(saved, model) as lens:
+        logits = model(read)[0, -1]
+        u = analysis.logit_gradient(lens, read, 2, *logits.topk(2).indices.tolist())[0]
+        x = lens.run_with_cache(read, names="in")[1]["in", 2][0, -1]
+        assert float(lens[2](x).detach().double() @ u) == pytest.approx(found["total"], rel=1e-3)
+    words = {"--layer": "2", "--lens": saved, "--prompt": "a fox"}
+    for option, value, said in (
+        ("--layer", "9", "no layer 9"),
+        ("--position", "7", "5 tokens"),
+        ("--prompt", "a", "1 tokens"),
+        ("--lens", tmp_path / "none", "no such file"),
+    ):
+        mistaken = {**words, option: value}
+        given = [each for pair in mistaken.items() for each in pair]
+        _fails(["demo", *given], said, command="interactions")
+
+
+def test_version_and_help():
+    assert run(app, ["--version"]).stdout == f"polylens {polylens.__version__}\n"
+    for command in ("fit", "report", "demo", "features", "interactions", "trace"):
+        assert "--quiet" in run(app, [command, "-h"], env={"COLUMNS": "200"}).stdout
+
+
+def test_outputs_are_checked_before_anything_is_loaded(tmp_path, text_file):
+    missing = tmp_path / "no model"
+    _fails([missing, "--save", tmp_path], "is a directory", command="fit")
+    _fails([missing, "--save", missing / "a"], "no such directory", command="fit")
+    _fails([missing, "--text", text_file, "--html", "-"], "only --json goes to a pipe")
+    _fails([missing, "--text", text_file, "--degree", 99], "degree must be")
+    _fails([missing, "--text", text_file, "--checkpoint", "c"], "--stream sequential")
+    _fails(["org/model"], "--text FILE")
+    if os.geteuid():
+        (tmp_path / "locked").mkdir(mode=0o500)
+        _fails([missing, "--save", tmp_path / "locked" / "a"], "cannot be written", command="fit")
+
+
+def test_an_interrupted_fit_says_where_it_goes_on(tmp_path, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(polylens.attachment, "attach", interrupt)
+    kept = tmp_path / "kept"
+    arguments = ["fit", "demo", "--save", str(tmp_path / "a"), "--stream", "sequential"]
+    result = run(app, [*arguments, "--checkpoint", str(kept)])
+    assert result.exit_code in (1, 130)
+    assert f"the layers that were done are in {kept}" in result.stderr
+
+
+def test_a_hub_name_without_a_network_fails_at_once(monkeypatch, text_file, tmp_path):
+    def unreachable(*args, **options):
+        raise OSError("no route")
+
+    monkeypatch.setattr(loading.socket, "create_connection", unreachable)
+    monkeypatch.setattr(loading, "getproxies", dict)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    began = time.perf_counter()
+    _fails(["org/model", "--text", text_file, *SIZES], "org/model could not be loaded")
+    assert time.perf_counter() - began < 10
 
 
 @pytest.fixture
@@ -178,6 +273,9 @@ def test_broken_model_directories(tmp_path, model_dir, text_file):
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     _fails([tmp_path, "--text", text_file, *SIZES], "could not be loaded")
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    _fails([tmp_path, "--text", text_file, *SIZES], "has no tokenizer", "tokenizer.json")
 
 
 def test_features_of_the_embedded_model(tmp_path):
@@ -273,12 +371,18 @@ def test_trace_over_a_directory_of_checkpoints(run_dir, text_file, tmp_path):
     torch.testing.assert_close(trace.series(1)[1], trace.series(1)[2])
 
 
+def test_the_tokenizer_of_a_run_may_lie_in_its_checkpoints(run_dir):
+    for file in run_dir.glob("tokenizer*"):
+        file.rename(run_dir / "checkpoint-20" / file.name)
+    assert loading.tokenizer_beside(str(run_dir))("the dog")["input_ids"]
+
+
 def test_mistakes_in_trace_are_one_line(run_dir, model_dir, text_file, tmp_path):
     text = ["--text", text_file, *SIZES]
     _fails([run_dir, *text, "--steps", "0,7"], "steps [7]", "[0, 20, 100]", command="trace")
     _fails([run_dir, *text, "--steps", "0,x"], "such as 0,1,512", command="trace")
     _fails([run_dir, *text, "--degree", "-1"], "degree", command="trace")
-    _fails([run_dir, *text, "--tokenizer", tmp_path], "tokenizer of", command="trace")
+    _fails([run_dir, *text, "--tokenizer", tmp_path], "has no tokenizer", command="trace")
     _fails([tmp_path / "run" / "none", *text], "no such directory", command="trace")
     _fails([model_dir, *text], "checkpoint-500", command="trace")
     _fails(["org/name", *text], "needs steps", command="trace")
@@ -352,8 +456,8 @@ def test_windows_are_disjoint_and_start_with_bos(bos):
 def test_short_text_says_what_is_needed():
     with pytest.raises(InvalidInputError, match="has 10 tokens and 40 are needed"):
         token_windows(WordTokenizer(None), "w " * 10, 3, 2, 8)
-    for counts in ((0, 1, 8), (1, 0, 8), (1, 1, 2)):
-        with pytest.raises(InvalidInputError, match="at least one window"):
+    for counts in ((-1, 1, 8), (1, 1, 2)):
+        with pytest.raises(InvalidInputError, match="3 positions or more"):
             token_windows(WordTokenizer(None), "w " * 10, *counts)
 
 

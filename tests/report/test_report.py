@@ -425,7 +425,7 @@ def test_access(report):
         (torch.zeros(3, 1, dtype=torch.long), "at least 2"),
         (torch.full((2, 5), -1), "from 0 to 10, got -1"),
         (torch.full((2, 5), D_VOCAB), "from 0 to 10, got 11"),
-        ("some text", "must be a tensor"),
+        ("some text", "polylens.tokenize"),
     ],
 )
 def test_unusable_tokens(bad, message):

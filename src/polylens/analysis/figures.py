@@ -1,6 +1,7 @@
 """Figures of the analyses, from tensors and rows."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from polylens.hosts.base import Layer
+
+TINY = np.finfo(float).tiny
 
 # Blue to white to vermilion, from the same colour-blind safe set as the lines.
 SIGNED = ((0.0, COLOURS[0]), (0.5, "#FFFFFF"), (1.0, COLOURS[1]))
@@ -200,31 +203,51 @@ def shares_figure(shares: "Mapping[str, Mapping[Layer, Sequence[float]]]") -> "F
 
 
 def interactions_figure(
-    names: Sequence[str], constant: float, linear: Tensor, pairs: Tensor, k: int = 16
+    names: Sequence[str],
+    constant: float,
+    linear: Tensor,
+    pairs: Tensor,
+    k: int = 16,
+    *,
+    title: str = "",
 ) -> "Figure":
-    """Heat map of pairs of the k writers that take part most; first-order terms beside it.
+    """Heat map of what the k writers that take part most add, in pairs and alone.
+
+    A cell below the diagonal is what two writers add together, both orders of them; one on the
+    diagonal a writer with itself.
 
     Args:
         names: of the n writers.
         constant, linear [n], pairs [n, n]: of the output along u, which they sum to.
+        title: what the output and u are.
 
     Raises:
         InvalidInputError: no writers, k < 1.
     """
     if not len(names) or k < 1:
         raise InvalidInputError(f"a heat map needs a writer and k >= 1, got {len(names)}, {k}")
-    total = constant + float(linear.sum() + pairs.sum())
-    title = (
-        f"Output along u: {total:+.3g} = {constant:+.3g} constant {float(linear.sum()):+.3g} first "
-        f"{float(pairs.sum()):+.3g} second order"
-    )
-    second, first = pairs.cpu().numpy(), linear.cpu().numpy()
-    chosen = np.sort(np.argsort(-(np.abs(second).sum(0) + np.abs(first)))[:k])
+    first = linear.cpu().numpy()
+    second = np.tril(2 * pairs.cpu().numpy())
+    np.fill_diagonal(second, pairs.diagonal().cpu().numpy())
+    total = constant + first.sum() + second.sum()
+    parts = np.abs(pairs.cpu().numpy()).sum(0) + np.abs(first)
+    chosen = np.sort(np.argsort(-parts)[:k])
+    left_out = 1 - np.abs(_within(second, chosen)).sum() / max(np.abs(second).sum(), TINY)
+    sums = (
+        f"{total:+.3g} = {constant:+.3g} constant {first.sum():+.3g} alone "
+        f"{second.sum():+.3g} in pairs"
+    ).replace("-", "−")
+    if len(chosen) < len(names):
+        sums += (
+            f"\n{len(chosen)} of {len(names)} writers; pairs with others are {left_out:.0%} of "
+            "the sizes of all"
+        )
     shown = [names[i] for i in chosen]
-    second, first = second[np.ix_(chosen, chosen)], first[chosen]
-    side = 1.6 + 0.16 * len(chosen)
+    second, first = _within(second, chosen), first[chosen]
+    side = 1.9 + 0.17 * len(chosen)
     limit = float(max(np.abs(second).max(), np.abs(first).max())) or 1.0
-    with figure((side + 1.0, side)) as drawn:
+    second = np.where(np.tri(len(chosen), dtype=bool), second, np.nan)
+    with figure((max(side + 1.0, 3.5), side + 0.3)) as drawn:
         left, right = drawn.subplots(1, 2, width_ratios=(len(chosen), max(1, len(chosen) / 12)))
         for panel, values in ((left, second), (right, first[:, None])):
             image = panel.imshow(values, cmap=_signed_map(), norm=_root_scale(limit), aspect="auto")
@@ -235,14 +258,17 @@ def interactions_figure(
         labels = [f"{tick:+.2g}".replace("-", "−") if tick else "0" for tick in ticks]
         bar.ax.set_yticklabels(labels, fontsize=6)
         bar.ax.minorticks_off()
-        bar.set_label("contribution along u (square-root scale)", fontsize=6)
+        unit = "added to the logits" if "logit" in title else "added along u"
+        bar.set_label(f"{unit} (square-root scale)", fontsize=6)
         left.set_xticks(range(len(shown)), shown, rotation=90, fontsize=6)
         left.set_yticks(range(len(shown)), shown, fontsize=6)
         right.set_xticks([])
         right.set_yticks([])
-        left.set_title("pairs (second order)")
-        right.set_title("first\norder")
-        drawn.suptitle(title, fontsize=7)
+        left.set_title("two writers together")
+        right.set_title("one\nalone")
+        drawn.suptitle(
+            "\n".join([*wrap(title or "Output along u", 14 * int(side + 1)), sums]), fontsize=7
+        )
     return drawn
 
 
@@ -288,6 +314,10 @@ def attacks_figure(
         panel.legend(frameon=False, fontsize=6.5)
         tidy(panel)
     return drawn
+
+
+def _within(square: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    return square[np.ix_(chosen, chosen)]
 
 
 def _draw_pictures(

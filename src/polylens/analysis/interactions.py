@@ -15,9 +15,11 @@ from polylens.analysis.readout import behind_norm
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.report.rendering import as_html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from rich.table import Table
 
 
 @dataclass(frozen=True, repr=False)
@@ -32,6 +34,7 @@ class Interactions(Brief):
             interact by pairs[a, b] + pairs[b, a]. Products of three writers or more are shared
             among the pairs in them.
         about: what f is.
+        title: what was asked, such as which layer, position and token; over tables and figures.
     """
 
     names: tuple[str, ...]
@@ -39,6 +42,7 @@ class Interactions(Brief):
     linear: Tensor
     pairs: Tensor
     about: str = ""
+    title: str = ""
 
     @property
     def total(self) -> float:
@@ -66,8 +70,48 @@ class Interactions(Brief):
         return sorted(terms, key=lambda term: -abs(term[2]))[:k]
 
     def plot(self, k: int = 16) -> "Figure":
-        """Heat map of the k writers that take part most."""
-        return interactions_figure(self.names, self.constant, self.linear, self.pairs, k)
+        """Heat map of the k writers that take part most; its cells are the terms of `top`."""
+        return interactions_figure(
+            self.names, self.constant, self.linear, self.pairs, k, title=self.title
+        )
+
+    def table(self, k: int = 12) -> "Table":
+        """The k largest terms, and what the others sum to."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+        table.title = Text(self.title or f"output along u, of a {self.about}")
+        table.add_column("writers")
+        table.add_column("adds", justify="right")
+        terms = self.top(k)
+        for a, b, value in terms:
+            table.add_row(Text(f"{a} × {b}" if b else a), f"{value:+.4f}")
+        others = self.total - self.constant - sum(value for *_, value in terms)
+        n = len(self.names)
+        table.add_row(f"{n + n * (n + 1) // 2 - len(terms):,} other terms", f"{others:+.4f}")
+        table.add_row("constant", f"{self.constant:+.4f}", end_section=True)
+        table.add_row("sum", f"{self.total:+.4f}", style="bold")
+        return table
+
+    def __rich__(self) -> "Table":
+        return self.table()
+
+    def _repr_html_(self) -> str:
+        return as_html(self.table())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings and lists; `pairs` as [writer, writer, contribution]."""
+        terms = self.top(len(self) + len(self) * (len(self) + 1) // 2)
+        return {
+            "title": self.title,
+            "about": self.about,
+            "constant": self.constant,
+            "total": self.total,
+            "first order": [[a, value] for a, b, value in terms if not b],
+            "pairs": [[a, b, value] for a, b, value in terms if b],
+        }
 
 
 @torch.no_grad()

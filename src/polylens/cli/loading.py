@@ -1,21 +1,30 @@
 """Models and token windows for the command line: from the hub, a directory or a GGUF file."""
 
 import re
+import socket
 from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 from torch import Tensor
 
+from polylens.calibration.tokens import ids_of, leading_bos, windows
 from polylens.errors import InvalidInputError, UnsupportedModel
 
 DEMO = "demo"
 DTYPES = ("float32", "float64", "bfloat16", "float16")
 
+# For a connection to the Hub.
+SECONDS = 5
+
 _STEP = re.compile(r"(?<![0-9])([0-9]+)$")
+# Of which a directory with a tokenizer has at least one.
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -49,10 +58,14 @@ def load_model(
     location, options = _locate(source)
     if revision is not None:
         options = {**options, "revision": revision}
+    tokenizer = None
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if with_tokenizer and not options and Path(location).is_dir():
+        tokenizer = load_tokenizer(location)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location, **options) if with_tokenizer else None
+        if tokenizer is None and with_tokenizer:
+            tokenizer = AutoTokenizer.from_pretrained(location, **options)
         model: Any = AutoModelForCausalLM.from_pretrained(
             location, dtype=torch_dtype, attn_implementation="eager", **options
         )
@@ -114,28 +127,38 @@ def load_tokenizer(source: str) -> Any:
     """The tokenizer of a hub name or directory.
 
     Raises:
-        InvalidInputError: it cannot be loaded.
+        InvalidInputError: there is none, or it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
+    folder = Path(source).expanduser()
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise InvalidInputError(
+            f"{source} has no tokenizer: none of {', '.join(_TOKENIZERS)} is in it; copy it there "
+            "from the model that this one was trained from"
+        )
     try:
-        return AutoTokenizer.from_pretrained(source)
+        location, options = _locate(source) if not folder.is_dir() else (source, {})
+        return AutoTokenizer.from_pretrained(location, **options)
     except (OSError, ValueError, KeyError) as error:
         raise InvalidInputError(
             f"the tokenizer of {source} could not be loaded: {_first_line(error)}"
         ) from error
 
 
-def all_windows(tokenizer: Any, ids: list[int], seq_len: int) -> Tensor:
-    """int64 [n, seq_len]: ids without special tokens cut into windows, a rest left out.
+def tokenizer_beside(source: str) -> Any:
+    """That of a training run: in its directory, or in the last checkpoint that has one.
 
-    Every window starts with the tokenizer's BOS token if it puts one in front of texts.
+    Raises:
+        InvalidInputError: as `load_tokenizer`.
     """
-    bos = _leading_bos(tokenizer)
-    fresh = seq_len - len(bos)
-    windows = torch.tensor(ids[: len(ids) // fresh * fresh], dtype=torch.long).reshape(-1, fresh)
-    start = torch.tensor(bos, dtype=torch.long).expand(len(windows), -1)
-    return torch.cat([start, windows], dim=1)
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        steps = sorted(p for p in folder.iterdir() if p.is_dir() and _STEP.search(p.name))
+        for path in (folder, *reversed(steps)):
+            if any((path / name).is_file() for name in _TOKENIZERS):
+                return load_tokenizer(str(path))
+    return load_tokenizer(source)
 
 
 def token_windows(
@@ -153,7 +176,7 @@ def token_windows(
     one in front of texts.
 
     Args:
-        calibration, heldout: number of windows, at least 1.
+        calibration, heldout: number of windows.
         seq_len: positions of each, BOS included.
 
     Returns:
@@ -162,15 +185,15 @@ def token_windows(
     Raises:
         InvalidInputError: a text is too short (how many tokens it has and how many it needs).
     """
-    if min(calibration, heldout) < 1 or seq_len < 3:
+    if min(calibration, heldout) < 0 or seq_len < 3:
         raise InvalidInputError(
-            "at least one window of 3 positions is needed for calibration and for held-out text; "
-            f"got {calibration} and {heldout} windows of {seq_len}"
+            "windows have 3 positions or more; got "
+            f"{calibration} and {heldout} windows of {seq_len}"
         )
     if heldout_text is None:
         use = f"{calibration} calibration and {heldout} held-out"
-        windows = _first_windows(tokenizer, text, calibration + heldout, seq_len, use)
-        return windows[:calibration], windows[calibration:]
+        found = _first_windows(tokenizer, text, calibration + heldout, seq_len, use)
+        return found[:calibration], found[calibration:]
     return (
         _first_windows(tokenizer, text, calibration, seq_len, f"{calibration} calibration"),
         _first_windows(tokenizer, heldout_text, heldout, seq_len, f"{heldout} held-out"),
@@ -178,14 +201,14 @@ def token_windows(
 
 
 def _first_windows(tokenizer: Any, text: str, n: int, seq_len: int, use: str) -> Tensor:
-    fresh = seq_len - len(_leading_bos(tokenizer))
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    fresh = seq_len - len(leading_bos(tokenizer))
+    ids = ids_of(tokenizer, text)
     if len(ids) < n * fresh:
         raise InvalidInputError(
             f"the text has {len(ids):,} tokens and {n * fresh:,} are needed ({use} windows of "
             f"{fresh}); give a longer text or ask for fewer"
         )
-    return all_windows(tokenizer, ids[: n * fresh], seq_len)
+    return windows(tokenizer, ids[: n * fresh], seq_len)
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -211,7 +234,7 @@ def _model_only(source: str, device: str, dtype: str, revision: str | None = Non
     return load_model(source, device, dtype, revision, with_tokenizer=False)[0]
 
 
-def _locate(source: str) -> tuple[str, dict[str, str]]:
+def _locate(source: str) -> tuple[str, dict[str, Any]]:
     """What `from_pretrained` takes for this source."""
     path = Path(source).expanduser()
     if path.is_dir():
@@ -225,7 +248,22 @@ def _locate(source: str) -> tuple[str, dict[str, str]]:
         return str(path.parent), {"gguf_file": path.name}
     if path.suffix == ".gguf" or not _HUB_NAME.fullmatch(source):
         raise InvalidInputError(f"{source}: no such file or directory, and not a hub name either")
-    return source, {}
+    return source, {"local_files_only": True} if _no_hub() else {}
+
+
+def _no_hub() -> bool:
+    """Whether the Hub is out of reach; the client itself would try for a minute."""
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():
+        return False
+    address = urlsplit(ENDPOINT)
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((address.hostname or "", port), timeout=SECONDS).close()
+    except OSError:
+        return True
+    return False
 
 
 def _require_gguf(path: Path, source: str) -> None:
@@ -252,11 +290,6 @@ def _bridge(model: Any, tokenizer: Any, name: str, source: str) -> Any:
         raise UnsupportedModel(
             f"{source}: TransformerLens has no bridge for {architecture}: {_first_line(error)}"
         ) from error
-
-
-def _leading_bos(tokenizer: Any) -> list[int]:
-    bos = getattr(tokenizer, "bos_token_id", None)
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else []
 
 
 def _first_line(error: BaseException) -> str:

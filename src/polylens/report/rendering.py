@@ -18,6 +18,8 @@ TEXT_WIDTH = 100
 GAP = 2
 # How much is shown of a worst token with what is in front of it, at least and on a page.
 CONTEXT_LEAST, CONTEXT_MOST = 16, 60
+# Of the columns of a worst token: where it is, and its two cross entropies.
+NEEDED = 3
 
 _PRE = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code}</pre>'
 _CSS = (
@@ -68,9 +70,12 @@ def parts(sheet: Sheet, width: int) -> "Iterator[RenderableType]":
 
     yield Text(sheet.title, style="bold")
     yield Text(sheet.subtitle)
-    for columns in _stacked(sheet.columns, width):
+    fits = sum(column.width + 1 for column in sheet.columns) - 1 <= width
+    wide = sum(column.width + GAP for column in sheet.columns) - GAP <= width
+    gap = 1 if fits and not wide else GAP
+    for columns in _stacked(sheet.columns, width, gap):
         yield Text()
-        yield _table(columns, sheet.total)
+        yield _table(columns, sheet.total, gap)
     if sheet.worst:
         yield Text(f"\n{_WORST_TITLE}\n")
         yield _worst_table(sheet.worst, width)
@@ -112,22 +117,22 @@ def to_markdown(sheet: Sheet) -> str:
     return "\n".join([sheet.subtitle, "", *lines, "", *remarks]).rstrip()
 
 
-def _stacked(columns: Sequence[Shown], width: int) -> list[list[Shown]]:
+def _stacked(columns: Sequence[Shown], width: int, gap: int) -> list[list[Shown]]:
     """The columns in groups that are no wider than this, each with the first one in front."""
     first, *others = columns
     groups: list[list[Shown]] = []
     used = width
     for column in others:
-        used += GAP + column.width
+        used += gap + column.width
         if used > width:
             groups.append([first])
-            used = first.width + GAP + column.width
+            used = first.width + gap + column.width
         groups[-1].append(column)
     return groups
 
 
-def _table(columns: Sequence[Shown], total: bool) -> "Table":
-    table = _empty_table()
+def _table(columns: Sequence[Shown], total: bool, gap: int) -> "Table":
+    table = _empty_table(gap)
     for column in columns:
         table.add_column(_stacked_title(column), justify="right", no_wrap=True)
     rows = list(zip(*(column.cells for column in columns), strict=True))
@@ -143,11 +148,11 @@ def _stacked_title(column: Shown) -> str:
     return column.title.replace(" ", "\n", 1)
 
 
-def _empty_table() -> "Table":
+def _empty_table(gap: int = GAP) -> "Table":
     from rich import box
     from rich.table import Table
 
-    padding = (0, 0, 0, GAP - 1)  # the box itself has one blank between columns
+    padding = (0, 0, 0, gap - 1)  # the box itself has one blank between columns
     return Table(box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
 
 
@@ -188,6 +193,8 @@ def _worst_table(worst: Sequence[WorstToken], width: int) -> "Table":
 
     table = _empty_table()
     columns = [Shown(title, [cell(token) for token in worst]) for title, cell in _WORST.items()]
+    while sum(c.width + GAP for c in columns) + CONTEXT_LEAST > width and len(columns) > NEEDED:
+        columns.pop()  # why, before what
     for column in columns:
         # only the text may be cut
         table.add_column(_stacked_title(column), justify="right", min_width=column.width)

@@ -1,8 +1,9 @@
 """What is measured of one layer at one step."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from polylens.checks import Layer
+from polylens.checks import Layer, to_json
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,8 @@ class TraceRow:
     def degree(self) -> int:
         """Highest one measured; -1 where none was."""
         return len(self.r2 or ()) - 1
+
+
+def record(row: TraceRow) -> dict[str, Any]:
+    """The row as a line of JSON keeps it."""
+    return {**asdict(row), "layer": to_json(row.layer)}

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from polylens.errors import InvalidInputError
 from polylens.report.rendering import as_html
 from polylens.training.figure import training_figure
 from polylens.training.rows import TraceRow as TraceRow
+from polylens.training.rows import record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,6 +144,10 @@ class Trace(Brief):
 
     def _repr_html_(self) -> str:
         return as_html(self.__rich__())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts."""
+        return {"rows": [record(row) for row in self.rows]}
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":

@@ -3,7 +3,6 @@
 import json
 import warnings
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from tqdm.auto import tqdm
 from polylens.attachment import attach
 from polylens.calibration.given import FromInputs
 from polylens.calibration.true_stream import TrueStream
-from polylens.checks import Layer, check_at_least, renamed, to_json
+from polylens.checks import Layer, check_at_least, renamed
 from polylens.errors import AttachmentError, InvalidInputError, PolylensError
 from polylens.files.whole import beside
 from polylens.hosts.base import Arrival, Observer
@@ -22,6 +21,7 @@ from polylens.hosts.quiet import quiet
 from polylens.lens import Lens, attached
 from polylens.report.scores import lead_of, score
 from polylens.training.rows import TraceRow as TraceRow
+from polylens.training.rows import record
 from polylens.training.trace import Trace as Trace
 from polylens.training.trace import TraceData as TraceData
 
@@ -129,7 +129,7 @@ class Tracer:
         self._rows += rows
         if self.path is not None:
             with self.path.open("a") as file:
-                file.write("".join(json.dumps(_record(row)) + "\n" for row in rows))
+                file.write("".join(json.dumps(record(row)) + "\n" for row in rows))
 
     def _resume(self, path: Path) -> None:
         rows = [row for row in Trace.load(path).rows if row.error is None]
@@ -141,7 +141,7 @@ class Tracer:
             )
         # Failed steps are tried again, and a line cut short must not glue to the next.
         with beside(path) as new:
-            new.write_text("".join(json.dumps(_record(row)) + "\n" for row in rows))
+            new.write_text("".join(json.dumps(record(row)) + "\n" for row in rows))
         self._rows = rows
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -309,10 +309,6 @@ def _require_finite(model: Any) -> None:
     for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
         if not parameter.isfinite().all():
             raise InvalidInputError(f"the weights {name} are NaN or infinite somewhere")
-
-
-def _record(row: TraceRow) -> dict[str, Any]:
-    return {**asdict(row), "layer": to_json(row.layer)}
 
 
 def _power_of_two(step: int) -> bool:
