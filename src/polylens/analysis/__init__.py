@@ -15,6 +15,7 @@ from polylens.analysis.comparison import LayerDistance as LayerDistance
 from polylens.analysis.comparison import compare as compare
 from polylens.analysis.comparison import distance as distance
 from polylens.analysis.comparison import feature_changes as feature_changes
+from polylens.analysis.dictionaries import sae_writers as sae_writers
 from polylens.analysis.directions import OutputDirections as OutputDirections
 from polylens.analysis.directions import degree_energy as degree_energy
 from polylens.analysis.directions import output_directions as output_directions

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from polylens.analysis.metric import (
     direction,
     gaussian_of,
     metric_of,
+    several,
 )
 from polylens.analysis.parts import FeaturePart, chosen, feature_part
 from polylens.brief import Brief
@@ -185,7 +186,7 @@ class EigenFeatures(Brief):
         return spectrum_figure(self.values, self.patterns, float(self.share[-1]), shape, n)
 
 
-@torch.no_grad()
+@overload
 def eigenfeatures(
     polynomial: Any,
     u: Tensor,
@@ -195,7 +196,33 @@ def eigenfeatures(
     method: str = "auto",
     tolerance: float | None = None,
     seed: int = 0,
-) -> EigenFeatures:
+) -> EigenFeatures: ...
+
+
+@overload
+def eigenfeatures(
+    polynomial: Any,
+    u: Sequence[Tensor],
+    k: int = 8,
+    *,
+    metric: MetricLike = None,
+    method: str = "auto",
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> list[EigenFeatures]: ...
+
+
+@torch.no_grad()
+def eigenfeatures(
+    polynomial: Any,
+    u: Tensor | Sequence[Tensor],
+    k: int = 8,
+    *,
+    metric: MetricLike = None,
+    method: str = "auto",
+    tolerance: float | None = None,
+    seed: int = 0,
+) -> EigenFeatures | list[EigenFeatures]:
     """The k eigenfeatures of Gamma_u of largest absolute eigenvalue, of both signs.
 
     L^T Gamma_u L q = value q; the reading direction Gamma_u L q / value has L^T vector = q, so
@@ -203,7 +230,8 @@ def eigenfeatures(
 
     Args:
         polynomial: of degree 2 or more; its optimum of degree 2 is opened.
-        u: [d_out] output direction: a logit, a class, a row of an SAE decoder, ...
+        u: [d_out] output direction: a logit, a class, a probe, a row of an SAE's decoder; or a
+            list of several, such as `list(sae.W_dec)`, for a list of results.
         k: how many.
         metric: None for the plain inner product; "covariance" for that of the input model, in
             which features are ordered by the variance they explain; or a tensor or input model.
@@ -233,6 +261,9 @@ def eigenfeatures(
     if method not in ("auto", "dense", "iterative"):
         raise InvalidInputError(f"method must be 'auto', 'dense' or 'iterative', got {method!r}")
     check_polynomial(polynomial)
+    if several(u):
+        options = {"metric": metric, "method": method, "tolerance": tolerance, "seed": seed}
+        return [eigenfeatures(polynomial, each, k, **options) for each in u]
     device = next(iter(polynomial.buffers())).device
     u = direction(u, polynomial.d_out, device)
     form = polynomial.quadratic_form(u)

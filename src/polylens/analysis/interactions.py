@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
 from polylens.analysis.arguments import check_polynomial
 from polylens.analysis.figures import interactions_figure
-from polylens.analysis.metric import check_inputs, direction
+from polylens.analysis.metric import check_inputs, direction, several
 from polylens.analysis.players import taylor_interactions
 from polylens.analysis.readout import behind_norm
 from polylens.brief import Brief
@@ -114,10 +114,25 @@ class Interactions(Brief):
         }
 
 
-@torch.no_grad()
+@overload
 def interactions(
     polynomial: Any, writers: Tensor, u: Tensor, names: Sequence[str] | None = None
-) -> Interactions:
+) -> Interactions: ...
+
+
+@overload
+def interactions(
+    polynomial: Any, writers: Tensor, u: Sequence[Tensor], names: Sequence[str] | None = None
+) -> list[Interactions]: ...
+
+
+@torch.no_grad()
+def interactions(
+    polynomial: Any,
+    writers: Tensor,
+    u: Tensor | Sequence[Tensor],
+    names: Sequence[str] | None = None,
+) -> Interactions | list[Interactions]:
     """Split the polynomial's output along u at one input over the writers of that input.
 
     With ends it is an ordinary polynomial around the input, that of their sum: neurons beyond an
@@ -130,9 +145,11 @@ def interactions(
     Args:
         polynomial: per neuron or joint, or a dense one of degree 2; that of a lens is what
             replaces the layer. Of a lower degree: `polynomial.truncate(k)`.
-        writers: [n, d_in], summing to what the layer reads. What a norm in front does is for
-            `through_norm` or `residual_writers` to account for.
-        u: [d_out] output direction.
+        writers: [n, d_in], summing to what the layer reads: those of `residual_writers`, which may
+            be the features of an SAE, or any of your own, which `through_norm` takes through a norm
+            in front.
+        u: [d_out] output direction: a logit, a probe, a row of a decoder, a column of an encoder;
+            or a list of several, such as `list(sae.W_dec)`, for a list of results.
         names: one per writer; numbers by default.
 
     Raises:
@@ -142,6 +159,8 @@ def interactions(
     Cost: O(n d_in d_mlp + degree n^2 d_mlp) and no d_in x d_in matrix.
     """
     check_polynomial(polynomial)
+    if several(u):
+        return [interactions(polynomial, writers, each, names) for each in u]
     device = next(iter(polynomial.buffers())).device
     u = direction(u, polynomial.d_out, device)
     writers = check_inputs(writers, polynomial.d_in, device)

@@ -1,7 +1,8 @@
 """Checks and changes of coordinates that the analyses share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ def direction(u: object, size: int, device: torch.device, name: str = "u") -> Te
     if tuple(u.shape) != (size,):
         raise InvalidInputError(
             f"{name} must be one direction of shape ({size},), got {tuple(u.shape)}; a class or "
-            "token is a column of the matrix that reads it out"
+            "token is a column of the matrix that reads it out, and several are a list: list(rows)"
         )
     u = u.double()
     if not torch.isfinite(u).all():
@@ -139,6 +140,13 @@ def direction(u: object, size: int, device: torch.device, name: str = "u") -> Te
     if not u.any():
         raise InvalidInputError(f"{name} is the zero vector, so it has no features")
     return u
+
+
+def several(u: object) -> TypeGuard[Sequence[Tensor]]:
+    """Whether these are directions, not one."""
+    if not isinstance(u, list | tuple):
+        return False
+    return all(isinstance(v, Tensor) and v.dim() for v in cast("Sequence[object]", u))
 
 
 def check_count(k: object, most: int, what: str) -> int:

@@ -7,6 +7,7 @@ from einops import einsum
 from torch import Tensor
 
 from polylens.analysis.arguments import check_lens
+from polylens.analysis.dictionaries import hook_of, sae_writers
 from polylens.analysis.interactions import through_norm
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Norm
@@ -18,25 +19,36 @@ HALF_TOLERANCE = 5e-2
 
 @torch.no_grad()
 def residual_writers(
-    lens: Any, cache: Any, layer: int, position: int, batch: int = 0, *, heads: bool = True
+    lens: Any,
+    cache: Any,
+    layer: int,
+    position: int,
+    batch: int = 0,
+    *,
+    heads: bool = True,
+    sae: Any = None,
 ) -> tuple[Tensor, tuple[str, ...]]:
     """(writers [n, d_model], names) whose sum is exactly what this layer's MLP read.
 
     Embeddings, each head (or attention layer) and each earlier MLP, through the layer's norm, if it
     has one, and the one behind the attention, if there is one, with their scales frozen; then
     attention biases, the norm's bias and the rounding of the host's own sum, as writers of their
-    own.
+    own. With an SAE its active features at this position instead (`sae_writers`), and what was
+    written elsewhere than at its hook point: so `interactions` says which pairs of SAE features
+    interact through this MLP.
 
     Args:
         lens: attached while the cache was recorded, so that `poly_in` is in it.
         cache: of `model.run_with_cache`.
         layer, position, batch: which input.
         heads: False splits attention by layer only.
+        sae: of SAELens, or with `encode`, `decode` and `cfg.hook_name`; trained at what this MLP
+            reads, or at the residual stream in front of it (`hook_resid_pre`, `_mid`, `_post`).
 
     Raises:
         InvalidInputError: position out of range, a cache without what is needed (which), a layer
             that is not attached, or one that reads neither the residual stream nor a norm of it,
-            such as one with a parallel attention.
+            such as one with a parallel attention; an SAE of another width or place.
     """
     check_lens(lens)
     if not hasattr(cache, "decompose_resid") and cache != {}:
@@ -64,12 +76,13 @@ def residual_writers(
     stack, names = cache.decompose_resid(
         layer,
         mlp_input=True,
-        mode="mlp" if heads else "all",
+        mode="mlp" if heads and sae is None else "all",
         pos_slice=position,
         return_labels=True,
     )
     writers, names = [stack[:, batch]], list(names)
-    if heads:
+    own = None if sae is None else _sae_at(sae, cache, layer, position, batch, read)
+    if heads and sae is None:
         biases = torch.zeros_like(writers[0][:1])
         behind = _norms_behind(lens, cache, layer, norm)
         for block in range(layer + 1):
@@ -80,6 +93,13 @@ def residual_writers(
         writers.append(biases)
         names.append("attention biases")
     parts = torch.cat([w.to(read) for w in writers])
+    if own is not None:
+        activation, (features, names), direct = own
+        if direct:
+            rounding = read[batch, position].double() - features.sum(0)
+            return torch.cat([features, rounding[None]]), (*names, "rounding")
+        elsewhere = parts.double().sum(0) - activation.double()
+        parts, names = torch.cat([features, elsewhere[None]]), [*names, "elsewhere"]
     if norm is None:
         parts = parts.double()
     else:
@@ -94,6 +114,29 @@ def residual_writers(
             "stream; pass writers of your own to interactions()"
         )
     return torch.cat([parts, rounding[None]]), (*names, "rounding")
+
+
+def _sae_at(
+    sae: Any, cache: Any, layer: int, position: int, batch: int, read: Tensor
+) -> tuple[Tensor, tuple[Tensor, tuple[str, ...]], bool]:
+    """The activation at an SAE's hook point, its writers, and whether the MLP reads it itself."""
+    hook = hook_of(sae)
+    if hook not in cache:
+        raise InvalidInputError(f"the cache lacks {hook}, where this SAE was trained")
+    activation = cache[hook]
+    if activation.shape[:2] == read.shape[:2] and activation.shape[2:] == read.shape[2:]:
+        activation, x = activation[batch, position], read[batch, position]
+        tolerance = TOLERANCE.get(read.dtype, HALF_TOLERANCE)
+        if float((activation - x).norm()) <= tolerance * float(x.norm()):
+            return activation, sae_writers(sae, activation), True
+        block, _, point = hook.removeprefix("blocks.").partition(".")
+        last = {"hook_resid_pre": layer, "hook_resid_mid": layer, "hook_resid_post": layer - 1}
+        if point in last and block.isdigit() and int(block) <= last[point]:
+            return activation, sae_writers(sae, activation), False
+    raise InvalidInputError(
+        f"an SAE trained at {hook} is not about what the MLP of layer {layer} reads: that is the "
+        "residual stream in front of it, or the norm of it"
+    )
 
 
 def _norms_behind(
