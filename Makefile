@@ -18,7 +18,7 @@ WITHOUT_MODEL = $(addprefix --ignore=tests/,activations files fitting \
 PYTHON310 = $(shell for python in python3.10 "$$(pyenv prefix 3.10 2>/dev/null)/bin/python"; do \
 	"$$python" -c "" 2>/dev/null && echo "$$python" && exit; done; echo $(PYTHON))
 
-.PHONY: demo test newest lowest laws coverage lint types benchmarks clean
+.PHONY: demo test newest lowest laws coverage lint types benchmarks gpu clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -69,5 +69,14 @@ benchmarks: $(VENV)/installed
 	$(BIN)/python -m benchmarks.accuracy
 	for part in coefficients mixture layers growth; do $(BIN)/python benchmarks/core.py $$part; done
 
+# Tests and benchmarks on a GPU, to benchmarks/GPU.md, with the torch and transformers that are
+# there and without a network: WHEELS is a folder with wheels of what is missing (polylens' own
+# among them, whose version is read), which go to build/gpu.
+WHEELS ?= .whl
+gpu:
+	$(PYTHON) -m pip install -q --no-index --no-deps --no-compile --upgrade --target build/gpu $(WHEELS)/*.whl
+	PYTHONPATH=src:build/gpu $(PYTHON) -m pytest -q -p no:cacheprovider tests/test_gpu.py
+	PYTHONPATH=src:build/gpu $(PYTHON) -m benchmarks.gpu
+
 clean:
-	rm -rf .venv .venv4 .venv-lowest .pytest_cache .hypothesis .coverage*
+	rm -rf build .venv .venv4 .venv-lowest .pytest_cache .hypothesis .coverage*

@@ -63,7 +63,7 @@ def swish(beta: float = 1.0) -> Activation:
 
 
 def _swish(beta: float, y: Tensor) -> Tensor:
-    return y * torch.sigmoid(beta * y)
+    return F.silu(y) if beta == 1 else y * torch.sigmoid(beta * y)
 
 
 def leaky_relu(slope: float) -> Activation:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polylens.errors import InvalidInputError, NumericalWarning
+from polylens.fitting.fused import add_fused
 from polylens.fitting.nested import glu_tables, nested_solutions
 from polylens.inputs.samples import checked
 from polylens.normal_forms.preactivation import blocks
@@ -98,6 +99,9 @@ class NeuronGram:
         if self._seen is not None:
             self._seen.add(y if w is None or bool((w > 0).all()) else y[:, w > 0])
         target = self.weights.act(y)
+        own = self.standardise, self._ends, self.degree, self._linear
+        if add_fused(self._gram, y, z, target, w, *own):
+            return
         if self._ends is not None:
             more = self._ends.of(slice(None), y).gained(y)
             target = target if more is None else target - more

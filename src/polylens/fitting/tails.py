@@ -27,7 +27,7 @@ REMAINING = 10
 # Relative to each feature's mean square.
 RIDGE = 1e-12
 # Float64 numbers in one block of features.
-BLOCK = 1 << 20
+BLOCK = {"cpu": 1 << 20, "other": 1 << 26}
 
 
 @torch.no_grad()
@@ -129,7 +129,8 @@ class _Sums:
         n, size = self._y.shape[1], self._gram.size
         counts = [(int(p * n), int(q * n)) for p, q in pairs]
         cuts = sorted({0, n, *(p for p, _ in counts), *(n - q for _, q in counts)})
-        step = max(1, BLOCK // ((size + 2) * n))
+        block = BLOCK["cpu" if self._y.device.type == "cpu" else "other"]
+        step = max(1, block // ((size + 2) * n))
         parts = [self._segments(rows, cuts) for rows in torch.split(neurons, step)]
         sums, lowest, highest = (torch.cat(each, 1) for each in zip(*parts, strict=True))
         begins = {p: cuts.index(p) for p, _ in counts}

@@ -124,11 +124,14 @@ class Emitter(Protocol):
 
     def __call__(self, arrival: Arrival, tap: Tap) -> Tensor: ...
 
-    def neurons(self, y: Tensor, *others: Tensor) -> Tensor | None:
+    def takes(self, value: Tensor) -> bool:
+        """Whether `neurons` can be computed of preactivations of this dtype, where this one is."""
+        ...
+
+    def neurons(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         """While replacing: what the out-projection reads instead of its h = act(y) [* z].
 
-        Called with (y, h), for a GLU with (y, z, h), all [..., d_mlp]. None if only the call
-        on x and the true output will do.
+        All are [..., d_mlp], z of a GLU.
         """
         ...
 

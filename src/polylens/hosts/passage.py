@@ -1,7 +1,7 @@
 """What the hosts share: torch hooks that see a site's x and y, and its hook points."""
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,12 +28,15 @@ class Interior:
         z: the same for z, or None for an MLP.
         h: the module whose first argument is h, which flows from there to the out-projection.
         modules: those whose hooks tell what the true layer computes.
+        plain: what lies between is a library's own code, where only h depends on y and z, and
+            nothing looks at their values.
     """
 
     y: tuple[nn.Module, int]
     z: tuple[nn.Module, int] | None
     h: nn.Module
     modules: tuple[nn.Module, ...]
+    plain: bool = False
 
     def points(self) -> dict[str, nn.Module]:
         """The modules by what flows there: y, h, and z of a GLU."""
@@ -45,13 +48,14 @@ class _Now(threading.local):
 
     Attributes:
         x: the input that was seen, until the output is.
-        inside: what was seen inside, and which version of it, by name.
+        inside: what was seen inside by name, and which version of it; None where a stand-in
+            without values flows on.
         done: whether the neurons were replaced, so that nothing is left to do to the output.
         shape: (batch, pos) of the pass.
     """
 
     x: Tensor | None = None
-    inside: dict[str, tuple[Tensor, int]] | None = None
+    inside: dict[str, tuple[Tensor, int | None]] | None = None
     done = False
     shape: tuple[int, ...] = ()
 
@@ -63,10 +67,11 @@ class Passage:
     registered, so a deep copy of the model carries an independent, working copy. A host's own
     passage registers its hooks in `_register`; nothing stays registered if that raises.
 
-    With an interior, an `Emitting` may replace h where the host has computed it anyway, and
-    then nothing is left to be done to y. This is for speed and shows nowhere: it needs that
-    nobody but this passage has a hook inside, and no autograd, since the host's out-projection
-    would now differentiate the polynomial.
+    With an interior, an `Emitting` may replace h from y and z, and then nothing is left to be
+    done to the output. This is for speed and shows nowhere: it needs that nobody but this passage
+    has a hook inside, and no autograd, since the host's out-projection would now differentiate
+    the polynomial. In a plain interior tensors without values (torch's "meta") flow from y and z
+    to h, so that the true h costs nothing.
     """
 
     def __init__(self, function: Step, interior: Interior | None = None) -> None:
@@ -131,16 +136,28 @@ class Passage:
         new = function(*(value.reshape(*shape, -1) for value in values))
         return None if new is None else new.reshape(last.shape)
 
-    def _see_y(self, module: nn.Module, args: tuple, out: Any) -> None:
-        self._see("y", out)
+    def _see_y(self, module: nn.Module, args: tuple, out: Any) -> Tensor | None:
+        return self._see("y", out)
 
-    def _see_z(self, module: nn.Module, args: tuple, out: Any) -> None:
-        self._see("z", out)
+    def _see_z(self, module: nn.Module, args: tuple, out: Any) -> Tensor | None:
+        return self._see("z", out)
 
-    def _see(self, name: str, out: Any) -> None:
-        # inference tensors do not tell whether an activation worked in place
-        if self.function.replacing and not (torch.is_grad_enabled() or out.is_inference()):  # type: ignore
-            self._now.inside = {**(self._now.inside or {}), name: (out, out._version)}
+    def _see(self, name: str, out: Any) -> Tensor | None:
+        """Remember y or z; what flows on in its place."""
+        function, now, interior = self.function, self._now, self._interior
+        if torch.is_grad_enabled() or not function.replacing:  # type: ignore
+            return None
+        inside = now.inside or {}
+        assert interior is not None
+        if name == "z" and "y" in inside and interior.z[0] is interior.y[0]:  # type: ignore
+            out = inside["y"][0]  # both halves come from one module, whose output may stand in
+        compiling = torch.compiler.is_compiling()
+        if interior.plain and not compiling and self._alone() and function.takes(out):  # type: ignore
+            now.inside = {**inside, name: (out, None)}
+            return torch.empty_like(out, device="meta")
+        if not out.is_inference():  # which do not tell whether an activation worked in place
+            now.inside = {**inside, name: (out, out._version)}
+        return None
 
     def _at_neurons(self, module: nn.Module, args: tuple) -> tuple | None:
         now = self._now
@@ -153,7 +170,7 @@ class Passage:
         values = []
         for name, (_, part) in sources.items():
             value, version = seen.get(name, (None, 0))
-            if value is None or value._version != version:
+            if value is None or (version is not None and value._version != version):
                 return None
             values.append(half(value, part))
         if any(v.shape != h.shape for v in values):
@@ -166,11 +183,35 @@ class Passage:
 
     def _alone(self) -> bool:
         """Whether all hooks inside are this passage's own."""
+        every: Any = torch.nn.modules.module
+        if every._global_forward_hooks or every._global_forward_pre_hooks:
+            return False
         return all(
             getattr(hook, "__self__", None) is self
             for module in self._interior.modules  # type: ignore
             for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
         )
+
+
+def plainly(interior: Interior, owner: nn.Module, projections: Collection[nn.Module]) -> Interior:
+    """The interior of an MLP that consists of these projections and what lies between.
+
+    It is plain where the forward passes are a library's own, and what lies between has no
+    parameters, with which a tensor without values could not be computed. Hooks anywhere in it
+    then tell what the true layer computes.
+    """
+    known = {m for projection in projections for m in projection.modules()}
+    inside = [m for m in owner.modules() if not isinstance(m, PolyPoint)]
+    plain = {*projections} <= {*inside} and all(
+        type(m).__module__.split(".")[0] in ("torch", "transformers", "transformer_lens")
+        and "forward" not in vars(m)
+        and (m in known or not (m._parameters or m._buffers))
+        for m in inside
+    )
+    if not plain:
+        return interior
+    modules = {*interior.modules, *inside[1:]}
+    return replace(interior, modules=tuple(modules), plain=True)
 
 
 def batch_shape(args: tuple, kwargs: dict) -> tuple[int, ...]:
@@ -235,9 +276,16 @@ class Emitting:
     def replacing(self) -> bool:
         return self.emitter.replacing is not None
 
+    def takes(self, value: Tensor) -> bool:
+        """Whether `neurons` of such values will be there."""
+        return not self.taps.listening() and self.emitter.takes(value)
+
     def neurons(self, *values: Tensor) -> Tensor | None:
-        """`Emitter.neurons` of (y, h) or (y, z, h); None where somebody listens at a point."""
-        return None if self.taps.listening() else self.emitter.neurons(*values)
+        """`Emitter.neurons` of (y,) or (y, z); None where somebody listens at a point."""
+        *own, h = values
+        if not h.is_meta and not all(self.takes(value) for value in values):
+            return None
+        return self.emitter.neurons(*own)
 
 
 def _watch(observer: Observer, arrival: Arrival) -> None:

@@ -62,18 +62,20 @@ class SiteEmitter:
             tap("error", y - out)
         return y if self.replacing is None else out
 
-    def neurons(self, y: Tensor, *others: Tensor) -> Tensor | None:
+    def takes(self, value: Tensor) -> bool:
+        """Whether `neurons` can be computed of preactivations like this one."""
+        polynomial = self.polynomial
+        if not isinstance(polynomial, Polynomial):
+            return False
+        return value.dtype == polynomial.W_in.dtype and value.device == polynomial.W_in.device
+
+    def neurons(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         """What the out-projection reads while replacing, from what the host has computed."""
-        *z, _ = others
         assert self.replacing is not None
         self.refresh()
         polynomial = self.truncated(self.replacing)
-        if not isinstance(polynomial, Polynomial):
-            return None
-        W = polynomial.W_in
-        if not all(t.dtype == W.dtype and t.device == W.device for t in (y, *others)):
-            return None
-        return polynomial.neurons(y, *z)
+        assert isinstance(polynomial, Polynomial)
+        return polynomial.neurons(y, z)
 
     def truncated(self, degree: int) -> Fitted:
         """The optimum of this degree, made once."""

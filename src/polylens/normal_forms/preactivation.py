@@ -12,7 +12,9 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights
 CHUNK = 4096
 linalg: Any = torch.linalg  # without types
 # Inputs whose preactivations are held at a time.
-ROWS = 1024
+ROWS = {"cpu": 1024, "other": 4096}
+# Whether products of half precision can be given out in float32.
+HALF_TO_FLOAT = torch.__version__ >= "2.8"
 
 
 class Preactivations(NamedTuple):
@@ -42,23 +44,28 @@ def blocks(
     weights: MLPWeights | GLUWeights, x: Tensor, sample_weights: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
     """(y, z, sample weights) of ROWS inputs at a time, on the layer's device."""
-    for i in range(0, len(x), ROWS):
-        w = None if sample_weights is None else sample_weights[i : i + ROWS].to(weights.device)
-        yield *_preactivations(weights, x[i : i + ROWS].to(weights.device)), w
+    step = ROWS["cpu" if weights.device.type == "cpu" else "other"]
+    for i in range(0, len(x), step):
+        w = None if sample_weights is None else sample_weights[i : i + step].to(weights.device)
+        yield *_preactivations(weights, x[i : i + step].to(weights.device)), w
 
 
 def _preactivations(weights: MLPWeights | GLUWeights, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """y [d_mlp, n] and z, in the wider dtype of x and the weights, at least float32."""
     W, b, V, b_V = branches(weights)
+    y = _product(x, W, b)
+    return y, None if V is None else _product(x, V, b_V)
+
+
+def _product(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+    """W^T x^T + b, [d_mlp, n]."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, W.dtype), torch.float32)
-    x = x.to(dtype).T
-    y = W.to(dtype).T @ x
-    if b is not None:
-        y += b.to(dtype)[:, None]
-    if V is None:
-        return y, None
-    z = V.to(dtype).T @ x
-    return y, z if b_V is None else z.add_(b_V.to(dtype)[:, None])
+    if x.is_cuda and x.dtype == W.dtype != dtype and HALF_TO_FLOAT:
+        # products of half precision are exact in float32, so this is as good and faster
+        y = torch.mm(W.T, x.T, out_dtype=dtype)  # pyright: ignore[reportCallIssue]
+    else:
+        y = W.to(dtype).T @ x.to(dtype).T
+    return y if b is None else y.add_(b.to(dtype)[:, None])
 
 
 def preactivation_moments(

@@ -46,7 +46,7 @@ def evaluate(
     p = rows["P"]
     if len(p) == 1 and not ("below" in rows or "above" in rows):
         return p[0].to(v.dtype).expand_as(v)
-    if _is_traced(v, z):
+    if is_traced(v, z):
         return _value(rows, v, z, mean, lambda name: None).to(v.dtype)
     flat = v.reshape(-1, v.shape[-1])
     flat_z = None if z is None else z.reshape(flat.shape)
@@ -122,7 +122,7 @@ class PerNeuron(nn.Module):
         return self
 
 
-def _is_traced(*tensors: Tensor | None) -> bool:
+def is_traced(*tensors: Tensor | None) -> bool:
     """Whether something follows the operations, so that none may write to memory of before."""
     level: Any = forward_ad._current_level  # pyright: ignore
     if torch.compiler.is_compiling() or level >= 0:

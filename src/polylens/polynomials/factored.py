@@ -22,6 +22,7 @@ from polylens.polynomials.base import Approximation, kept
 from polylens.polynomials.ends import Ends
 from polylens.polynomials.evaluation import Rows, evaluate
 from polylens.polynomials.explained_variance import explained_variance, r2_under
+from polylens.polynomials.fused import evaluate_fused
 from polylens.polynomials.monomials import expanded_about, outer_powers
 from polylens.polynomials.piece import Piece, product
 from polylens.polynomials.quadratic_form import QuadraticForm
@@ -523,7 +524,9 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
     ) -> Tensor:
         """P(v) + z Q(v), of v - mean where there is one; overwrites v if `reuse` and autograd
         does not need it."""
-        return evaluate(self._horner(degree).tables, v, z, mean, reuse)
+        tables = self._horner(degree).tables
+        fused = evaluate_fused(tables, v, z, mean, reuse)
+        return evaluate(tables, v, z, mean, reuse) if fused is None else fused
 
     def _project(self, h: Tensor) -> Tensor:
         return _affine(h.to(self.W_out.dtype), self.W_out, self.b_out)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from polylens.errors import AttachmentError
-from polylens.hosts.passage import Interior, Passage, PolyPoint, Step
+from polylens.hosts.passage import Interior, Passage, PolyPoint, Step, plainly
 from polylens.hosts.torch.dataflow import Block
 
 
@@ -43,10 +43,11 @@ class Splice(Passage):
         block, out = self._block, self._block.out.module
         y = block.source.module, block.source.part
         z = None if block.linear is None else (block.linear.module, block.linear.part)
-        modules = {y[0], out, *(() if z is None else (z[0],))}
+        projections = {y[0], out, *(() if z is None else (z[0],))}
+        modules = set(projections)
         if self._end is not out:
             modules.update(m for m in self._end.modules() if not isinstance(m, PolyPoint))
-        return Interior(y, z, out, tuple(modules))
+        return plainly(Interior(y, z, out, tuple(modules)), block.owner, projections)
 
     def _require_in_place(self) -> None:
         for parent, name, module in self._held:

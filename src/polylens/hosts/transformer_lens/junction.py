@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from polylens.errors import AttachmentError
-from polylens.hosts.passage import Interior, Passage, Step
+from polylens.hosts.passage import Interior, Passage, Step, plainly
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,18 @@ def interior_of(mlp: Any) -> Interior | None:
         *y_z, h = *(part.hook_out for part in parts), last.hook_in  # type: ignore
         modules = {m for part in (*parts, last) for m in part.modules()}  # type: ignore
         modules.add(mlp.hook_out)
+        projections = [*parts, last]
     else:
         names = ("hook_pre", "hook_pre_linear", "hook_post")
         *y_z, h = (p for name in names if (p := getattr(mlp, name, None)) is not None)
         modules = {mlp, *y_z, h}
+        projections = (
+            [mlp] if len(y_z) == 1 else []
+        )  # of a gated one b_in, a parameter, is added to h
     if not y_z:
         return None
     z = (y_z[1], 0) if len(y_z) > 1 else None
-    return Interior((y_z[0], 0), z, h, tuple(modules))
+    return plainly(Interior((y_z[0], 0), z, h, tuple(modules)), mlp, projections)  # type: ignore
 
 
 class Junction(Passage):
