@@ -16,6 +16,7 @@ from polylens.inputs.model import Fitted, InputModel, from_record
 from polylens.normal_forms.weights import GLUWeights, MLPWeights, weights_of
 from polylens.polynomials.piece import Piece
 from polylens.polynomials.records import checked, reading
+from polylens.polynomials.shares import Shares
 
 Self = TypeVar("Self", bound="Approximation")
 
@@ -78,6 +79,23 @@ class Approximation(nn.Module):
             InvalidInputError: sizes that do not fit, or a form that is not one of neurons.
         """
         raise InvalidInputError(f"a {self.kind} is not made of pieces per neuron")
+
+    def shares(self, x: Tensor) -> Shares:
+        """What parts of inputs x [n, d_in] do in this polynomial at x, alone and two by two.
+
+        Raises:
+            InvalidInputError: sizes that do not fit, or a form that is not one of neurons.
+        """
+        raise InvalidInputError(f"a {self.kind} is not made of pieces per neuron")
+
+    def _inputs(self, x: Tensor, d_in: int, device: torch.device) -> Tensor:
+        """x as finite float64 vectors [n, d_in]."""
+        x = torch.as_tensor(x, device=device).detach().double()
+        if x.dim() != 2 or x.shape[1] != d_in or not torch.isfinite(x).all():
+            raise InvalidInputError(
+                f"x must be finite inputs of shape [n, {d_in}], got {tuple(x.shape)}"
+            )
+        return x
 
     def _one_input(self, x: Tensor, d_in: int, device: torch.device) -> Tensor:
         """x as a finite float64 vector [d_in]."""

@@ -70,9 +70,9 @@ class Ends:
         """The ordinary polynomial P(v) + z Q(v) that holds where the neurons of one input lie.
 
         Args:
-            v: [neurons] y - mean of the input.
+            v: [..., neurons] y - mean of the input.
             mean: [neurons].
-            P, Q: [powers, neurons] coefficients between the ends; Q None of an MLP.
+            P, Q: [powers, ..., neurons] coefficients between the ends; Q None of an MLP.
             gain: what the gain beyond ends is multiplied by.
 
         Returns:
@@ -89,7 +89,7 @@ class Ends:
             start, *rates = tables[name]
             there = outside(v, start)
             # about the start, which may be infinite where nothing is beyond it
-            about = torch.stack([torch.zeros_like(v), *rates])
+            about = torch.stack([torch.zeros_like(v), *(rate.expand_as(v) for rate in rates)])
             gained = expanded_about(about, -torch.where(there, start, 0.0))
             gained = gain * torch.where(there, gained, 0.0)
             if Q is None:
@@ -168,7 +168,7 @@ class PreactivationRange:
 
 
 def _constant_where(there: Tensor, powers: Tensor, v: Tensor) -> Tensor:
-    """Polynomials [powers, neurons], and the constant that is their value at v for some."""
+    """Polynomials [powers, ..., neurons], and the constant that is their value at v for some."""
     value = torch.zeros_like(powers)
     for row in reversed(powers):
         value[0] = value[0] * v + row
@@ -176,8 +176,8 @@ def _constant_where(there: Tensor, powers: Tensor, v: Tensor) -> Tensor:
 
 
 def _sum(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of two polynomials [powers, neurons]."""
-    total = a.new_zeros(max(len(a), len(b)), a.shape[1])
+    """Sum of two polynomials [powers, ..., neurons]."""
+    total = a.new_zeros(max(len(a), len(b)), *a.shape[1:])
     total[: len(a)] += a
     total[: len(b)] += b
     return total

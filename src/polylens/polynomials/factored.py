@@ -27,6 +27,7 @@ from polylens.polynomials.monomials import expanded_about, outer_powers
 from polylens.polynomials.piece import Piece, product
 from polylens.polynomials.quadratic_form import QuadraticForm
 from polylens.polynomials.records import checked, packed, unpacked
+from polylens.polynomials.shares import Shares, Term
 
 # Share of the largest number of a dtype that coefficients may have: Horner's rule multiplies.
 HEADROOM = 1e-4
@@ -338,6 +339,34 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
             P, Q, beyond = ends.piece(product(x, W) + shift, self.m, P, Q, gain)
         own_c = None if V is None else c
         return Piece(self.degree, constant, linear, W, shift, P, V, own_c, Q, beyond)
+
+    @torch.no_grad()
+    def shares(self, x: Tensor) -> Shares:
+        x = self._inputs(x, self.d_in, self.W_out.device)
+        powers, z_powers = self._monomials(self.degree, self._dtype)
+        constant = self.m.new_zeros(self.d_out) if self.b_out is None else self.b_out.double()
+        gates = [(powers, z_powers, 1.0, self.W_out)]
+        return self._shares(x, gates, constant, None)
+
+    def _shares(
+        self,
+        x: Tensor,
+        gates: list[tuple[Tensor, Tensor | None, float, Tensor]],
+        constant: Tensor,
+        linear: Tensor | None,
+    ) -> Shares:
+        """Those of neurons (P, Q, gain times what they gain beyond ends, readout)."""
+        W, b, V, c = self._activated_first()
+        shift, terms = b - self.m, list[Term]()
+        ends = None if self.ends is None else Ends(self.act, self.ends, self.asymptotes)
+        v = product(x, W) + shift
+        for P, Q, gain, readout in gates:
+            P, Q = (t if t is None else t[:, None].expand(-1, len(x), -1) for t in (P, Q))
+            assert P is not None
+            if ends is not None:
+                P, Q, _ = ends.piece(v, self.m, P, Q, gain)
+            terms.append(Term(P, Q, readout))
+        return Shares.of(x, W, shift, V, c, terms, constant, linear)
 
     def to_dense(self, max_bytes: int = 1 << 30) -> list[Tensor]:
         """Symmetric coefficient tensors T_k [d_out, d_in, ..., d_in] in float64, k = 0 ... degree.

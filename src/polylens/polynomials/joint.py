@@ -24,6 +24,7 @@ from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.piece import Piece
 from polylens.polynomials.quadratic_form import QuadraticForm
 from polylens.polynomials.records import checked
+from polylens.polynomials.shares import Shares
 
 
 class JointPolynomial(Approximation):
@@ -192,24 +193,49 @@ class JointPolynomial(Approximation):
         return QuadraticForm(W, readout[: self.base.d_mlp] * inverse**2, V, q)
 
     def piece(self, x: Tensor, u: Tensor) -> Piece:
-        base, n, device = self.base, self.degree, self.center.device
+        base, device = self.base, self.center.device
         x, u = self._one_input(x, self.d_in, device), self._direction(u, device)
-        readout = self._readout(n) @ u
-        constant, linear = float(readout[0]), readout[1 : 1 + self.d_in] if n else None
-        if linear is not None:
-            constant -= float(self.center @ linear)
-        # by k = 2 ... n: of He_k(t), and of a GLU of zeta He_{k - 1}(t)
-        branches = 1 if base.Q is None else 2
-        by_degree = readout[1 + self.d_in * (n > 0) :].reshape(-1, branches, base.d_mlp)
-        P, Q = base.m.new_zeros(n + 1, base.d_mlp), None
-        P[2:] = by_degree[:, 0] if n > 1 else P[2:]
+        constant, linear, read = self._parts(self._readout(self.degree) @ u)
+        P, Q = base.m.new_zeros(self.degree + 1, base.d_mlp), None
+        P[2:] = read[:, 0] if len(read) else P[2:]
         P = base.in_powers(P)
         if base.Q is not None:
-            Q = base.m.new_zeros(max(n, 1), base.d_mlp)
-            Q[1:] = by_degree[:, 1] if n > 1 else Q[1:]
+            Q = base.m.new_zeros(max(self.degree, 1), base.d_mlp)
+            Q[1:] = read[:, 1] if len(read) else Q[1:]
             Q = base.in_powers(Q)
             P[: len(Q)] -= self.z_mean * Q
-        return base._piece(x, P, Q, base.W_out.double() @ u, constant, linear)
+        return base._piece(x, P, Q, base.W_out.double() @ u, float(constant), linear)
+
+    @torch.no_grad()
+    def shares(self, x: Tensor) -> Shares:
+        base, n = self.base, self.degree
+        x = self._inputs(x, self.d_in, self.center.device)
+        constant, linear, read = self._parts(self._readout(n))
+        zero = base.m.new_zeros(1, base.d_mlp)
+        z_zero = None if base.Q is None else zero
+        gates: list[tuple[Tensor, Tensor | None, float, Tensor]] = []
+        for k, readouts in enumerate(read, 2):
+            he = base.m.new_zeros(k + 1, base.d_mlp)
+            he[k] = 1.0
+            gates.append((base.in_powers(he), z_zero, 0.0, readouts[0]))
+            if base.Q is not None:
+                Q = base.in_powers(he[1:])
+                gates.append((-self.z_mean * Q, Q, 0.0, readouts[1]))
+        if base.ends is not None:
+            gates.append((zero, z_zero, 1.0, base.W_out))
+        return base._shares(x, gates, constant, linear)
+
+    def _parts(self, readout: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(constant, linear [d_in, ...], [degree - 1, 1 or 2 branches, d_mlp, ...]) of a readout.
+
+        The last by k = 2 ... degree: of He_k(t), and of a GLU of zeta He_{k - 1}(t).
+        """
+        base, d_in = self.base, self.d_in
+        linear = readout[1 : 1 + d_in] if self.degree else None
+        constant = readout[0] if linear is None else readout[0] - self.center @ linear
+        rest = readout[1 + d_in * (self.degree > 0) :]
+        branches = 1 if base.Q is None else 2
+        return constant, linear, rest.reshape(-1, branches, base.d_mlp, *readout.shape[1:])
 
     def record(self) -> Record:
         """That of the base, and the readouts, each as large as the layer's own."""

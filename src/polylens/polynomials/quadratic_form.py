@@ -63,12 +63,12 @@ class QuadraticForm(Brief):
             raise InvalidInputError(f"it must be {wanted}, got {tuple(x.shape)}")
         return x.double()
 
-    def to_dense(self) -> Tensor:
-        """[d_in, d_in] float64."""
-        W = self.W.double()
-        right = W * self.p
+    def to_dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """[d_in, d_in], computed in this dtype."""
+        W = self.W.to(dtype)
+        right = W * self.p.to(dtype)
         if self.V is not None and self.q is not None:
-            right = right + self.V.double() * self.q
+            right = right + self.V.to(dtype) * self.q.to(dtype)
         gamma = W @ right.T
         return (gamma + gamma.T) / 2
 
