@@ -116,13 +116,12 @@ class TinyLens:
         return self.polynomials[layer]
 
     @contextmanager
-    def replaced(self, layers=None, degree=None):
-        def swap(layer):
+    def flowing(self, degrees):
+        def swap(layer, degree):
             poly = self[layer].truncate(degree)
-
             return lambda arrival: poly(arrival.x)
 
-        with self.host.substitute({layer: swap(layer) for layer in layers}):
+        with self.host.substitute({layer: swap(layer, n) for layer, n in degrees.items()}):
             yield
 
 

@@ -92,7 +92,7 @@ class Activation:
         except RuntimeError as error:
             shapes = f"m {list(m.shape)} and s {list(s.shape)}"
             raise InvalidInputError(f"{shapes} do not fit") from error
-        if not (torch.isfinite(m).all() and torch.isfinite(s).all() and (s >= 0).all()):
+        if not (torch.isfinite(m) & torch.isfinite(s) & (s >= 0)).all():
             raise InvalidInputError(
                 "preactivation means must be finite and standard deviations finite and >= 0; "
                 f"got {int((~torch.isfinite(m)).sum())} non-finite means and "

@@ -153,8 +153,8 @@ class SeenInputs:
         if self.weighting == "equal" or not len(y):
             return None
         size = cast(Tensor, torch.linalg.vector_norm(y, dim=1, dtype=torch.float64))  # pyright: ignore
-        floor = SMALLEST * float(size.max())
-        return 1 / size.clamp(min=floor) if floor > 0 else None
+        floor = SMALLEST * size.max()
+        return torch.where(floor > 0, 1 / size.maximum(floor), 1.0)
 
     def describe(self) -> list[str]:
         """The options that are not the plain ones."""

@@ -147,7 +147,7 @@ def validate_tokens(
     d_vocab: int | None = None,
     n_positions: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The tokens and mask as int64 [batch, pos].
+    """The tokens and mask as int64 [batch, pos] on the CPU, where what counts is decided.
 
     Args:
         tokens: [batch, pos] token ids of any integer dtype, at least two positions.
@@ -181,7 +181,7 @@ def validate_tokens(
             f"tokens have {shape[1]} positions per sequence, the model has {n_positions}; cut them "
             "into shorter sequences"
         )
-    tokens = tokens.long()
+    tokens = tokens.cpu().long()
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (d_vocab is not None and high >= d_vocab):
         size = "" if d_vocab is None else f" to {d_vocab - 1}"
@@ -217,7 +217,7 @@ def _validate_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None
         )
     if not bool((mask == 1).any()):
         raise InvalidInputError("attention_mask is 0 everywhere: every position is padding")
-    return mask.long()
+    return mask.cpu().long()
 
 
 def token_names(tokenizer: Any) -> Callable[[int], str]:

@@ -52,7 +52,7 @@ class Estimator(ABC):
 
     @abstractmethod
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        """Add inputs [n, d_in], weighted by [n] or equally; what is kept of them is copied."""
+        """Add inputs [n, d_in], weighted by [n] > 0 or equally; what is kept of them is copied."""
 
     @abstractmethod
     def solve(self) -> Polynomial | JointPolynomial:
@@ -65,14 +65,6 @@ class Estimator(ABC):
     def check_tails(cls, tails: float | None) -> None:
         """InvalidInputError for tails that this estimator does not know."""
         require_tails(tails)
-
-
-def weighty(x: Tensor, sample_weights: Tensor | None) -> Batch:
-    """Without inputs of weight zero, which decide nothing."""
-    if sample_weights is None:
-        return x, None
-    kept = sample_weights != 0  # NaN stays, to be refused
-    return (x, sample_weights) if bool(kept.all()) else (x[kept], sample_weights[kept])
 
 
 def require_degree(degree: object) -> None:

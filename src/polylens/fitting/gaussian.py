@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
-from polylens.fitting.estimator import Estimator, weighty
+from polylens.fitting.estimator import Estimator
 from polylens.inputs.gaussian import Gaussian, Moments
 from polylens.normal_forms.preactivation import preactivation_moments
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
@@ -31,7 +31,6 @@ class GaussianEstimator(Estimator):
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
         self.count += len(x)
-        x, sample_weights = weighty(x, sample_weights)
         self._moments.update(x, sample_weights)
         if self._range is not None:
             self._range.update(x)

@@ -1,6 +1,6 @@
 """Streamed least squares over the features of all neurons: the joint fit to samples."""
 
-from collections.abc import Callable
+from collections.abc import Generator, Sequence
 from math import inf, nan
 from typing import Any
 
@@ -10,12 +10,13 @@ from torch import Tensor
 from polylens.errors import InvalidInputError
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.fitting.samples import SampleEstimator
-from polylens.inputs.samples import checked, joined
+from polylens.inputs.samples import Flaws, joined, shaped
 from polylens.normal_forms.preactivation import branches
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial, feature_count, features, readout
+from polylens.waiting import numbers
 
 linalg: Any = torch.linalg  # without types
 
@@ -82,7 +83,7 @@ class JointGram:
         self._weights, self._degree = weights.to(self.dtype), degree
         self._neurons = NeuronGram(weights, degree, seen=seen, linear=True)
         self._ends = None if seen is None else seen.inner
-        self._small = 0
+        self._small, self._flaws = 0, Flaws()
         self._frame: tuple[Polynomial, Tensor, Tensor] | None = None
         self._train, self._test = (_Sums(size, weights.d_out, weights.device) for _ in range(2))
 
@@ -92,7 +93,8 @@ class JointGram:
 
         Cost: O(features^2) per sample.
         """
-        x, w = checked(x, sample_weights, self._weights.d_in)
+        x, w = shaped(x, sample_weights, self._weights.d_in)
+        self._flaws.note(x, w)
         cut = len(x) - self._held_out(len(x))
         for sums, rows in ((self._train, slice(0, cut)), (self._test, slice(cut, None))):
             block = x[rows], None if w is None else w[rows]
@@ -147,16 +149,23 @@ class JointGram:
         Raises:
             InvalidInputError: no samples with a positive weight, or sums that are not finite.
         """
+        self._flaws.require_none()
         for sums in (self._train, self._test):
             self._flush(sums)
             sums.complete()
         base = self._neurons.solve()
         assert self._frame is not None
         _, center, z_mean = self._frame
-        readouts = (readout(base, center, z_mean, n) for n in range(self._degree + 1))
-        found = [_choose(self._train, self._test, own) for own in readouts]
-        corrections, ridge, held_out = zip(*found, strict=True)
-        return JointPolynomial(base, center, z_mean, list(corrections), ridge, held_out)
+        readouts = [readout(base, center, z_mean, n) for n in range(self._degree + 1)]
+        errors, ridge = zip(*_chosen(self._train, self._test, readouts), strict=True)
+        tested = float(self._test.count)
+        held_out = tuple(error / tested if tested else nan for error in errors)
+        every = self._train, self._test
+        corrections = [
+            _System(own, every, _scale(*every)).correction(strength)
+            for own, strength in zip(readouts, ridge, strict=True)
+        ]
+        return JointPolynomial(base, center, z_mean, corrections, ridge, held_out)
 
 
 class _Sums:
@@ -170,7 +179,8 @@ class _Sums:
         zeros: dict[str, Any] = {"dtype": torch.float64, "device": device}
         self.gram = torch.zeros(size, size, **zeros)  # right of the diagonal blocks, see `complete`
         self.cross = torch.zeros(size, d_out, **zeros)
-        self.square = self.count = 0.0
+        self.square: Tensor | float = 0.0
+        self.count: Tensor | float = 0.0
         self.waiting: list[tuple[Tensor, Tensor | None]] = []
 
     def add(self, phi: Tensor, y: Tensor, roots: Tensor | None) -> None:
@@ -180,8 +190,9 @@ class _Sums:
         for i in range(0, phi.shape[1], COLUMNS):
             self.gram[i : i + COLUMNS, i:] += phi[:, i : i + COLUMNS].T @ phi[:, i:]
         self.cross += phi.T @ y
-        self.square += float(y.double().square().sum())
-        self.count += len(phi) if roots is None else float(roots.double().square().sum())
+        self.square = self.square + y.double().square().sum()
+        own = len(phi) if roots is None else roots.double().square().sum()
+        self.count = self.count + own
 
     def complete(self) -> None:
         """Fill in what is left of the diagonal blocks."""
@@ -189,62 +200,92 @@ class _Sums:
             block = slice(i, i + COLUMNS)
             self.gram[i + COLUMNS :, block] = self.gram[block, i + COLUMNS :].T
 
-    def error(self, readout: Tensor) -> float:
+    def error(self, readout: Tensor) -> Tensor:
         """Sum of |y - Phi readout|^2 over the first features."""
         size = len(readout)
         product = self.gram[:size, :size] @ readout - 2 * self.cross[:size]
-        return self.square + float(torch.sum(readout * product))
+        return self.square + torch.sum(readout * product)
 
 
-def _choose(train: _Sums, test: _Sums, base: Tensor) -> tuple[Tensor, float, float]:
-    """Correction to the readouts `base` of one degree, its strength and held-out error.
+def _chosen(train: _Sums, test: _Sums, bases: Sequence[Tensor]) -> list[tuple[float, float]]:
+    """(held-out error, strength) of the correction to the readouts `bases` of every degree.
 
-    An infinite strength keeps the base, where no correction has a smaller held-out error.
+    An infinite strength keeps the base, where no correction has a smaller held-out error. All
+    degrees try their next strength together, so that a GPU is waited for once for all of them.
     """
-    size, count = len(base), train.count + test.count
-    train_gram, test_gram = (sums.gram[:size, :size] for sums in (train, test))
-    diagonal = (train_gram.diagonal() + test_gram.diagonal()) / count
-    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()[:, None]
-    left = train.cross[:size] - train_gram @ base
-    error, strength = test.error(base), inf
-    if test.count > 0 and train.count > 0:
-        system = train_gram * (scale * scale.T / train.count)
-        right = left * scale / train.count
+    best = [(error, inf) for error in numbers(torch.stack([test.error(b) for b in bases]))]
+    if not (test.count > 0 and train.count > 0):
+        return best
+    scale = _scale(train, test)
+    systems = [_System(base, [train], scale) for base in bases]
+    walks = {n: _walk() for n in range(len(bases))}
+    asked = {n: next(walk) for n, walk in walks.items()}
+    while asked:
+        tried = [systems[n].held_out(strength, test) for n, strength in asked.items()]
+        for n, error in zip(list(asked), numbers(torch.stack(tried)), strict=True):
+            try:
+                asked[n] = walks[n].send(error)
+            except StopIteration as end:
+                best[n] = min(best[n], end.value)
+                del asked[n]
+    return best
 
-        def held_out(strength: float) -> float:
-            D = _ridge(system, right, strength)
-            return inf if D is None else test.error(base + D * scale)
 
-        error, strength = min((error, inf), _walk(held_out))
+def _scale(*sums: _Sums) -> Tensor:
+    """[features, 1] what gives features a unit mean square in all of the sums."""
+    total = torch.stack([each.gram.diagonal() for each in sums]).sum(0)
+    square = total / sum(each.count for each in sums)
+    return torch.where(square > 0, square, 1.0).rsqrt()[:, None]
+
+
+class _System:
+    """The normal equations of a correction to the readouts `base`, by some of the sums."""
+
+    def __init__(self, base: Tensor, sums: Sequence[_Sums], scale: Tensor) -> None:
+        size = len(base)
+        self._base, self._scale = base, scale[:size]
+        self._count = sum(each.count for each in sums)
+        self._grams = [each.gram[:size, :size] for each in sums]
+        left = sum(each.cross[:size] - each.gram[:size, :size] @ base for each in sums)
+        self._right = left * self._scale / self._count
+
+    def solved(self, strength: float) -> tuple[Tensor, Tensor]:
+        """The correction, and whether strength I makes the system positive definite in float64."""
+        system = self._grams[0] * self._scale
+        for gram in self._grams[1:]:
+            system.addcmul_(gram, self._scale)
+        system *= self._scale.T / self._count
+        system.diagonal().add_(strength)
+        L, info = linalg.cholesky_ex(system)
         del system
-    correction = torch.zeros_like(base)
-    if strength < inf:
-        left += test.cross[:size] - test_gram @ base
-        system = (train_gram + test_gram) * (scale * scale.T / count)
-        solved = _ridge(system, left * scale / count, strength)
-        correction = correction if solved is None else solved * scale
-    return correction, strength, error / test.count if test.count else nan
+        return torch.cholesky_solve(self._right, L) * self._scale, info == 0
+
+    def held_out(self, strength: float, test: _Sums) -> Tensor:
+        """Sum of squares on other samples."""
+        correction, solvable = self.solved(strength)
+        return torch.where(solvable, test.error(self._base + correction), inf)
+
+    def correction(self, strength: float) -> Tensor:
+        """[features, d_out], zero for an infinite strength."""
+        if strength == inf:
+            return torch.zeros_like(self._base)
+        correction, solvable = self.solved(strength)
+        return torch.where(solvable, correction, 0.0)
 
 
-def _walk(error: Callable[[float], float]) -> tuple[float, float]:
-    """(least error, its strength), from the first strength on to where the error rises again."""
-    first = best = error(STRENGTHS[FIRST]), STRENGTHS[FIRST]
+def _walk() -> Generator[float, float, tuple[float, float]]:
+    """Asks for the error of strengths, from the first one on to where it rises again.
+
+    Returns:
+        (least error, its strength).
+    """
+    first = best = (yield STRENGTHS[FIRST]), STRENGTHS[FIRST]
     for others in (STRENGTHS[FIRST + 1 :], STRENGTHS[:FIRST][::-1]):
         for strength in others:
-            found = error(strength), strength
+            found = (yield strength), strength
             if found[0] >= best[0]:
                 break
             best = found
         if best != first:
             break
     return best
-
-
-def _ridge(system: Tensor, right: Tensor, strength: float) -> Tensor | None:
-    """(system + strength I)^-1 right, None where that is not positive definite in float64."""
-    diagonal = system.diagonal()
-    before = diagonal.clone()
-    diagonal += strength
-    L, info = linalg.cholesky_ex(system)
-    diagonal.copy_(before)
-    return None if int(info) else torch.cholesky_solve(right, L)

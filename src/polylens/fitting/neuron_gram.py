@@ -11,7 +11,7 @@ from torch import Tensor
 from polylens.errors import InvalidInputError, NumericalWarning
 from polylens.fitting.fused import add_fused
 from polylens.fitting.nested import glu_tables, nested_solutions
-from polylens.inputs.samples import checked
+from polylens.inputs.samples import Flaws, shaped
 from polylens.normal_forms.preactivation import blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import Ends, PreactivationRange
@@ -42,7 +42,7 @@ class NeuronGram:
         standardise: (m, s, z mean, z deviation), each [d_mlp]; None takes those of the first
             batch. They only affect conditioning, so a first batch of a few hundred samples is
             enough.
-        seen: gets the range of the preactivations, of samples with a positive weight. Where it
+        seen: gets the range of the preactivations. Where it
             has ends that lie further inside, t stops there in the basis, and the target is
             without what the activation gains beyond them.
         linear: t itself, k = 1, does not stop there.
@@ -62,7 +62,8 @@ class NeuronGram:
     ) -> None:
         self.weights, self.degree = weights, degree
         self.standardise = standardise
-        self._rows = 0
+        self._rows: Tensor | int = 0
+        self._flaws = Flaws()
         self._seen, self._linear = seen, linear
         inner = None if seen is None else seen.inner
         self._ends = None if inner is None else Ends(weights.act, inner)
@@ -84,10 +85,12 @@ class NeuronGram:
         Preactivations are computed in the wider dtype of x and the weights, as the layer does,
         the sums in float64. Cost: O(d_mlp (d_in + degree^2)) per sample.
         """
-        x, sample_weights = checked(x, sample_weights, self.weights.d_in)
+        x, sample_weights = shaped(x, sample_weights, self.weights.d_in)
         if not len(x):
             return
-        self._rows += len(x) if sample_weights is None else int((sample_weights > 0).sum())
+        self._flaws.note(x, sample_weights)
+        some = len(x) if sample_weights is None else (sample_weights > 0).sum()
+        self._rows = self._rows + some
         for y, z, w in blocks(self.weights, x, sample_weights):
             self._add(y, z, w)
 
@@ -97,7 +100,7 @@ class NeuronGram:
             moments.add(y, z, None)
             self.standardise = moments.standardise(fallback=1.0)
         if self._seen is not None:
-            self._seen.add(y if w is None or bool((w > 0).all()) else y[:, w > 0])
+            self._seen.add(y)
         target = self.weights.act(y)
         own = self.standardise, self._ends, self.degree, self._linear
         if add_fused(self._gram, y, z, target, w, *own):
@@ -161,18 +164,20 @@ class NeuronGram:
         n = self.degree if degree is None else degree
         if not 0 <= n <= self.degree:
             raise InvalidInputError(f"degree {n} was asked of sums kept for 0 ... {self.degree}")
-        if self.standardise is None or not self.count > 0:
+        self._flaws.require_none()
+        count = self.count
+        if self.standardise is None or not count > 0:
             raise InvalidInputError("no samples with a positive weight, nothing to fit to")
         size = 2 * n + 1 if self._glu else n + 1
-        gram = self._gram[:, :size, :size] / self.count
-        right = self._gram[:, :size, -1:] / self.count
+        gram = self._gram[:, :size, :size] / count
+        right = self._gram[:, :size, -1:] / count
         if not torch.isfinite(right).all() or not torch.isfinite(gram).all():
             bad = int((~torch.isfinite(self._gram)).any(2).any(1).sum())
             raise InvalidInputError(
                 f"the sums of {bad} of {len(gram)} neurons are not finite: their preactivations "
                 "overflow float64 in powers; fit a lower degree or inspect the inputs"
             )
-        solutions, collinear = _solve(gram, right, n, self._glu, few=self._rows < size)
+        solutions, collinear = _solve(gram, right, n, self._glu, few=int(self._rows) < size)
         if collinear:
             warnings.warn(
                 f"the features of {collinear} of {len(solutions[0])} neurons are collinear in "
@@ -244,7 +249,7 @@ class NeuronMoments:
         self.weights = weights
         self._shift: Tensor | None = None
         self._sums = torch.empty(0)
-        self._count = 0.0
+        self._count: Tensor | float = 0.0
 
     @torch.no_grad()
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
@@ -266,7 +271,7 @@ class NeuronMoments:
                 values = branch[rows] - self._shift[k, rows, None]
                 self._sums[0, k, rows] += values @ w
                 self._sums[1, k, rows] += values.square_() @ w
-        self._count += float(w.sum())
+        self._count = self._count + w.sum()
 
     def standardise(self, fallback: float = 0.0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(m, s, z mean, z deviation); a constant y has s = fallback, a constant z 1."""

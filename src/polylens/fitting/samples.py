@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from polylens.fitting.estimator import Batch, Estimator, weighty
+from polylens.fitting.estimator import Batch, Estimator
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.fitting.tails import best_tails
 from polylens.inputs.gaussian import Moments
@@ -56,7 +56,6 @@ class SampleEstimator(Estimator):
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
         self.count += len(x)
-        x, sample_weights = weighty(x, sample_weights)
         self._moments.update(x, sample_weights)
         if self._gram is None and not self.tails:
             self._gram = self._begun(self._range)
@@ -72,7 +71,7 @@ class SampleEstimator(Estimator):
         if self.tails:
             drawn = _Drawn()
             for batch in batches():
-                drawn.add(*weighty(*batch))
+                drawn.add(*batch)
             self._decide(drawn.x, drawn.w)
 
     def solve(self) -> Polynomial | JointPolynomial:
@@ -110,8 +109,7 @@ class SamplesEstimator(SampleEstimator):
 
     def prepare(self, batches: Callable[[], Iterable[Batch]]) -> None:
         moments, drawn = NeuronMoments(self.weights), _Drawn() if self.tails else None
-        for batch in batches():
-            x, w = weighty(*batch)
+        for x, w in batches():
             moments.update(x, w)
             if drawn is not None:
                 drawn.add(x, w)

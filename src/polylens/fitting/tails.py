@@ -72,11 +72,12 @@ def best_tails(
         largest = best.topk(min(len(best), max(FEW, len(best) // LARGEST))).indices
         found = found.extended(largest, sums.choices(largest, many))
     # The least price at which the whole share is not spent.
-    low, high = 0.0, float(found.errors[0].sum()) / SMALL[1]
-    for _ in range(40):
-        middle = (low * high) ** 0.5 if low else high * 1e-15
-        spent = float(found.spent[found.cheapest(middle)].mean())
-        low, high = (middle, high) if spent > share else (low, middle)
+    high = found.errors[0].sum() / SMALL[1]
+    low = torch.zeros_like(high)
+    for _ in range(40):  # on the layer's device, which nothing waits for
+        middle = torch.where(low > 0, (low * high).sqrt(), high * 1e-15)
+        too_much = found.spent[found.cheapest(middle)].mean() > share
+        low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
     choice = found.cheapest(high)
     return found.ends.gather(0, choice.expand(1, 2, -1))[0]
 
@@ -94,7 +95,7 @@ class _Choices(NamedTuple):
     ends: Tensor
     spent: Tensor
 
-    def cheapest(self, price: float) -> Tensor:
+    def cheapest(self, price: Tensor) -> Tensor:
         """[d_mlp] index of the pair of least error + price * share."""
         return (self.errors + price * self.spent).min(0).indices
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import TOLERANCE
@@ -206,10 +207,8 @@ def read_projection(call: Call) -> Projection:
     module, label = call.module, f"{call.path} ({type(call.module).__name__})"
     weight: Any = getattr(module, "weight", None)
     bias = getattr(module, "bias", None)
-    plain = type(weight) in (Tensor, nn.Parameter) and type(bias) in (
-        Tensor,
-        nn.Parameter,
-        type(None),
+    plain = isinstance(weight, Tensor) and not any(
+        is_traceable_wrapper_subclass(t) for t in (weight, bias) if t is not None
     )
     if not plain or weight.dim() != 2 or weight.dtype not in TOLERANCE:
         raise UnsupportedModel(

@@ -190,11 +190,12 @@ class Moments:
     deviations costs no digits. Memory: d_in^2 float64.
 
     Attributes:
-        count: samples so far; weight: sum of their weights.
+        count: samples so far.
     """
 
     def __init__(self) -> None:
-        self.count, self.weight = 0, 0.0
+        self.count = 0
+        self._weight: Tensor | float = 0.0
         self._shift = self._sum = self._outer = torch.empty(0)
 
     @torch.no_grad()
@@ -217,11 +218,11 @@ class Moments:
             weighted, weight = x, float(len(x))
         else:
             w = sample_weights.reshape(-1).to(x)
-            weighted, weight = x * w[:, None], float(w.sum())
+            weighted, weight = x * w[:, None], w.sum()
         self._sum += weighted.sum(0)
         self._outer.addmm_(weighted.T, x)
         self.count += len(x)
-        self.weight += weight
+        self._weight = self._weight + weight
 
     def gaussian(self, name: str = "the samples", *, warn: bool = True) -> Gaussian:
         """The Gaussian with these moments.
@@ -248,6 +249,7 @@ class Moments:
                 NumericalWarning,
                 stacklevel=2,
             )
-        delta = self._sum / self.weight
-        cov = torch.addr(self._outer, delta, delta, beta=1 / self.weight, alpha=-1)
+        weight = float(self._weight)
+        delta = self._sum / weight
+        cov = torch.addr(self._outer, delta, delta, beta=1 / weight, alpha=-1)
         return Gaussian.trusted(self._shift + delta, cov)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from polylens.errors import InvalidInputError
+from polylens.waiting import numbers
 
 # A variance below this share of the squared mean is the rounding of a constant.
 CONSTANT = 1e-24
@@ -37,7 +38,8 @@ class ResidualSums:
         n: rows seen so far; weight: the sum of their weights.
     """
 
-    n, weight = 0, 0.0
+    n = 0
+    weight: Tensor | float = 0.0
 
     def update(self, y: Tensor, predictions: Tensor, sample_weights: Tensor | None = None) -> None:
         """Add outputs y [n, d] and predictions [degree + 1, n, d], weighted by [n] or equally."""
@@ -53,13 +55,13 @@ class ResidualSums:
         centred = y - self._shift
         errors = (y - p.double() for p in predictions)
         if sample_weights is None:
-            self.weight += len(y)
+            self.weight = self.weight + len(y)
             self._total += centred.sum(0)
             self._square += centred.square().sum()
             self._residual += torch.stack([error.square().sum() for error in errors])
         else:
             w = sample_weights.double()
-            self.weight += float(w.sum())
+            self.weight = self.weight + w.sum()
             self._total += w @ centred
             self._square += w @ centred.square().sum(1)
             self._residual += torch.stack([w @ error.square().sum(1) for error in errors])
@@ -72,17 +74,18 @@ class ResidualSums:
     @property
     def variance(self) -> float:
         """Of y, summed over directions."""
-        return float(self._square / self.weight - (self._total / self.weight).square().sum())
+        return float(self._measured()[0])
 
     @property
     def constant(self) -> bool:
         """Whether y does not vary."""
-        return is_constant(self.variance, self.mean.square().sum())
+        variance, square, _ = self._measured()
+        return is_constant(variance, square)
 
     def shares(self) -> Tensor:
         """[degree + 1] R2 of every degree, by `share_explained`."""
-        mse = self._residual / self.weight
-        return share_explained(mse, self.variance, self.mean.square().sum())
+        variance, square, mse = self._measured()
+        return share_explained(mse, variance, square).to(self._residual.device)
 
     def r2(self, where: str) -> tuple[float, ...] | None:
         """R2 of every degree; None with fewer than two rows.
@@ -92,19 +95,28 @@ class ResidualSums:
         """
         if self.n < 2:
             return None
-        bad = [f"degree {k}" for k, v in enumerate(self._residual) if not isfinite(v)]
-        finite = isfinite(self.variance)
-        if not finite or bad:
-            what = f"its polynomials of {', '.join(bad)}" if finite else "its outputs"
+        variance, square, mse = self._measured()
+        bad = [f"degree {k}" for k, v in enumerate(numbers(mse)) if not isfinite(v)]
+        if not isfinite(variance) or bad:
+            what = f"its polynomials of {', '.join(bad)}" if isfinite(variance) else "its outputs"
             raise InvalidInputError(
                 f"{where}: {what} are not finite on these inputs, so R2 would be NaN; use a wider "
                 "dtype, and check the model's activations on them"
             )
-        return tuple(map(float, self.shares()))
+        return tuple(numbers(share_explained(mse, variance, square)))
 
     def last_r2(self) -> float | None:
         """R2 of the last degree; None with fewer than two rows, -inf of what is not finite."""
         if self.n < 2:
             return None
-        finite = isfinite(self.variance) and isfinite(float(self._residual[-1]))
-        return float(self.shares()[-1]) if finite else float("-inf")
+        variance, square, mse = self._measured()
+        finite = isfinite(variance) and isfinite(mse[-1])
+        return float(share_explained(mse, variance, square)[-1]) if finite else float("-inf")
+
+    def _measured(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Variance and mean square of y, summed over directions, and the mean squared error of
+        every degree: on the CPU, for which a GPU is waited for once."""
+        variance = self._square / self.weight - (self._total / self.weight).square().sum()
+        square, mse = self.mean.square().sum(), self._residual / self.weight
+        found = torch.cat([variance[None], square[None], mse]).cpu()
+        return found[0], found[1], found[2:]

@@ -1,7 +1,8 @@
 """Samples as the model of a layer's inputs."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from polylens.checks import floating
 from polylens.errors import InvalidInputError
 from polylens.inputs.model import Fitted, InputModel
 from polylens.inputs.residuals import ResidualSums
+from polylens.waiting import numbers
+
+linalg: Any = torch.linalg  # without types
 
 # Rows of a tensor handed out at a time.
 ROWS = 1024
@@ -80,9 +84,15 @@ class Samples(InputModel):
         empty = True
         for batch in self._raw():
             x, weights = checked(*_parts(batch), d_in)
-            if len(x):
-                empty, d_in = False, x.shape[1]
-                yield x.to(device, dtype), None if weights is None else weights.to(device)
+            if not len(x):
+                continue
+            empty, d_in = False, x.shape[1]
+            x, weights = _weighty(x, weights)
+            # the rows of a tensor were looked at together
+            size = ROWS if isinstance(self._x, Tensor) else max(1, len(x))
+            for i in range(0, max(1, len(x)), size):
+                w = None if weights is None else weights[i : i + size].to(device)
+                yield x[i : i + size].to(device, dtype), w
         if empty:
             raise InvalidInputError("no samples: the iterator is empty, nothing to fit to")
 
@@ -99,13 +109,7 @@ class Samples(InputModel):
             batches = self._x() if callable(self._x) else self._x
             _require_batches(batches)
             return batches
-        if self._weights is None:
-            return torch.split(self._x, ROWS)
-        if len(self._weights) != len(self._x):
-            raise InvalidInputError(
-                f"{len(self._x)} samples but {len(self._weights)} sample weights"
-            )
-        return zip(torch.split(self._x, ROWS), torch.split(self._weights, ROWS), strict=True)
+        return [self._x if self._weights is None else (self._x, self._weights)]
 
     def __repr__(self) -> str:
         what = tuple(self._x.shape) if isinstance(self._x, Tensor) else type(self._x).__name__
@@ -142,7 +146,7 @@ def _sample_weights(weights: object) -> Tensor:
     return floating("sample weights", w).detach().double().reshape(-1)
 
 
-def checked(x: object, weights: object, d_in: int | None) -> tuple[Tensor, Tensor | None]:
+def shaped(x: object, weights: object, d_in: int | None) -> tuple[Tensor, Tensor | None]:
     """One batch as x [n, d_in] and weights [n] in float64, or the error that says what is wrong."""
     x = floating("samples", x)
     if not x.dim() or not x.shape[-1]:
@@ -150,17 +154,58 @@ def checked(x: object, weights: object, d_in: int | None) -> tuple[Tensor, Tenso
     if d_in is not None and x.shape[-1] != d_in:
         raise InvalidInputError(f"samples have {x.shape[-1]} features, {d_in} are expected")
     x = x.detach().reshape(-1, x.shape[-1])
-    if not torch.isfinite(x).all():
-        bad = int((~torch.isfinite(x)).any(1).sum())
-        raise InvalidInputError(f"{bad} of {len(x)} samples in a batch are NaN or infinite")
     if weights is None:
         return x, None
     w = _sample_weights(weights).to(x.device)
     if len(w) != len(x):
         raise InvalidInputError(f"{len(x)} samples but {len(w)} sample weights")
-    if not torch.isfinite(w).all() or (w < 0).any():
-        raise InvalidInputError("sample weights must be finite and >= 0")
     return x, w
+
+
+def checked(x: object, weights: object, d_in: int | None) -> tuple[Tensor, Tensor | None]:
+    """`shaped`, with values that can be fitted to."""
+    x, w = shaped(x, weights, d_in)
+    flaws = Flaws()
+    flaws.note(x, w)
+    flaws.require_none()
+    return x, w
+
+
+class Flaws:
+    """Samples and weights that cannot be fitted to, counted where they are.
+
+    Whether there are any is asked once, in the end: a GPU would have to be waited for.
+    """
+
+    def __init__(self) -> None:
+        self._rows, self._found = 0, torch.zeros(2, dtype=torch.long)
+
+    def note(self, x: Tensor, weights: Tensor | None) -> None:
+        """Look at x [n, d_in] and weights [n]."""
+        self._rows += len(x)
+        # the largest of a row is NaN or infinite where any is, and needs no memory
+        largest = linalg.vector_norm(x, math.inf, dim=1)
+        bad = [(~torch.isfinite(largest)).sum()]
+        if weights is not None:
+            bad.append((~(torch.isfinite(weights) & (weights >= 0))).sum())
+        found = torch.stack([*bad, *[torch.zeros_like(bad[0])] * (2 - len(bad))])
+        self._found = found + self._found.to(x.device)
+
+    def require_none(self) -> None:
+        """InvalidInputError if there were some (how many)."""
+        samples, weights = numbers(self._found)
+        if samples:
+            raise InvalidInputError(f"{samples} of {self._rows} samples are NaN or infinite")
+        if weights:
+            raise InvalidInputError("sample weights must be finite and >= 0")
+
+
+def _weighty(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Without samples of weight zero, which decide nothing."""
+    if weights is None:
+        return x, None
+    kept = weights != 0
+    return (x, weights) if bool(kept.all()) else (x[kept], weights[kept])
 
 
 def joined(batches: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor | None]:

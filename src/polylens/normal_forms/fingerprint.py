@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.waiting import numbers
 
 # Three sums by role of the weight; see `fingerprint`.
 Fingerprint = Mapping[str, Sequence[float]]
@@ -12,19 +14,17 @@ Fingerprint = Mapping[str, Sequence[float]]
 
 def fingerprint(weights: MLPWeights | GLUWeights) -> Fingerprint:
     """Sum, square sum and a position-dependent sum of each weight, in float64."""
-    found: dict[str, tuple[float, ...]] = {}
-    for name, tensor in weights.tensors().items():
+    sums: list[Tensor] = []
+    tensors = weights.tensors()
+    for tensor in tensors.values():
         rows = tensor.detach().double().reshape(len(tensor), -1)
         pattern = [
             torch.cos(torch.arange(n, dtype=torch.float64, device=rows.device) + 1)
             for n in rows.shape
         ]
-        found[name] = (
-            float(rows.sum()),
-            float(rows.square().sum()),
-            float(pattern[0] @ rows @ pattern[1]),
-        )
-    return found
+        sums += [rows.sum(), rows.square().sum(), pattern[0] @ rows @ pattern[1]]
+    values = numbers(torch.stack(sums))
+    return {name: tuple(values[3 * i : 3 * i + 3]) for i, name in enumerate(tensors)}
 
 
 # Of sums in float64, which another device or number of threads adds up in another order.

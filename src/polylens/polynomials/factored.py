@@ -112,7 +112,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         roles = {name: getattr(self, name) for name in ROLES}
         if self.weights_type is MLPWeights:
             del roles["W_gate"], roles["b_gate"]
-        return self.weights_type(act=self.act, **roles)
+        return self.weights_type.trusted(self.act, **roles)
 
     def optimum_r2(self, gaussian: Gaussian) -> Tensor:
         return explained_variance(self.weights, gaussian, self.degree).r2

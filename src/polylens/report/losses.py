@@ -97,18 +97,19 @@ def measure_losses(
     everything, ablated = tuple(layers), {group: Cost() for group in alone_and_all(layers)}
     replaced = {group: Cost() for group in _replaced_groups(layers, prefixes)}
     stream, rises = _ReplacedStream(lens, degree, layers), WorstRises(worst, lead)
-    base, n_positions, n_targets = 0.0, 0, []
+    base: Tensor | float = 0.0
+    n_positions, n_targets = 0, []
     for batch, mask in steps:
         real = unpadded(batch, mask)
-        n_targets.append(targets(real, lead).sum(1).cpu())
+        n_targets.append(targets(real, lead).sum(1))
         n_positions += int(real.sum())
         truth, true = _truth(lens, batch, mask, real, lead)
-        base += float(true.ce.sum())
+        base = base + true.ce.sum()
         bar.update()
         for group, cost in replaced.items():
             whole = group == everything
             watching = stream.watch(batch, mask) if whole else nullcontext()
-            with lens.replaced(degree=degree, layers=group), watching:
+            with lens.flowing(dict.fromkeys(group, degree)), watching:
                 changed = score(lens.host.logits(batch, mask), truth, batch, real, lead)
             cost.update(changed, true)
             if whole:
@@ -127,7 +128,7 @@ def measure_losses(
         group: _columns(cost, ablated.get(group), counts, n_positions)
         for group, cost in replaced.items()
     }
-    base_ce = base / int(counts.sum())
+    base_ce = float(base) / int(counts.sum())
     return Losses(base_ce, int(counts.sum()), by_group, stream.r2(), rises.found)
 
 

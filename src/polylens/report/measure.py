@@ -78,8 +78,6 @@ def measure(
     loss = loss and reads_tokens
     as_text = decoder(lens, decode, tokens) if loss else str
     require_deterministic(lens.host.module)
-    device = lens.host.device
-    tokens, mask = tokens.to(device), None if mask is None else mask.to(device)
     steps = list(batches(tokens, mask, batch_size))
     per_batch = 1 + (loss and passes_per_batch(chosen, prefixes))
     losses, all_row, found, lead = None, None, (), 1

@@ -12,7 +12,7 @@ from polylens.hosts.positions import targets
 
 
 class Scores(NamedTuple):
-    """Of every position of a batch, in float64 on the CPU; 0 where it does not count.
+    """Of every position of a batch, in float64 where the logits are; 0 where it does not count.
 
     Attributes:
         ce: [batch, pos - lead] cross entropy of the token `lead` further on.
@@ -59,12 +59,14 @@ def score(
         lead: of the tokens whose cross entropy it is, see `lead_of`.
     """
     ce, counts = [], targets(real, lead)
-    kl, agree = (torch.zeros(real.shape, dtype=torch.float64) for _ in range(2))
+    kl, agree = (
+        torch.zeros(real.shape, dtype=torch.float64, device=logits.device) for _ in range(2)
+    )
     for i in range(len(tokens)):
         log_q = _log_softmax(logits[i])
         wanted = tokens[i, lead:, None].to(log_q.device)
         ce_i = -log_q[: len(wanted)].gather(1, wanted).squeeze(1)
-        ce.append(torch.where(counts[i].to(log_q.device), ce_i, 0).cpu().double())
+        ce.append(torch.where(counts[i].to(log_q.device), ce_i, 0).double())
         if truth is not None:
             log_p, here = _log_softmax(truth[i]), real[i].to(log_q.device)
             divergence = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
@@ -78,24 +80,25 @@ class Cost:
 
     def __init__(self) -> None:
         self._rises: list[Tensor] = []
-        self._kl = self._agree = 0.0
+        self._kl: Tensor | float = 0.0
+        self._agree: Tensor | float = 0.0
 
     def update(self, changed: Scores, true: Scores) -> None:
         self._rises.append((changed.ce - true.ce).sum(1))
-        self._kl += float(changed.kl.sum())
-        self._agree += float(changed.agree.sum())
+        self._kl = self._kl + changed.kl.sum()
+        self._agree = self._agree + changed.agree.sum()
 
     def kl(self, n_positions: int) -> float:
         """Mean over positions."""
-        return self._kl / n_positions
+        return float(self._kl) / n_positions
 
     def agreement(self, n_positions: int) -> float:
         """Share of positions."""
-        return self._agree / n_positions
+        return float(self._agree) / n_positions
 
     def delta_ce(self, n_targets: Tensor) -> float:
         """Mean rise of the cross entropy; n_targets [sequences] of each sequence."""
-        return float(torch.cat(self._rises).sum() / n_targets.sum())
+        return float(self._all_rises().sum() / n_targets.sum())
 
     def delta_ce_se(self, n_targets: Tensor) -> float | None:
         """Standard error of `delta_ce`, None of fewer than two sequences.
@@ -105,10 +108,15 @@ class Cost:
         sqrt(S / (S - 1) sum (D_i - r n_i)^2) / sum n_i.
         """
         S = int((n_targets > 0).sum())
-        rises = torch.cat(self._rises)
+        rises = self._all_rises()
         left = rises - rises.sum() / n_targets.sum() * n_targets
         error = float(left.square().sum().sqrt() / n_targets.sum())
         return (S / (S - 1)) ** 0.5 * error if S > 1 and isfinite(error) else None
+
+    def _all_rises(self) -> Tensor:
+        """[sequences], on the CPU."""
+        self._rises = [torch.cat(self._rises).cpu()]
+        return self._rises[0]
 
 
 def _log_softmax(logits: Tensor) -> Tensor:

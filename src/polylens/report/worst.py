@@ -40,26 +40,33 @@ class WorstRises:
 
     Args:
         lead: of the tokens before what predicts them, see `scoring.lead_of`.
-
-    Attributes:
-        found: worst first.
     """
 
     def __init__(self, n: int, lead: int) -> None:
         self._n, self._lead, self._sequences = n, lead, 0
-        self.found: list[Rise] = []
+        # rows: the rise, true, changed, KL, sequence, where it is predicted
+        self._table = torch.zeros(6, 0, dtype=torch.float64)
 
     def update(self, changed: Scores, true: Scores) -> None:
         rises = (changed.ce - true.ce).nan_to_num(nan=float("inf"), posinf=float("inf"))
-        for place in rises.flatten().topk(min(self._n, rises.numel())).indices.tolist():
-            i, at = divmod(place, rises.shape[1])
-            scores = (table[i, at].item() for table in (rises, true.ce, changed.ce, changed.kl))
-            rise, *rest = scores
-            if rise > ROUNDING:
-                self.found.append(Rise(rise, self._sequences + i, at + self._lead, at, *rest))
-        self.found.sort(key=lambda found: (-found.rise, found.sequence, found.position))
-        del self.found[self._n :]
+        places = rises.flatten().topk(min(self._n, rises.numel())).indices.sort().values
+        i, at = places // rises.shape[1], places % rises.shape[1]
+        scores = [each[i, at] for each in (rises, true.ce, changed.ce, changed.kl)]
+        new = torch.stack([*scores, (self._sequences + i).double(), at.double()])
+        table = torch.cat([self._table.to(new.device), new], dim=1)
+        # of equal ones the first stays first
+        order = table[0].argsort(descending=True, stable=True)[: self._n]
+        self._table = table[:, order]
         self._sequences += len(rises)
+
+    @property
+    def found(self) -> list[Rise]:
+        """Worst first."""
+        return [
+            Rise(rise, int(sequence), int(at) + self._lead, int(at), *scores)
+            for rise, *scores, sequence, at in self._table.T.tolist()
+            if rise > ROUNDING
+        ]
 
 
 def explain(
@@ -90,7 +97,7 @@ def explain(
         n_pos = tokens.shape[1]
         at = torch.tensor([s * n_pos + p for s, p in places])
         look = _observers(lens, degree, layers, at, [causes[i] for i in chosen])
-        with lens.replaced(degree=degree, layers=layers), lens.host.observe(look):
+        with lens.flowing(dict.fromkeys(layers, degree)), lens.host.observe(look):
             lens.host.run(*step)
     return tuple(
         WorstToken(
@@ -134,12 +141,13 @@ def _observers(
             t = (polynomial.weights.neurons(x)["y"].double() - neurons.m) / neurons.s
             t = torch.where(neurons.s > 0, t, 0).nan_to_num()
             farthest = t.abs().argmax(-1)
-            found = zip(which.tolist(), errors.nan_to_num(nan=float("inf")).tolist(), strict=True)
-            for j, (i, error) in enumerate(found):
+            deviations = t.gather(-1, farthest[:, None]).squeeze(-1)
+            errors = errors.nan_to_num(nan=float("inf"))
+            found = torch.stack([errors, deviations, farthest.double()]).T.tolist()
+            for i, (error, deviation, neuron) in zip(which.tolist(), found, strict=True):
                 if error > causes[i].get("error", -1):
-                    neuron = int(farthest[j])
                     causes[i].update(layer=layer, error=error)
-                    causes[i].update(neuron=neuron, deviation=float(t[j, neuron]))
+                    causes[i].update(neuron=int(neuron), deviation=deviation)
 
         return look
 

@@ -1,0 +1,79 @@
+"""polylens on a second device: the figures of the CPU, and a bounded number of waits for it."""
+
+import pytest
+import torch
+
+import polylens
+from polylens import Sequential, TrueStream, demo
+from tests.oracles import generator, random_layer, random_mixture
+from tests.software_device import NAME, software_device
+
+METHODS = {
+    "gaussian": TrueStream(estimator="gaussian"),
+    "samples": TrueStream(),
+    "joint": TrueStream(estimator="joint", weighting="output"),
+    "replaced stream": Sequential(),
+}
+
+
+@pytest.fixture
+def waits():
+    with software_device() as waits:
+        yield waits
+
+
+def figures(method, device, n=16, degree=3, layers=(1, 2), **options) -> list:
+    """Of a report on the embedded model."""
+    model = demo.load_model().to(device)
+    training, held_out = (demo.batches(text, n, 32).to(device) for text in demo.texts())
+    with polylens.attach(
+        model, training, degree=degree, method=method, layers=layers, progress=False
+    ) as lens:
+        report = lens.report(held_out, progress=False, **options)
+    return [report.base_ce, *report.rows, report.all_row, report.worst]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_figures_are_those_of_the_cpu(name, waits):
+    method = METHODS[name]
+    assert figures(method, NAME) == figures(method, "cpu")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_waits_do_not_grow_with_tokens_and_degree(name, waits):
+    """Nor with neurons: nothing but layers, and what is shown of the worst tokens."""
+    counts = []
+    for n, degree in ((16, 2), (32, 2), (16, 4)):
+        waits.clear()
+        figures(METHODS[name], NAME, n, degree, layers=(1,), worst=0)
+        counts.append(
+            sum(own for (_, where), own in waits.items() if not where.startswith("hosts"))
+        )
+    few, *others = counts
+    assert all(other <= few for other in others), counts
+    assert few < 60
+
+
+@pytest.mark.parametrize("kind", ["mlp", "glu"])
+def test_fits_and_what_is_read_off_them(kind, waits):
+    x = random_mixture(1).sample(2100, generator(1))
+    w = torch.rand(2100, generator=generator(2))
+    inputs = {
+        "gaussian": lambda move: (polylens.Gaussian.from_samples(move(x)),),
+        "mixture": lambda move: (random_mixture(1),),
+        "samples": lambda move: (polylens.Samples(move(x), move(w)),),
+    }
+    verbs = {"samples": (polylens.fit, polylens.fit_joint), "mixture": (polylens.fit,)}
+
+    def read(move) -> list:
+        found = []
+        layer = random_layer(1, kind, "silu").to(move(x).device)
+        u = move(torch.ones(layer.d_out))
+        for name, model in inputs.items():
+            for verb in verbs.get(name, (polylens.fit,)):
+                p = verb(layer, *model(move), 3)
+                form = p.quadratic_form(u)
+                found += [p.r2, *p.linear(), form.to_dense(), p(move(x[:5])), p.piece(x[0], u).P]
+        return [t.cpu() for t in found]
+
+    assert all(map(torch.equal, read(lambda t: t.to(NAME)), read(lambda t: t)))
