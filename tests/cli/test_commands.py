@@ -180,9 +180,25 @@ def test_interactions_of_a_prompt_sum_to_what_the_layer_writes(tmp_path):
         _fails(["demo", *given], said, command="interactions")
 
 
+def test_two_lenses_of_one_model_are_compared(tmp_path):
+    saved = [str(tmp_path / name) for name in ("a", "b")]
+    for path, degree in zip(saved, "31", strict=True):
+        fitted = ["fit", "demo", *DEMO_SIZES[:2], "--layers", "1-2", "--save", path]
+        assert run(app, [*fitted, "--degree", degree, "-q"]).exit_code == 0
+    arguments = ["compare", "demo", "demo", "--lens", saved[0], "--other-lens"]
+    same = run(app, [*arguments, saved[0], "--json", "-"])
+    assert same.exit_code == 0, same.output
+    other = run(app, [*arguments, saved[1], "--json", "-"])
+    distances = [
+        [row["distance"] for row in json.loads(result.stdout)["rows"]] for result in (same, other)
+    ]
+    assert max(distances[0]) < 1e-6
+    assert min(distances[1]) > 0.01
+
+
 def test_version_and_help():
     assert run(app, ["--version"]).stdout == f"polylens {polylens.__version__}\n"
-    for command in ("fit", "report", "demo", "features", "interactions", "trace"):
+    for command in ("fit", "report", "demo", "features", "interactions", "compare", "trace"):
         assert "--quiet" in run(app, [command, "-h"], env={"COLUMNS": "200"}).stdout
 
 

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from polylens.analysis.arguments import as_numbers, check_lens
+from polylens.analysis.arguments import as_numbers, check_layer, check_lens
 from polylens.analysis.features import EigenFeatures, eigenfeatures
 from polylens.analysis.figures import features_figure
 from polylens.analysis.interventions import Edit, intervene
@@ -18,6 +18,7 @@ from polylens.analysis.layer_tokens import (
     embedding_activations,
     input_moments,
     logit_direction,
+    token_id,
 )
 from polylens.analysis.linear import SingularFeatures
 from polylens.analysis.readout import top_tokens
@@ -282,10 +283,10 @@ def examples(
 def layer_features(
     lens: Any,
     layer: Layer,
-    token: int,
+    token: int | str,
     tokens: Tensor | None = None,
     *,
-    against: int | None = None,
+    against: int | str | None = None,
     k: int = 8,
     n_tokens: int = 6,
     decode: Decode | None = None,
@@ -299,7 +300,7 @@ def layer_features(
     Args:
         lens: of degree 2 or more.
         layer: an attached layer.
-        token, against: ids.
+        token, against: ids, or text that is one token each.
         tokens: a text, for the `examples` of each feature in it. Without one there are the tokens
             whose embedding activates it, which say little behind the first layers.
         k: features; n_tokens: named at either end of each.
@@ -311,6 +312,8 @@ def layer_features(
         UnsupportedModel: as `logit_direction`; without a text, a layer that does not read a norm's
             output, such as one whose norm is folded away.
     """
+    layer = check_layer(lens, layer)
+    token, against = token_id(lens, token), None if against is None else token_id(lens, against)
     u = logit_direction(lens, layer, token, against)
     moments = input_moments(lens, layer)
     features = eigenfeatures(lens[layer], u, k, metric=moments)

@@ -8,7 +8,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from polylens.analysis.arguments import as_numbers, check_lens
+from polylens.analysis.arguments import as_numbers, check_layer, check_lens
+from polylens.analysis.layer_tokens import token_id
 from polylens.analysis.readout import top_tokens
 from polylens.brief import Brief
 from polylens.calibration.seen import require_deterministic
@@ -243,8 +244,8 @@ def logit_gradient(
     lens: Any,
     tokens: Tensor,
     layer: Layer,
-    token: int,
-    against: int | None = None,
+    token: int | str,
+    against: int | str | None = None,
     *,
     at: int = -1,
     attention_mask: Tensor | None = None,
@@ -257,7 +258,7 @@ def logit_gradient(
     Args:
         lens: attached; within `lens.replaced()` it is the gradient in the replacement.
         tokens: [batch, pos] token ids.
-        token, against: ids.
+        token, against: ids, or text that is one token each.
         at: position.
 
     Raises:
@@ -266,9 +267,10 @@ def logit_gradient(
 
     Cost: a forward and a backward pass.
     """
-    check_lens(lens)
+    layer = check_layer(lens, layer)
     lens.ready([layer], None)
     host = lens.host
+    token, against = token_id(lens, token), None if against is None else token_id(lens, against)
     if not isinstance(layer, int):
         raise UnsupportedModel(f"{layer!r} sees only what its router sends there; give a layer")
     tokens, mask = validate_tokens(

@@ -1,17 +1,19 @@
 """What a layer reads and writes, as tokens: through the norms around it."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from polylens.analysis.arguments import check_lens
+from polylens.analysis.arguments import check_layer, check_lens
 from polylens.analysis.metric import gaussian_of
 from polylens.analysis.readout import (
     before_norm,
     behind_norm,
     embedding_scores,
+    single_token,
     token_direction,
     top_tokens,
     unembedding_scores,
@@ -26,7 +28,9 @@ TokenScores = list[tuple[str, float]]
 
 
 @torch.no_grad()
-def logit_direction(lens: Any, layer: Layer, token: int, against: int | None = None) -> Tensor:
+def logit_direction(
+    lens: Any, layer: Layer, token: int | str, against: int | str | None = None
+) -> Tensor:
     """[d_out] float64: u such that a layer's output f raises a token's logit by f . u / scales.
 
     `token_direction` through the final norm and, where there is one (Gemma, OLMo 2), the norm
@@ -36,7 +40,7 @@ def logit_direction(lens: Any, layer: Layer, token: int, against: int | None = N
     Args:
         lens: of a language model.
         layer: an attached layer.
-        token: id; `against` another, or None for the mean of all.
+        token: id, or text that is one token; `against` another, or None for the mean of all.
 
     Raises:
         InvalidInputError: no such layer or token, or a token against itself.
@@ -44,9 +48,8 @@ def logit_direction(lens: Any, layer: Layer, token: int, against: int | None = N
             no directions of what its layers write.
     """
     last, own = _norms_behind(lens, layer)
-    u = token_direction(
-        lens.host.unembedding, token, against, centred=last.centred, weight=last.weight
-    )
+    ids = token_id(lens, token), None if against is None else token_id(lens, against)
+    u = token_direction(lens.host.unembedding, *ids, centred=last.centred, weight=last.weight)
     return u if own is None else before_norm(u, centred=own.centred, weight=own.weight)
 
 
@@ -104,8 +107,22 @@ def written_tokens(
     return top_tokens(scores[:, 0], n_tokens, names)
 
 
+def token_id(lens: Any, token: int | str) -> int:
+    """The id of a token that is given as such, or as its text.
+
+    Raises:
+        InvalidInputError: a text that is not one token, or a model without a tokenizer.
+    """
+    if not isinstance(token, str):
+        return token
+    check_lens(lens)
+    tokenizer = lens.host.tokenizer
+    if tokenizer is None:
+        raise InvalidInputError(f"token {token!r}: this model has no tokenizer; give its id")
+    return single_token(token, partial(tokenizer.encode, add_special_tokens=False))
+
+
 def _norms_behind(lens: Any, layer: Layer) -> tuple[Norm, Norm | None]:
     """The final norm, and what the layer's output passes before the residual stream, if any."""
-    check_lens(lens)
-    lens[layer]  # refuses one that is not attached
+    layer = check_layer(lens, layer)
     return lens.host.final_norm(), lens.host.norms_behind([layer], "mlp").get(layer)

@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -188,6 +189,30 @@ def interactions(
         out.show(found.table(k))
         out.figures(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
         out.figure(lambda: found.plot(k))
+
+
+@app.command()
+@spread
+def compare(
+    model: ModelName,
+    other: Annotated[str, typer.Argument(help="Another model of the same shape, or the same.")],
+    source: Source,
+    out: Output,
+    other_lens: Annotated[
+        str | None, typer.Option(help="The other's lens; nothing is fitted for it.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many features of each layer.")] = 8,
+) -> None:
+    """How far the polynomials of two models are apart, and which features appear, turn, vanish."""
+    with _one_line_errors():
+        out.check()
+        from polylens.analysis import compare
+
+        first = open_model(model, source, out)
+        second = open_model(other, replace(source, lens=other_lens, checkpoint=None), out)
+        found = compare(first.lens, second.lens, k=k)
+        out.show(found)
+        out.figures(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
 
 
 @app.command()
