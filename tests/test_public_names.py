@@ -47,6 +47,8 @@ def test_what_is_public_has_a_short_repr():
     u, data = torch.randn(5), polylens.TraceData(tokens, tokens)
     with polylens.attach(model, method=polylens.FromNorm(), progress=False) as lens:
         report = lens.report(tokens, loss=False, progress=False)
+        edit = polylens.analysis.Edit(0, torch.ones(128))
+        edited = polylens.analysis.intervene(lens, tokens, edit)
     found = [
         *(weights, gaussian, samples, mixture, polynomial, lens, report, data),
         polylens.fit_joint(weights, samples),
@@ -62,6 +64,11 @@ def test_what_is_public_has_a_short_repr():
         polylens.analysis.singular_features(polynomial),
         polylens.analysis.output_directions(polynomial),
         polylens.analysis.interactions(polynomial, torch.randn(3, 6), u),
+        polylens.analysis.Edit(0, polynomial.part(2)),
+        edited,
+        edited["edit"],
+        polylens.analysis.compare(lens, lens, layers=0),
+        polylens.analysis.layer_features(lens, 0, 7, k=2),
     ]
     for each in found:
         text = repr(each)

@@ -97,6 +97,30 @@ def test_a_choice_of_layers_and_of_features(made):
     assert len(re.findall("<tr>", page.split("<h3>")[1])) == 3
 
 
+def test_features_are_shown_where_they_are_active(made):
+    lens, report, _ = made
+    tokens = demo.batches(demo.texts()[1], 8, 32)
+    decode = demo.ByteTokenizer().decode
+    page = html_page(lens, report, layers=[0, 3], k=2, tokens=tokens, decode=decode)
+    Balanced(page)
+    u = analysis.output_directions(lens[3], 2, 1).vectors[:, 0]
+    features = analysis.eigenfeatures(lens[3], u, 2, metric="covariance")
+    found = analysis.examples(lens, {3: features}, tokens, k=3, decode=decode)[3]
+    section = page.split("<h3>Layer 3</h3>")[1]
+    for row in found.rows:
+        # neither u nor a feature has a sign of its own
+        best = {f"{abs(e.activation):.1f}" for e in (row.highest[0], row.lowest[0])}
+        assert all(value in section for value in best)
+        assert f"<b>{html.escape(row.highest[0].token)}</b>".replace("\n", "⏎") in section
+    # five tokens that u raises and lowers, and of embeddings where they explain the activation
+    named = sum(row.token_r2 >= 0.5 for row in found.rows)
+    assert len(re.findall(r"</code> [+-]", section)) == 10 + 10 * named
+    assert "where in the text the feature is most active" in page
+    # without a decode and without a tokenizer the names are joined
+    named = html_page(lens, report, layers=3, k=1, tokens=tokens, names=lambda i: f"({i})")
+    assert re.search(r"<b>\(\d+\)</b>", named)
+
+
 def test_a_report_of_something_else_is_refused(made):
     lens, report, _ = made
     other = type(report).from_dict({**report.to_dict(), "rows": []})

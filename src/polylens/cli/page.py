@@ -4,11 +4,12 @@ import base64
 import html
 import io
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 import polylens.analysis.figures as figures
 from polylens.analysis import (
@@ -17,7 +18,7 @@ from polylens.analysis import (
     eigenfeatures,
     singular_features,
 )
-from polylens.analysis.examples import FeatureRow, feature_rows
+from polylens.analysis.examples import MEANINGFUL, Example, FeatureRow, examples, feature_rows
 from polylens.analysis.layer_tokens import TokenScores, input_moments, written_tokens
 from polylens.analysis.metric import gaussian_of
 from polylens.calibration.tokens import token_names
@@ -40,7 +41,7 @@ body{font:15px/1.45 system-ui,sans-serif;max-width:60rem;margin:2rem auto;paddin
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ccc}
 h3{font-size:1rem;margin:1.2rem 0 .2rem}
 table{border-collapse:collapse;font-size:85%}td,th{padding:1px 8px;text-align:right}
-td.text,th.text{text-align:left}thead th{border-bottom:1px solid #999}
+td.text,th.text{text-align:left;vertical-align:top}thead th{border-bottom:1px solid #999}
 div.wide{overflow-x:auto}img{max-width:100%;height:auto}p.note{color:#444;font-size:90%}
 code{font-size:95%;background:#f2f2f2;padding:0 2px;white-space:pre}
 """
@@ -76,6 +77,9 @@ def html_page(
     names: Callable[[int], str] | None = None,
     k: int = 4,
     n_tokens: int = 5,
+    tokens: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    decode: Callable[[list[int]], str] | None = None,
 ) -> str:
     """A report, its figure, the input model, spectra and the strongest features of each layer.
 
@@ -89,6 +93,11 @@ def html_page(
         layers: which to open; all of the report by default.
         names: token id -> text; the model's tokenizer by default, ids where it has none.
         k: features per layer; n_tokens: named at either end of each.
+        tokens: [batch, pos], such as those of the report: a text in which each feature is shown
+            where it is most active, for one more forward pass. Without one there are the tokens
+            whose embedding alone activates it, which say little behind the first layers.
+        attention_mask: of the tokens, 0 at padding.
+        decode: list of token ids -> text, for these; the model's tokenizer by default, else names.
 
     Returns:
         The page, which loads nothing from anywhere.
@@ -113,7 +122,15 @@ def html_page(
     wanted = reported if layers is None else layers
     chosen = check_layers(wanted, lens.layers, lens.refused, " in this lens")
     names = names or token_names(lens.host.tokenizer)
-    openings = [_open(lens, layer, k, n_tokens, names) for layer in chosen]
+    openings = [_open(lens, layer, n_tokens, names) for layer in chosen]
+    readable = {o.layer: o.features for o in openings if o.writes and o.features is not None}
+    if tokens is not None and readable:
+        if decode is None and lens.host.tokenizer is None:
+            decode = _joined(names)
+        options = {"k": 3, "n_tokens": n_tokens, "attention_mask": attention_mask, "decode": decode}
+        seen = examples(lens, readable, tokens, **options)
+        openings = [replace(o, rows=seen[o.layer].rows) if o.layer in seen else o for o in openings]
+    openings = [replace(opening, rows=opening.rows[:k]) for opening in openings]
     parts = [
         f"<h1>{html.escape(report.model)}</h1>",
         report._repr_html_(),
@@ -134,7 +151,8 @@ def html_page(
             ),
             _image(figures.shares_figure(shown), "cumulative shares"),
         ]
-    parts += ["<h2>Strongest quadratic features</h2>", _note(_FEATURES)]
+    read = _EMBEDDINGS if tokens is None else _EXAMPLES
+    parts += ["<h2>Strongest quadratic features</h2>", _note(f"{_FEATURES} {read}")]
     parts += [_opening(opening) for opening in openings]
     title = html.escape(f"polylens: {report.model}")
     page = (
@@ -149,14 +167,25 @@ def html_page(
 
 _FEATURES = (
     "Along the output direction u of most quadratic variance, a feature adds value × activation² "
-    "to the output. Tokens are those whose embedding alone activates it most, either way, in "
-    "standard deviations from the mean; both ends count alike. u raises and lowers the logits "
-    "named, through the final norm; it has no sign of its own."
+    "to the output; both ends of its activation, in standard deviations from the mean, count alike."
+    " u raises and lowers the logits named, through the final norm; it has no sign of its own."
+)
+_EMBEDDINGS = (
+    "Tokens are those whose embedding alone activates a feature most, either way: behind the first "
+    "layers that says little of what it reads; a page made with tokens shows examples instead."
+)
+_EXAMPLES = (
+    "Each end shows where in the text the feature is most active, and the tokens whose embedding "
+    f"alone activates it where embeddings explain {MEANINGFUL:.0%} of its variance or more."
 )
 
 
+def _joined(names: Callable[[int], str]) -> Callable[[list[int]], str]:
+    return lambda ids: "".join(names(i) for i in ids)
+
+
 @torch.no_grad()
-def _open(lens: Lens, layer: Layer, k: int, n_tokens: int, names: Callable[[int], str]) -> Opening:
+def _open(lens: Lens, layer: Layer, n_tokens: int, names: Callable[[int], str]) -> Opening:
     polynomial, shares = lens[layer], {}
     try:
         moments = input_moments(lens, layer)
@@ -176,7 +205,7 @@ def _open(lens: Lens, layer: Layer, k: int, n_tokens: int, names: Callable[[int]
     except PolylensError as error:
         return Opening(layer, shares, missing=str(error))
     try:
-        rows = feature_rows(lens, layer, features, n_tokens, names)[:k]
+        rows = feature_rows(lens, layer, features, n_tokens, names)
         return Opening(
             layer, shares, features, written_tokens(lens, layer, u, n_tokens, names), rows
         )
@@ -206,7 +235,12 @@ def _opening(opening: Opening) -> str:
     up, down = (_tokens(end) for end in opening.writes)
     writes = f"<p>u raises {up}, lowers {down}.</p>"
     cells = [
-        [f"{row.value:+.3g}", f"{row.share:.1%}", _tokens(row.high), _tokens(row.low)]
+        [
+            f"{row.value:+.3g}",
+            f"{row.share:.1%}",
+            _end(row.highest, row.high),
+            _end(row.lowest, row.low),
+        ]
         for row in opening.rows
     ]
     return head + writes + _table(["value", "share", "one end", "other end"], cells, 2)
@@ -255,6 +289,20 @@ def _table(titles: Sequence[str], rows: Iterable[Sequence[str]], text_from: int)
     head = line("th", [html.escape(title) for title in titles])
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="wide">{table}</div>'
+
+
+def _end(examples: Sequence[Example], tokens: TokenScores) -> str:
+    lines = (
+        f"{e.activation:+.1f} <code>{_shown(e.before)}<b>{_shown(e.token)}</b>{_shown(e.after)}"
+        "</code>"
+        for e in examples
+    )
+    lines = [*lines, *[_tokens(tokens)] * bool(tokens)]
+    return "".join(f"<div>{line}</div>" for line in lines)
+
+
+def _shown(text: str) -> str:
+    return html.escape(text.replace("\n", "⏎"))
 
 
 def _tokens(scores: TokenScores) -> str:
