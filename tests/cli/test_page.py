@@ -116,9 +116,6 @@ def test_features_are_shown_where_they_are_active(made):
     named = sum(row.token_r2 >= 0.5 for row in found.rows)
     assert len(re.findall(r"</code> [+-]", section)) == 10 + 10 * named
     assert "where in the text the feature is most active" in page
-    # without a decode and without a tokenizer the names are joined
-    named = html_page(lens, report, layers=3, k=1, tokens=tokens, names=lambda i: f"({i})")
-    assert re.search(r"<b>\(\d+\)</b>", named)
 
 
 def test_a_report_of_something_else_is_refused(made):

@@ -97,7 +97,7 @@ def html_page(
             where it is most active, for one more forward pass. Without one there are the tokens
             whose embedding alone activates it, which say little behind the first layers.
         attention_mask: of the tokens, 0 at padding.
-        decode: list of token ids -> text, for these; the model's tokenizer by default, else names.
+        decode: list of token ids -> text, for these; the model's tokenizer by default.
 
     Returns:
         The page, which loads nothing from anywhere.
@@ -125,8 +125,6 @@ def html_page(
     openings = [_open(lens, layer, n_tokens, names) for layer in chosen]
     readable = {o.layer: o.features for o in openings if o.writes and o.features is not None}
     if tokens is not None and readable:
-        if decode is None and lens.host.tokenizer is None:
-            decode = _joined(names)
         options = {"k": 3, "n_tokens": n_tokens, "attention_mask": attention_mask, "decode": decode}
         seen = examples(lens, readable, tokens, **options)
         openings = [replace(o, rows=seen[o.layer].rows) if o.layer in seen else o for o in openings]
@@ -178,10 +176,6 @@ _EXAMPLES = (
     "Each end shows where in the text the feature is most active, and the tokens whose embedding "
     f"alone activates it where embeddings explain {MEANINGFUL:.0%} of its variance or more."
 )
-
-
-def _joined(names: Callable[[int], str]) -> Callable[[list[int]], str]:
-    return lambda ids: "".join(names(i) for i in ids)
 
 
 @torch.no_grad()
