@@ -127,8 +127,9 @@ def _report(model: str, source: Source, measures: Measures, out: WithLens) -> No
         from polylens.calibration.tokens import token_names
         from polylens.cli.page import html_page
 
-        names = token_names(tokenizer)
-        out.write(out.html, lambda path: html_page(lens, result, path, names=names))
+        text = {"tokens": opened.heldout, "decode": tokenizer.decode}
+        options = {"names": token_names(tokenizer), **text}
+        out.write(out.html, lambda path: html_page(lens, result, path, **options))
 
 
 @app.command()
