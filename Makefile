@@ -30,6 +30,9 @@ $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 demo: $(VENV)/installed
 	$(BIN)/polylens demo
 
+# The processes of a run share what one of them has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 TEST = -m pytest -q $(PARALLEL) $(PYTEST) --junitxml=$(VENV)/tests.xml
 
 test: $(VENV)/installed

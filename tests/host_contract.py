@@ -1,11 +1,12 @@
 """What every host must do with an attached lens, as tests to inherit.
 
-A subclass defines the fixture `model` (parametrised over its models, each with layers 0 and 1
-and weights that are not zero) and overrides what its framework does differently.
+A subclass defines the fixture `specimen` (of class scope, parametrised over its models, each with
+layers 0 and 1 and weights that are not zero) and overrides what its framework does differently.
 """
 
 import copy
 import pickle
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 import polylens
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.hosts import host_for
+from polylens.installed.installation import Installation
 from tests.hf_models import D_VOCAB
 
 TOKENS = torch.randint(3, D_VOCAB, (4, 12), generator=torch.Generator().manual_seed(3))
@@ -65,11 +67,50 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     assert error <= tolerance * scale, f"differ by {error / scale:.2g} of the largest"
 
 
+class Specimen:
+    """A model that tests share: what one of them leaves changed is made anew for the next."""
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        self.name = name
+        self._make = make
+        self._model: Any = None
+        self._as_made: Any = None
+
+    def bare(self) -> Any:
+        """The model as it was made, without a lens."""
+        if self._model is not None and (lens := polylens.attached(self._model)):
+            lens.detach()
+        if self._model is None or self._state() != self._as_made:
+            self._model = self._make()
+            self._as_made = self._state()
+        return self._model
+
+    def attached(self) -> tuple[Any, polylens.Lens]:
+        """The model, with a lens that the tests before this one may have used too."""
+        lens = None if self._model is None else polylens.attached(self._model)
+        if lens is None or lens.degree != DEGREE:
+            lens = attach(self.bare())
+        return self._model, lens
+
+    def _state(self) -> Any:
+        module = host_for(self._model).module
+        tensors = [*module.parameters(), *module.buffers()]
+        return module_snapshot(module), [(t.dtype, t.data_ptr(), t._version) for t in tensors]
+
+
 class NoMoreHooks(Exception):
     pass
 
 
 class HostContract:
+    @pytest.fixture
+    def model(self, specimen):
+        return specimen.bare()
+
+    @pytest.fixture
+    def attached(self, specimen):
+        return specimen.attached()
+
     def snapshot(self, model: Any) -> tuple:
         return module_snapshot(host_for(model).module)
 
@@ -111,6 +152,143 @@ class HostContract:
             lens.host.logits(tokens)
         return values
 
+    def test_degrees_and_error_add_up_to_the_true_output(self, attached):
+        _, lens = attached
+        values = self.record(lens)
+        for layer in lens.layers:
+            out, error, true = (values[layer, name] for name in ("out", "error", "true"))
+            assert out.shape[:2] == TOKENS.shape
+            assert_close(sum(values[layer, f"degree_{k}"] for k in range(DEGREE + 1)), out)
+            assert_close(out + error, true)
+            assert_close(out, lens[layer](values[layer, "in"]))
+            assert bool(error.any())
+
+    def test_replaced_flows_on_nests_and_comes_back(self, attached):
+        model, lens = attached
+        reference = logits(model)
+        with lens.replaced():
+            all_layers = logits(model)
+            with lens.replaced(layers=0, degree=1):
+                assert not torch.equal(logits(model), all_layers)
+            assert torch.equal(logits(model), all_layers)
+        with lens.replaced(layers=[0]):
+            one = logits(model)
+        assert torch.equal(logits(model), reference)
+        assert not torch.equal(all_layers, reference)
+        assert not torch.equal(one, reference)
+
+    def test_an_edit_changes_what_flows(self, attached):
+        model, lens = attached
+        seen = []
+        with torch.no_grad():
+            n = lens.layers[-1]
+            for flow, function in ((lens.suspended, lens[n].weights), (lens.replaced, lens[n])):
+                with flow():
+                    reference = logits(model)
+                    with lens.host.edit({n: lambda arrival: seen.append(arrival) or arrival.y}):
+                        assert_close(logits(model), reference)
+                    assert_close(seen[-1].y, function(seen[-1].x))
+                    with lens.host.edit({n: lambda arrival: 2 * arrival.y}):
+                        assert not torch.equal(logits(model), reference)
+                    assert torch.equal(logits(model), reference)
+
+    def test_contexts_may_be_left_in_any_order(self, attached):
+        model, lens = attached
+        reference = logits(model)
+        with lens.replaced(degree=1):
+            lower = logits(model)
+        outer, inner = lens.replaced(degree=1), lens.replaced()
+        outer.__enter__()
+        inner.__enter__()
+        outer.__exit__(None, None, None)
+        assert not torch.equal(logits(model), lower)
+        inner.__exit__(None, None, None)
+        assert torch.equal(logits(model), reference)
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(AttachmentError, match=r"neither copied nor pickled.*save"):
+                copied(lens)
+
+    def test_edits_at_a_point_flow_on_while_replaced(self, attached):
+        model, lens = attached
+        reference = logits(model)
+        with lens.replaced():
+            unedited = logits(model)
+        for name in ("in", "out", "degree_1"):
+            with self.hooked(lens, (name,), lambda layer, name, value: torch.zeros_like(value)):
+                assert torch.equal(logits(model), reference)
+                with lens.replaced():
+                    assert not torch.equal(logits(model), unedited), name
+
+    def test_gradients_flow_through_a_replacement(self, attached):
+        _, lens = attached
+        values: dict[int, Tensor] = {}
+        with (
+            lens.replaced(),
+            self.hooked(lens, ("out",), lambda layer, name, value: values.update({layer: value})),
+        ):
+            out = lens.host.logits(TOKENS)
+            gradients = torch.autograd.grad(out.square().mean(), list(values.values()))
+        assert all(bool(torch.isfinite(g).all() and g.any()) for g in gradients)
+
+    def test_observers_see_the_normal_form_also_under_substitution(self, attached):
+        model, lens = attached
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+        def observer(layer):
+            return lambda a: seen.update({layer: (a.x, a.y)})
+
+        contexts = {
+            "observe": {layer: observer(layer) for layer in lens},
+            "substitute": {layer: lambda a: torch.zeros_like(a.y) for layer in lens},
+        }
+        for outer, inner in (tuple(contexts), tuple(contexts)[::-1]):
+            host = lens.host
+            with (
+                lens.replaced(),
+                getattr(host, outer)(contexts[outer]),
+                getattr(host, inner)(contexts[inner]),
+            ):
+                logits(model)
+            for layer, (x, y) in seen.items():
+                assert x.shape[:2] == y.shape[:2] == TOKENS.shape
+                assert_close(y, lens.sites[layer].weights()(x))
+            assert seen.keys() == set(lens)
+            seen.clear()
+
+    def test_a_substitute_gets_the_true_output_and_has_the_last_word(self, attached):
+        model, lens = attached
+        reference = logits(model)
+        with lens.replaced():
+            with lens.host.substitute({layer: lambda a: a.y for layer in lens}):
+                assert torch.equal(logits(model), reference)
+            with lens.host.substitute({layer: lambda a: 0 * a.y for layer in lens}):
+                zeroed = logits(model)
+            assert not torch.equal(logits(model), zeroed)
+        assert not torch.equal(zeroed, reference)
+        assert torch.equal(logits(model), reference)
+
+    def test_one_pass_with_a_cache_of_what_flows_through_the_points(self, attached):
+        model, lens = attached
+        reference = logits(model)
+        before = self.snapshot(model)
+        with torch.no_grad():
+            out, cache = lens.run_with_cache(TOKENS)
+        assert torch.equal(out, reference)
+        assert self.snapshot(model) == before
+        assert set(cache) == {(name, layer) for name in POINTS for layer in lens.layers}
+        values = self.record(lens)
+        assert all(torch.equal(cache[name, n], values[n, name]) for name, n in cache)
+        with lens.replaced(), torch.no_grad():
+            out, cache = lens.run_with_cache(TOKENS, layers=lens.layers[-1], names=["out"])
+            assert_close(out, lens.host.logits(TOKENS))
+        assert set(cache) == {("out", lens.layers[-1])}
+        for options in ({"layers": 9}, {"names": ["inn"]}):
+            with pytest.raises(InvalidInputError, match=r"no layer 9|no hook point 'inn'"):
+                lens.run_with_cache(TOKENS, **options)
+        lens.detach()
+        with pytest.raises(AttachmentError, match="detached"):
+            lens.run_with_cache(TOKENS)
+
     def test_sites_are_verified_and_leave_no_trace(self, model):
         host = host_for(model)
         host.module.train()
@@ -136,94 +314,6 @@ class HostContract:
         lens.detach()
         assert self.snapshot(model) == before
         assert torch.equal(logits(model), reference)
-
-    def test_degrees_and_error_add_up_to_the_true_output(self, model):
-        lens = attach(model)
-        values = self.record(lens)
-        for layer in lens.layers:
-            out, error, true = (values[layer, name] for name in ("out", "error", "true"))
-            assert out.shape[:2] == TOKENS.shape
-            assert_close(sum(values[layer, f"degree_{k}"] for k in range(DEGREE + 1)), out)
-            assert_close(out + error, true)
-            assert_close(out, lens[layer](values[layer, "in"]))
-            assert bool(error.any())
-
-    def test_one_pass_with_a_cache_of_what_flows_through_the_points(self, model):
-        reference = logits(model)
-        lens = attach(model)
-        before = self.snapshot(model)
-        with torch.no_grad():
-            out, cache = lens.run_with_cache(TOKENS)
-        assert torch.equal(out, reference)
-        assert self.snapshot(model) == before
-        assert set(cache) == {(name, layer) for name in POINTS for layer in lens.layers}
-        values = self.record(lens)
-        assert all(torch.equal(cache[name, n], values[n, name]) for name, n in cache)
-        with lens.replaced(), torch.no_grad():
-            out, cache = lens.run_with_cache(TOKENS, layers=lens.layers[-1], names=["out"])
-            assert_close(out, lens.host.logits(TOKENS))
-        assert set(cache) == {("out", lens.layers[-1])}
-        for options in ({"layers": 9}, {"names": ["inn"]}):
-            with pytest.raises(InvalidInputError, match=r"no layer 9|no hook point 'inn'"):
-                lens.run_with_cache(TOKENS, **options)
-        lens.detach()
-        with pytest.raises(AttachmentError, match="detached"):
-            lens.run_with_cache(TOKENS)
-
-    def test_replaced_flows_on_nests_and_comes_back(self, model):
-        reference = logits(model)
-        with attach(model) as lens:
-            with lens.replaced():
-                all_layers = logits(model)
-                with lens.replaced(layers=0, degree=1):
-                    assert not torch.equal(logits(model), all_layers)
-                assert torch.equal(logits(model), all_layers)
-            with lens.replaced(layers=[0]):
-                one = logits(model)
-            assert torch.equal(logits(model), reference)
-            assert not torch.equal(all_layers, reference)
-            assert not torch.equal(one, reference)
-
-    def test_an_edit_changes_what_flows(self, model):
-        seen = []
-        with attach(model) as lens, torch.no_grad():
-            n = lens.layers[-1]
-            for flow, function in ((lens.suspended, lens[n].weights), (lens.replaced, lens[n])):
-                with flow():
-                    reference = logits(model)
-                    with lens.host.edit({n: lambda arrival: seen.append(arrival) or arrival.y}):
-                        assert_close(logits(model), reference)
-                    assert_close(seen[-1].y, function(seen[-1].x))
-                    with lens.host.edit({n: lambda arrival: 2 * arrival.y}):
-                        assert not torch.equal(logits(model), reference)
-                    assert torch.equal(logits(model), reference)
-
-    def test_contexts_may_be_left_in_any_order(self, model):
-        reference = logits(model)
-        with attach(model) as lens:
-            with lens.replaced(degree=1):
-                lower = logits(model)
-            outer, inner = lens.replaced(degree=1), lens.replaced()
-            outer.__enter__()
-            inner.__enter__()
-            outer.__exit__(None, None, None)
-            assert not torch.equal(logits(model), lower)
-            inner.__exit__(None, None, None)
-            assert torch.equal(logits(model), reference)
-            for copied in (copy.deepcopy, pickle.dumps):
-                with pytest.raises(AttachmentError, match=r"neither copied nor pickled.*save"):
-                    copied(lens)
-
-    @pytest.mark.parametrize("name", ["in", "out", "degree_1"])
-    def test_edits_at_a_point_flow_on_while_replaced(self, model, name):
-        with attach(model) as lens:
-            reference = logits(model)
-            with self.hooked(lens, (name,), lambda layer, name, value: torch.zeros_like(value)):
-                assert torch.equal(logits(model), reference)
-                with lens.replaced():
-                    edited = logits(model)
-            with lens.replaced():
-                assert not torch.equal(logits(model), edited)
 
     def test_an_exception_at_any_module_leaves_nothing(self, model):
         before, reference = self.snapshot(model), logits(model)
@@ -281,27 +371,25 @@ class HostContract:
         monkeypatch.setattr(type(host_for(model)), "install", noted)
         for name in ("register_forward_hook", "register_forward_pre_hook"):
             monkeypatch.setattr(nn.Module, name, limited(getattr(nn.Module, name)))
+        with pytest.raises(NoMoreHooks):
+            attach(model, degree=1)
+        assert self.snapshot(model) == before
+        left = 10**9
+        lens = attach(model, degree=1)
+        lens.detach()
+        polynomials = {layer: lens[layer] for layer in lens}
         for steps in count():
-            left, installing = steps, False
+            left = steps
             try:
-                lens = attach(model, degree=1)
+                again = Installation(lens.host, lens.sites, polynomials, {}, "", True)
             except NoMoreHooks:
                 assert self.snapshot(model) == before
                 assert polylens.attached(model) is None
             else:
+                again.detach()
                 break
+        assert self.snapshot(model) == before
         assert steps >= 2 * len(lens)
-
-    def test_gradients_flow_through_a_replacement(self, model):
-        lens = attach(model)
-        values: dict[int, Tensor] = {}
-        with (
-            lens.replaced(),
-            self.hooked(lens, ("out",), lambda layer, name, value: values.update({layer: value})),
-        ):
-            out = lens.host.logits(TOKENS)
-            gradients = torch.autograd.grad(out.square().mean(), list(values.values()))
-        assert all(bool(torch.isfinite(g).all() and g.any()) for g in gradients)
 
     def test_generation_is_replaced_at_every_step(self, model):
         plain = self.generate(model)
@@ -325,51 +413,16 @@ class HostContract:
         with pytest.raises(AttachmentError, match="already"):
             attach(twin)
         lens.detach()
-        with torch.no_grad():
-            for parameter in lens.host.module.parameters():
-                parameter.zero_()
         assert_close(logits(twin), true)
-
-    def test_observers_see_the_normal_form_also_under_substitution(self, model):
-        lens = attach(model)
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def observer(layer):
-            return lambda a: seen.update({layer: (a.x, a.y)})
-
-        contexts = {
-            "observe": {layer: observer(layer) for layer in lens},
-            "substitute": {layer: lambda a: torch.zeros_like(a.y) for layer in lens},
-        }
-        for outer, inner in (tuple(contexts), tuple(contexts)[::-1]):
-            host = lens.host
-            with (
-                lens.replaced(),
-                getattr(host, outer)(contexts[outer]),
-                getattr(host, inner)(contexts[inner]),
-            ):
-                logits(model)
-            for layer, (x, y) in seen.items():
-                assert x.shape[:2] == y.shape[:2] == TOKENS.shape
-                assert_close(y, lens.sites[layer].weights()(x))
-            assert seen.keys() == set(lens)
-            seen.clear()
+        with torch.no_grad():
+            for parameter in twin.parameters():
+                parameter.zero_()
+        assert torch.equal(logits(model), true)
 
     def test_an_observer_cannot_change_what_flows_on(self, model):
         reference, host = logits(model), host_for(model)
         with host.observe({0: lambda a: torch.zeros_like(a.y)}):
             assert torch.equal(logits(model), reference)
-
-    def test_a_substitute_gets_the_true_output_and_has_the_last_word(self, model):
-        reference = logits(model)
-        with attach(model) as lens, lens.replaced():
-            with lens.host.substitute({layer: lambda a: a.y for layer in lens}):
-                assert torch.equal(logits(model), reference)
-            with lens.host.substitute({layer: lambda a: 0 * a.y for layer in lens}):
-                zeroed = logits(model)
-            assert not torch.equal(logits(model), zeroed)
-        assert not torch.equal(zeroed, reference)
-        assert torch.equal(logits(model), reference)
 
     def test_padding_on_the_right_is_ignored(self, model):
         host, mask, other = host_for(model), torch.ones_like(TOKENS), TOKENS.clone()

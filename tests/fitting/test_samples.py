@@ -259,7 +259,7 @@ def test_samples_of_weight_zero_decide_nothing(kind, scope, tails):
 
 @both
 def test_joint_fits_from_small_batches_hold_some_out(kind):
-    layer, x = random_layer(1, kind, "silu", d_mlp=8), heavy(n=2000)
+    layer, x = random_layer(1, kind, "silu", d_mlp=8), heavy(n=1500)
     r2 = {n: float(fit_joint(layer, Samples(x.split(n)), 2).r2[2]) for n in (1, 3, 4, 500)}
     per_neuron = float(fit(layer, Samples(x), 2).r2[2])
     for n in (1, 3, 4):

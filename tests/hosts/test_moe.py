@@ -26,7 +26,10 @@ DEEPSEEK = dict(
 MODELS = {
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**MOE, "num_local_experts": 4}, (0, 1)),
     "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {**MOE, "num_experts": 4}, (0, 1)),
-    "qwen2_moe": ("Qwen2MoeConfig", "Qwen2MoeForCausalLM", {**MOE, "num_experts": 4}, (0, 1)),
+    "qwen2_moe": (
+        "Qwen2MoeConfig", "Qwen2MoeForCausalLM",
+        {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 40}, (0, 1),
+    ),
     "qwen3_moe": (
         "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
         {**MOE, "num_experts": 4, "num_local_experts": 4, "head_dim": 6}, (0, 1),
@@ -131,6 +134,8 @@ HELD_OUT = MANY.flip(0, 1)
 
 
 def attach(model, tokens=MANY, **options):
+    if tokens is not None:  # where tails begin is no matter of experts
+        options = {"method": polylens.TrueStream(tails=None), **options}
     return polylens.attach(model, tokens, degree=3, progress=False, **options)
 
 

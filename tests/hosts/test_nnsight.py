@@ -8,7 +8,14 @@ from functools import cache
 import pytest
 import torch
 from tests.hf_models import D_VOCAB, build
-from tests.host_contract import TOKENS, HostContract, attach, logits, module_snapshot
+from tests.host_contract import (
+    TOKENS,
+    HostContract,
+    Specimen,
+    attach,
+    logits,
+    module_snapshot,
+)
 
 import polylens
 from polylens.errors import AttachmentError, UnsupportedModel
@@ -24,10 +31,11 @@ MODELS = ["gpt2", "llama", "phi3", "opt", "bert", "bloom", "albert"]
 
 
 class TestHost(HostContract):
-    @pytest.fixture(params=[*MODELS, "llama in bfloat16"])
-    def model(self, request):
+    @pytest.fixture(scope="class", params=[*MODELS, "llama in bfloat16"])
+    def specimen(self, request):
         name, _, bfloat16 = request.param.partition(" in ")
-        return nnsight.NNsight(build(name, torch.bfloat16 if bfloat16 else torch.float32))
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        return Specimen(name, lambda: nnsight.NNsight(build(name, dtype)))
 
     def snapshot(self, model):
         return *module_snapshot(model._module), envoy_snapshot(model)
@@ -219,38 +227,38 @@ import sys
 sys.modules["polylens"] = None  # not installed here
 import nnsight, torch, transformers
 from nnsight.intervention.serialization import loads
-folder, path = sys.argv[1:]
-function, tokens = loads(open(f"{folder}/payload", "rb").read())
-model = nnsight.NNsight(transformers.AutoModelForCausalLM.from_pretrained(folder))
-mlp = model.get(path)
-with model.trace(tokens):
-    mlp.output = function(mlp.input)
-    out = model.output.logits.save()
-torch.save(out.detach(), f"{folder}/out")
+for folder, path in zip(sys.argv[1::2], sys.argv[2::2]):
+    function, tokens = loads(open(f"{folder}/payload", "rb").read())
+    model = nnsight.NNsight(transformers.AutoModelForCausalLM.from_pretrained(folder))
+    mlp = model.get(path)
+    with model.trace(tokens):
+        mlp.output = function(mlp.input)
+        out = model.output.logits.save()
+    torch.save(out.detach(), f"{folder}/out")
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "path", "degree"),
-    [("gpt2", "transformer.h.0.mlp", 2), ("llama", "model.layers.0.mlp", 1)],
-)
-def test_the_inline_function_travels_to_where_polylens_is_not_installed(
-    tmp_path, name, path, degree
-):
+def test_the_inline_function_travels_to_where_polylens_is_not_installed(tmp_path):
     from nnsight.intervention.serialization import dumps
 
-    model = nnsight.NNsight(build(name))
-    with attach(model) as lens:
-        function = lens.inline(0, degree=degree)
-        with lens.replaced(layers=0, degree=degree):
-            expected = logits(model)
-    model._module.save_pretrained(tmp_path)
-    (tmp_path / "payload").write_bytes(dumps((function, TOKENS)))
-    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
-    command = [sys.executable, str(tmp_path / "elsewhere.py"), str(tmp_path), path]
+    script, expected = tmp_path / "elsewhere.py", {}
+    command = [sys.executable, str(script)]
+    for name, path, degree in (
+        ("gpt2", "transformer.h.0.mlp", 2),
+        ("llama", "model.layers.0.mlp", 1),
+    ):
+        model, folder = nnsight.NNsight(build(name)), tmp_path / name
+        with attach(model) as lens:
+            function = lens.inline(0, degree=degree)
+            with lens.replaced(layers=0, degree=degree):
+                expected[folder] = logits(model)
+        model._module.save_pretrained(folder)
+        (folder / "payload").write_bytes(dumps((function, TOKENS)))
+        command += [str(folder), path]
+    script.write_text(ELSEWHERE)
     subprocess.run(command, check=True, capture_output=True, cwd=tmp_path)
-    out = torch.load(tmp_path / "out")
-    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
+    for folder, values in expected.items():
+        torch.testing.assert_close(torch.load(folder / "out"), values, atol=1e-5, rtol=1e-4)
 
 
 def test_only_what_can_trace_remotely_has_an_inline_function():

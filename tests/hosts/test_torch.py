@@ -8,6 +8,7 @@ from tests.hf_models import ARCHITECTURES, build
 from tests.host_contract import (
     TOKENS,
     HostContract,
+    Specimen,
     attach,
     logits,
     module_snapshot,
@@ -28,10 +29,11 @@ MODELS = ["gpt2", "llama", "phi3", "opt", "bloom", "bert", "albert", "t5", "bart
 
 
 class TestHost(HostContract):
-    @pytest.fixture(params=[*MODELS, "llama in bfloat16"])
-    def model(self, request):
+    @pytest.fixture(scope="class", params=[*MODELS, "llama in bfloat16"])
+    def specimen(self, request):
         name, _, bfloat16 = request.param.partition(" in ")
-        return build(name, torch.bfloat16 if bfloat16 else torch.float32)
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        return Specimen(name, lambda: build(name, dtype))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])

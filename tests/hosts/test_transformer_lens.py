@@ -8,6 +8,7 @@ from tests.host_contract import (
     POINTS,
     TOKENS,
     HostContract,
+    Specimen,
     assert_close,
     attach,
     logits,
@@ -25,11 +26,6 @@ OPTIONS = dict(max_new_tokens=5, do_sample=False, stop_at_eos=False, verbose=Fal
 OPTIONS |= dict(prepend_bos=False, return_type="tokens")
 
 
-@pytest.fixture(params=HOSTS)
-def model(request):
-    return settled(HOSTS[request.param]())
-
-
 def settled(model):
     """After one cached run: bridges wire hooks of their own lazily."""
     with torch.no_grad():
@@ -37,10 +33,22 @@ def settled(model):
     return model
 
 
+BEHIND = {
+    "hooked-post_norm": lambda model: model.blocks[1].ln2_post.w,
+    "bridge-gemma2": lambda model: 1 + _norm_behind(model).weight,
+    "bridge-gemma3": lambda model: 1 + _norm_behind(model).weight,
+    "bridge-olmo2": lambda model: _norm_behind(model).weight,
+}
+
+
+def _norm_behind(model):
+    return model.original_model.model.layers[1].post_feedforward_layernorm
+
+
 class TestHost(HostContract):
-    @pytest.fixture(params=HOSTS)
-    def model(self, request):
-        return settled(HOSTS[request.param]())
+    @pytest.fixture(scope="class", params=HOSTS)
+    def specimen(self, request):
+        return Specimen(request.param, lambda: settled(HOSTS[request.param]()))
 
     def snapshot(self, model):
         points = [(name, id(point)) for name, point in model.hook_dict.items()]
@@ -51,16 +59,72 @@ class TestHost(HostContract):
             pytest.skip("an encoder")
         return model.generate(TOKENS[:1], **OPTIONS)
 
+    def test_the_points_are_in_the_cache_of_an_unchanged_run(self, attached):
+        model, lens = attached
+        reference = logits(model)
+        with torch.no_grad():
+            out, cache = model.run_with_cache(TOKENS)
+        assert torch.equal(out, reference)
+        for layer in lens:
+            x = cache["poly_in", layer, "mlp"]
+            for name in POINTS:
+                assert cache[f"poly_{name}", layer, "mlp"].shape == (4, 12, 24)
+            assert_close(cache["poly_out", layer, "mlp"], lens[layer](x))
 
-def test_the_points_are_in_the_cache_of_an_unchanged_run(model):
-    reference = logits(model)
-    with attach(model) as lens, torch.no_grad():
-        out, cache = model.run_with_cache(TOKENS)
-    assert torch.equal(out, reference)
-    for layer in lens:
-        for name in POINTS:
-            assert cache[f"poly_{name}", layer, "mlp"].shape == (4, 12, 24)
-        assert_close(cache["poly_out", layer, "mlp"], lens[layer](cache["poly_in", layer, "mlp"]))
+    def test_hooks_on_polynomial_points_are_effective(self, attached):
+        model, lens = attached
+
+        def zero(value, hook):
+            return torch.zeros_like(value)
+
+        with torch.no_grad(), lens.replaced():
+            reference = logits(model)
+            for name in (
+                "mlp.hook_poly_out",
+                "mlp.hook_poly_degree_1",
+                "mlp.hook_poly_in",
+                "hook_mlp_out",
+            ):
+                changed = model.run_with_hooks(TOKENS, fwd_hooks=[(f"blocks.0.{name}", zero)])
+                assert not torch.equal(changed, reference), name
+
+    def test_norm_behind_the_mlp(self, specimen):
+        model, lens = specimen.attached()
+        with lens.replaced():
+            norm = lens.host.norms_behind([1], "mlp").get(1)
+        if specimen.name not in BEHIND:
+            assert norm is None
+            return
+        assert not norm.centred
+        assert torch.equal(norm.weight, BEHIND[specimen.name](model))
+
+    def test_sampled_tokens_are_the_seeds_and_leave_the_generator_alone(self, specimen):
+        if specimen.name == "bridge-bert":
+            pytest.skip("an encoder")
+        host, state = host_for(specimen.bare()), torch.get_rng_state()
+        first, again = host.sample_tokens(3, 9, seed=1), host.sample_tokens(3, 9, seed=1)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert first.shape == (3, 9)
+        assert torch.equal(first, again)
+        assert not torch.equal(first, host.sample_tokens(3, 9, seed=2))
+
+    def test_norm_in_front_of_the_mlp(self, specimen):
+        host = host_for(specimen.bare())
+        site = host.sites()[0][1]
+        if "olmo2" in specimen.name:
+            with pytest.raises(polylens.UnsupportedModel, match="LayerNorm or RMSNorm"):
+                host.norm(site)
+            return
+        seen = []
+        with host.observe({1: lambda a: seen.append(a.x.detach().double())}):
+            host.run(TOKENS)
+        norm = host.norm(site)
+        plain = seen[0] if norm.bias is None else seen[0] - norm.bias.double()
+        plain = plain if norm.weight is None else plain / norm.weight.double()
+        size = plain.square().mean(-1)
+        assert torch.allclose(size, torch.ones_like(size), atol=3e-2)
+        if norm.centred:
+            assert float(plain.mean(-1).abs().max()) < 5e-2
 
 
 @pytest.mark.parametrize("exclude_first", [True, False])
@@ -69,22 +133,6 @@ def test_position_zero_is_replaced_like_the_others(exclude_first):
     reference = logits(model)
     with attach(model, exclude_first=exclude_first) as lens, lens.replaced(degree=0):
         assert not torch.equal(logits(model)[:, 0], reference[:, 0])
-
-
-def test_hooks_on_polynomial_points_are_effective(model):
-    def zero(value, hook):
-        return torch.zeros_like(value)
-
-    with attach(model) as lens, torch.no_grad(), lens.replaced():
-        reference = logits(model)
-        for name in (
-            "mlp.hook_poly_out",
-            "mlp.hook_poly_degree_1",
-            "mlp.hook_poly_in",
-            "hook_mlp_out",
-        ):
-            changed = model.run_with_hooks(TOKENS, fwd_hooks=[(f"blocks.0.{name}", zero)])
-            assert not torch.equal(changed, reference), name
 
 
 def test_user_edits_of_the_mlp_input_reach_the_polynomial():
@@ -174,20 +222,6 @@ def test_a_later_splice_of_the_output_point_is_noticed():
         model.blocks[0].mlp._modules["hook_out"] = point
 
 
-def causal(name):
-    return name != "bridge-bert"
-
-
-@pytest.mark.parametrize("name", filter(causal, HOSTS))
-def test_sampled_tokens_are_the_seeds_and_leave_the_generator_alone(name):
-    host, state = host_for(HOSTS[name]()), torch.get_rng_state()
-    first, again = host.sample_tokens(3, 9, seed=1), host.sample_tokens(3, 9, seed=1)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert first.shape == (3, 9)
-    assert torch.equal(first, again)
-    assert not torch.equal(first, host.sample_tokens(3, 9, seed=2))
-
-
 @pytest.mark.parametrize("rotary", [False, True])
 def test_hooked_sampling_draws_from_the_model_itself(rotary, monkeypatch):
     kind = dict(positional_embedding_type="rotary", rotary_dim=6) if rotary else {}
@@ -203,52 +237,6 @@ def test_hooked_sampling_draws_from_the_model_itself(rotary, monkeypatch):
     with torch.no_grad():
         expected = host.logits(tokens)[:, :-1].softmax(-1)
     assert torch.allclose(torch.stack(drawn, 1), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_norm_in_front_of_the_mlp(name):
-    host = host_for(HOSTS[name]())
-    site = host.sites()[0][1]
-    if "olmo2" in name:
-        with pytest.raises(polylens.UnsupportedModel, match="LayerNorm or RMSNorm"):
-            host.norm(site)
-        return
-    seen = []
-    with host.observe({1: lambda a: seen.append(a.x.detach().double())}):
-        host.run(TOKENS)
-    norm = host.norm(site)
-    plain = seen[0] if norm.bias is None else seen[0] - norm.bias.double()
-    plain = plain if norm.weight is None else plain / norm.weight.double()
-    size = plain.square().mean(-1)
-    assert torch.allclose(size, torch.ones_like(size), atol=3e-2)
-    if norm.centred:
-        assert float(plain.mean(-1).abs().max()) < 5e-2
-
-
-BEHIND = {
-    "hooked-post_norm": lambda model: model.blocks[1].ln2_post.w,
-    "bridge-gemma2": lambda model: 1 + _norm_behind(model).weight,
-    "bridge-gemma3": lambda model: 1 + _norm_behind(model).weight,
-    "bridge-olmo2": lambda model: _norm_behind(model).weight,
-}
-
-
-def _norm_behind(model):
-    return model.original_model.model.layers[1].post_feedforward_layernorm
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_norm_behind_the_mlp(name):
-    model = HOSTS[name]()
-    host = host_for(model)
-    with polylens.attach(model, TOKENS, degree=2, layers=1, progress=False) as lens:
-        with lens.replaced():
-            norm = host.norms_behind([1], "mlp").get(1)
-    if name not in BEHIND:
-        assert norm is None
-        return
-    assert not norm.centred
-    assert torch.equal(norm.weight, BEHIND[name](model))
 
 
 def test_features_go_through_the_norm_behind_the_layer():

@@ -49,7 +49,7 @@ def test_function_transforms(model, scope, kind):
 @pytest.mark.filterwarnings("ignore")
 def test_torch_export_and_what_is_kept_afterwards(model, scope, kind):
     poly, expected = fitted(model, scope, kind), fitted(model, scope, kind)(X)
-    for strict in (False, True):
+    for strict in (False, True) if scope == "ends" else (False,):
         exported = torch.export.export(poly, (X,), strict=strict).module()
         torch.testing.assert_close(exported(X), expected)
     torch.testing.assert_close(poly(X), expected)
@@ -137,8 +137,8 @@ def test_a_neuron_that_hardly_varies_spoils_nothing(kind, act, dtype):
         assert torch.isfinite(poly.r2).all()
         return float((out - true).abs().max() / true.abs().max())
 
-    for s in (1e-6, 1e-10, 1e-42, 1e-300):
-        for inputs, degrees in ((Gaussian.standard(8), (4, 12)), (Samples(x), (4,))):
-            for degree in degrees:
-                assert error(s, degree, inputs) < 2 * error(0.0, degree, inputs) + 1e-3
-        assert error(s, 2, Samples(x), fit_joint) < 2 * error(0.0, 2, Samples(x), fit_joint) + 1e-3
+    normal = Gaussian.standard(8)
+    for how in ((4, normal), (12, normal), (4, Samples(x)), (2, Samples(x), fit_joint)):
+        without = error(0.0, *how)
+        for s in (1e-6, 1e-10, 1e-42, 1e-300):
+            assert error(s, *how) < 2 * without + 1e-3
