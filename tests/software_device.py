@@ -5,7 +5,7 @@ counted what makes a program wait for its GPU: reading a single value (`item`, `
 copies to the CPU, and what has a size that only values tell (`nonzero`, indexing by a mask).
 """
 
-import traceback
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,9 +61,9 @@ def software_device() -> Iterator[Counter[tuple[str, str]]]:
 
 
 class SoftTensor(Tensor):
-    """A tensor on the device; `inner` has its values."""
+    """A tensor on the device; `held` has its values."""
 
-    inner: Tensor
+    held: Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
@@ -77,15 +77,15 @@ class SoftTensor(Tensor):
             layout=inner.layout,
             device=torch.device(NAME, 0),
         )
-        made.inner = inner
+        made.held = inner
         return made
 
     def __repr__(self) -> str:
-        return f"SoftTensor({self.inner!r})"
+        return f"SoftTensor({self.held!r})"
 
     def tolist(self) -> Any:
         _wait("tolist")
-        return self.inner.tolist()
+        return self.held.tolist()
 
     def numpy(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"can't convert {NAME} device type tensor to numpy; use Tensor.cpu() first")
@@ -153,12 +153,11 @@ def _note(func: Any, args: Any, target: Any) -> None:
 
 
 def _wait(what: str) -> None:
-    lines = [
-        f"{frame.filename.rpartition('/polylens/')[2]}:{frame.lineno}"
-        for frame in traceback.extract_stack()
-        if "/polylens/" in frame.filename
-    ]
-    waits[what, (lines or [""])[-1]] += 1
+    frame = sys._getframe()
+    while frame is not None and "/polylens/" not in frame.f_code.co_filename:
+        frame = frame.f_back
+    where = "" if frame is None else frame.f_code.co_filename.rpartition("/polylens/")[2]
+    waits[what, where if frame is None else f"{where}:{frame.f_lineno}"] += 1
 
 
 def _is_soft(device: Any) -> bool:
@@ -170,7 +169,7 @@ def _tensors(args: Any, kwargs: Any, kind: type) -> list[Any]:
 
 
 def _inner(value: Any) -> Any:
-    return value.inner if isinstance(value, SoftTensor) else value
+    return value.held if isinstance(value, SoftTensor) else value
 
 
 def _outer(value: Any) -> Any:

@@ -4,7 +4,12 @@ import pytest
 import torch
 
 import polylens
-from polylens import Sequential, TrueStream, demo
+from polylens import Sequential, TrueStream, analysis, demo
+from polylens.activations import hermite
+from polylens.fitting import neuron_gram, tails
+from polylens.normal_forms import preactivation
+from tests.hf_models import build
+from tests.host_contract import HostContract
 from tests.oracles import generator, random_layer, random_mixture
 from tests.software_device import NAME, software_device
 
@@ -15,9 +20,14 @@ METHODS = {
     "replaced stream": Sequential(),
 }
 
+EIGENSOLVERS = ("dense", "iterative")
+
 
 @pytest.fixture
-def waits():
+def waits(monkeypatch):
+    # a device gets larger blocks, in which sums are taken in another order
+    for sizes in (preactivation.ROWS, neuron_gram.BLOCK, tails.BLOCK, hermite.CHUNK):
+        monkeypatch.setitem(sizes, "other", sizes["cpu"])
     with software_device() as waits:
         yield waits
 
@@ -77,3 +87,36 @@ def test_fits_and_what_is_read_off_them(kind, waits):
         return [t.cpu() for t in found]
 
     assert all(map(torch.equal, read(lambda t: t.to(NAME)), read(lambda t: t)))
+
+
+def test_what_is_saved_exported_and_taken_apart(waits, tmp_path):
+    def read(device) -> list:
+        model, tokens = demo.load_model().to(device), demo.batches(demo.texts()[0], 8, 32)
+        u, x = torch.ones(128, device=device), torch.linspace(-1, 1, 128, device=device)
+        with polylens.attach(model, tokens, layers=[1, 2], progress=False) as lens:
+            own = lens[1]
+            found = [
+                *(analysis.eigenfeatures(own, u, 4, method=m).values for m in EIGENSOLVERS),
+                analysis.eigenfeatures(own, u, 4, metric="covariance").values,
+                analysis.singular_features(own).values,
+                analysis.interactions(own, torch.stack([x, 1 - x, x * x]), u).pairs,
+                lens.export()(tokens.to(device)).logits,
+                lens.run_with_cache(tokens)[0],
+            ]
+            lens.save(tmp_path / "it.safetensors")
+        with polylens.load(tmp_path / "it.safetensors", model) as lens, lens.replaced():
+            return [t.cpu() for t in [*found, model(tokens.to(device)).logits]]
+
+    # to rounding: products with factors and Horner's rule are in other blocks there
+    torch.testing.assert_close(read(NAME), read("cpu"))
+
+
+@pytest.mark.filterwarnings("ignore::polylens.NumericalWarning")
+class TestHost(HostContract):
+    # they take most of the time, and are about what is left behind
+    test_an_exception_at_any_module_leaves_nothing = None
+    test_a_failure_at_any_step_of_attaching_leaves_nothing = None
+
+    @pytest.fixture
+    def model(self, waits):
+        return build("llama").to(NAME)

@@ -49,10 +49,10 @@ def extreme_eigenpairs(
     Source: Wu & Simon 2000, "Thick-restart Lanczos method for large symmetric eigenvalue
     problems".
     """
-    generator = torch.Generator(device=device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
 
-    def noise(n: int) -> Tensor:
-        return torch.randn(size, n, dtype=torch.float64, device=device, generator=generator)
+    def noise(n: int) -> Tensor:  # the same on every device
+        return torch.randn(size, n, dtype=torch.float64, generator=generator).to(device)
 
     width = min(size, WIDTH)
     limit = min(size, max(20 * width, 4 * k + 2 * width))
