@@ -220,3 +220,174 @@ def test_a_replaced_lens_is_traced_as_the_true_model():
         with lens.replaced():
             found = analysis.circuit(lens, PROMPT, 11, mlps=4)
     assert torch.equal(found.edges, expected.edges)
+
+
+def small(model, **options):
+    with attach(model) as lens:
+        yield lens, analysis.circuit(lens, PROMPT, (11, 4), **{"features": 2, "mlps": 8, **options})
+
+
+@pytest.fixture(scope="module", params=["hooked-gated", "hooked-parallel", "bridge-olmo2", "gpt2"])
+def traced(request):
+    yield from small(MODELS[request.param]())
+
+
+def test_pruning_is_that_of_circuit_tracer(traced):
+    """Against its definitions with whole matrices and inverses."""
+    _, circuit = traced
+    n, rows = len(circuit), len(circuit.edges)
+    A = torch.zeros(n, n, dtype=torch.float64)
+    A[:rows] = circuit.edges.abs()
+    A = A / A.sum(1, keepdim=True).clamp(min=1e-10)
+    own = (torch.linalg.inv(torch.eye(n, dtype=torch.float64) - A) - torch.eye(n))[0]
+    kind = {k: torch.tensor([node.kind == k for node in circuit]) for k in ("token", "error")}
+    with_target = own + torch.eye(n)[0]
+    pruned = circuit.pruned()
+    scores = pruned.scores
+    tokens, errors = own[kind["token"]].sum(), own[kind["error"]].sum()
+    assert scores.replacement == pytest.approx(float(tokens / (tokens + errors)))
+    explained = 1 - A[:, kind["error"]].sum(1)
+    expected = float((explained * with_target).sum() / with_target.sum())
+    # it counts leaves as explained, as nodes with no edges are there
+    assert scores.completeness == pytest.approx(expected)
+    order = own.argsort(descending=True)
+    kept = int((own[order].cumsum(0) / own.sum() < 0.8).sum()) + 1
+    strongest = {circuit.nodes[i].name for i in order[:kept].tolist()}
+    names = {node.name for node in pruned}
+    assert {n for n in names if "token" not in n and n != "target"} <= strongest
+    assert {node.name for node in circuit if node.kind == "token"} <= names
+    assert scores.nodes == (len(pruned), n)
+    assert scores.edges[0] == int(pruned.edges.count_nonzero()) < scores.edges[1]
+    for node in pruned.nodes[1:]:
+        if node.kind != "token":
+            assert pruned.readers(node.name)
+        if node.kind in ("feature", "rest"):
+            assert pruned.sources(node.name)
+        for reader, edge in pruned.readers(node.name):
+            whole = circuit.edges[circuit.number(reader.name), circuit.number(node.name)]
+            assert edge == float(whole)
+    assert pruned.cumulative.max() <= 1 + 1e-12
+
+
+def test_pruning_keeps_all_at_one_and_refuses_what_is_no_share(traced):
+    _, circuit = traced
+    every = circuit.pruned(1.0, 1.0)
+    assert every.scores.edges[0] > 0.9 * every.scores.edges[1]
+    assert len(circuit.pruned(0.3)) < len(every)
+    for options in ({"nodes": 1.1}, {"edges": -0.1}, {"nodes": True}):
+        with pytest.raises(InvalidInputError, match="must be a share"):
+            circuit.pruned(**options)
+    with pytest.raises(InvalidInputError, match="pruned already"):
+        every.pruned()
+
+
+def test_heads_sum_to_their_edges(traced):
+    _, circuit = traced
+    circuit = circuit.pruned(0.95)
+    heads = circuit.heads()
+    assert len(heads) == int(circuit.edges.count_nonzero())
+    for (source, reader), parts in heads.items():
+        edge = float(circuit.edges[circuit.number(reader), circuit.number(source)])
+        assert sum(value for _, value in parts) == pytest.approx(edge, abs=1e-12)
+        for name, _ in parts:
+            layer = circuit[source].layer
+            assert name == "residual" or int(name[1:].split("H")[0]) > layer
+        if circuit[source].position != circuit[reader].position:
+            assert all(name != "residual" for name, _ in parts)
+
+
+def test_an_edge_through_one_head_has_its_name():
+    """Of two layers and a direction behind the first, an edge from elsewhere passes one head."""
+    model = hooked()
+    with attach(model) as lens:
+        traced = analysis.circuit(lens, PROMPT, torch.randn(24), layer=1, mlps=0)
+        _, cache = model.run_with_cache(PROMPT[None])
+    heads = traced.heads()["token@2", "target"]
+    assert {name for name, _ in heads} == {f"L0H{h}" for h in range(4)}
+    pattern, scale = cache["pattern", 0][0, :, -1, 2], cache["blocks.0.ln1.hook_scale"][0, 2, 0]
+    x = model.blocks[0].hook_resid_pre(cache["resid_pre", 0][0, 2])
+    read = (x - x.mean()) / scale * model.blocks[0].ln1.w
+    attn = model.blocks[0].attn
+    written = torch.einsum("h,m,hmd,hdo->ho", pattern, read, attn.W_V, attn.W_O)
+    u = traced.replacement.target.direction.float()
+    for name, value in heads:
+        assert value == pytest.approx(float(written[int(name[-1])] @ u), abs=1e-5)
+
+
+def test_pairs_sum_to_their_node(traced):
+    _, circuit = traced
+    for kind in ("feature", "rest"):
+        for node in circuit.top(3, kind):
+            pairs = circuit.pairs(node.name, k=5)
+            assert len(pairs.names) == min(5, len(circuit.sources(node.name))) + 1
+            torch.testing.assert_close(pairs.second, pairs.second.T)
+            total = float(pairs.first.sum() + pairs.second.sum())
+            assert total == pytest.approx(node.value, abs=1e-9)
+            assert float(pairs.first.sum()) == pytest.approx(node.first, abs=1e-9)
+            for i, (source, edge) in enumerate(circuit.sources(node.name)[:5]):
+                assert pairs.names[i] == source.name
+                own = float(pairs.first[i] + pairs.second[i].sum())
+                assert own == pytest.approx(edge, abs=1e-9)
+            a, b, value = pairs.top(1)[0]
+            i, j = pairs.names.index(a), pairs.names.index(b)
+            assert value == pytest.approx(float(pairs.second[i, j]) * (1 if i == j else 2))
+    with pytest.raises(InvalidInputError, match="no feature or rest"):
+        circuit.pairs("target")
+    node = circuit.pruned().nodes[1]
+    torch.testing.assert_close(
+        circuit.pruned().pairs(node.name).first.sum(), circuit.pairs(node.name).first.sum()
+    )
+
+
+def test_ablations_are_those_of_a_hook(traced):
+    lens, circuit = traced
+    host = lens.host
+    parts = circuit.top(3, "feature") + circuit.top(1, "error") + circuit.top(1, "rest")
+    found = circuit.ablate([*parts, [parts[0], "L0.rest@6"]], batch_size=4)
+    assert found.names[-1] == f"{parts[0].name} + L0.rest@6"
+    for i, group in enumerate([*([p] for p in parts), [parts[0], circuit["L0.rest@6"]]]):
+
+        def out(arrival, group=group, n=0):
+            y = arrival.y.clone()
+            for node in group:
+                if node.layer == n:
+                    y[0, node.position] -= circuit.writes[circuit.number(node.name)].to(y)
+            return y
+
+        layers = {node.layer for node in group}
+        with torch.no_grad(), host.edit({n: lambda a, n=n: out(a, n=n) for n in layers}):
+            edited = host.logits(PROMPT[None])[0, -1]
+        with torch.no_grad():
+            true = host.logits(PROMPT[None])[0, -1]
+        expected = (edited[11] - edited[4]) - (true[11] - true[4])
+        assert float(found.measured[i]) == pytest.approx(float(expected), abs=1e-5)
+        assert float(found.linear[i]) == pytest.approx(-sum(node.value for node in group))
+
+
+def test_a_small_change_is_predicted_to_first_order():
+    """Of a bilinear model in float64, with nothing but attention patterns left out."""
+    model = hooked(torch.float64, gated_mlp=True, normalization_type="RMS", act_fn="silu")
+    for block in model.blocks:
+        block.mlp.act_fn = torch.nn.Identity()
+        block.attn.W_Q.data.zero_()  # patterns depend on nothing
+        block.attn.b_Q.data.zero_()
+    with attach(model, degree=2) as lens:
+        circuit = analysis.circuit(lens, PROMPT, 11, features=2, mlps=8)
+        found = circuit.ablate(circuit.top(12, "feature"))
+    # patterns that do not change: what is predicted is what happens
+    torch.testing.assert_close(found.predicted, found.measured, atol=1e-8, rtol=1e-6)
+    assert found.correlation() == pytest.approx(1)
+    assert found.agreement() == 1
+    assert found.correlation("gradient") < 1 - 1e-6
+
+
+def test_what_cannot_be_taken_out_is_named(lens):
+    circuit = analysis.circuit(lens, PROMPT, 11, mlps=2)
+    for node in ("target", "token@2", 0):
+        with pytest.raises(InvalidInputError, match="no part of an MLP"):
+            circuit.ablate([node])
+    with pytest.raises(InvalidInputError, match="two ablations"):
+        circuit.ablate([circuit.top(1, "rest")[0]]).correlation()
+    along = analysis.circuit(lens, PROMPT, torch.ones(24), layer=2, mlps=2)
+    with pytest.raises(InvalidInputError, match="not measured"):
+        along.ablate(along.top(2, "rest"))

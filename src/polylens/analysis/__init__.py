@@ -9,8 +9,10 @@ from polylens.analysis.adversarial import evaluate_attacks as evaluate_attacks
 from polylens.analysis.adversarial import linear_attack as linear_attack
 from polylens.analysis.adversarial import singular_attack as singular_attack
 from polylens.analysis.adversarial import transfer as transfer
+from polylens.analysis.circuits.ablation import Ablations as Ablations
 from polylens.analysis.circuits.graph import Circuit as Circuit
 from polylens.analysis.circuits.graph import Node as Node
+from polylens.analysis.circuits.graph import Pairs as Pairs
 from polylens.analysis.circuits.trace import circuit as circuit
 from polylens.analysis.comparison import Comparison as Comparison
 from polylens.analysis.comparison import FeatureChange as FeatureChange

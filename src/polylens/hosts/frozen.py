@@ -7,7 +7,7 @@ transpose. Everything is in float64, [..., pos, d_model] in and out, whatever th
 # Matrices are upper case.
 # pyright: reportConstantRedefinition=false
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum, rearrange
@@ -42,6 +42,18 @@ class FrozenNorm(Brief):
         g = (g if self.weight is None else g * self.weight) / self.scale
         return g - g.mean(-1, keepdim=True) if self.centred else g
 
+    def rescaled(self, x: Tensor, now: Tensor) -> "FrozenNorm":
+        """With the scales that it has for a stream `now` [..., pos, d_model] in place of x.
+
+        A scale is the root of a mean square and a small number, which is not needed.
+        """
+        square = self.scale.square() - self._square(x) + self._square(now)
+        return replace(self, scale=square.clamp(min=torch.finfo(now.dtype).tiny).sqrt())
+
+    def _square(self, x: Tensor) -> Tensor:
+        x = x - x.mean(-1, keepdim=True) if self.centred else x
+        return x.square().mean(-1, keepdim=True)
+
 
 def linear(norm: FrozenNorm | None, x: Tensor, at: Tensor | None = None) -> Tensor:
     return x if norm is None else norm.linear(x, at)
@@ -49,6 +61,10 @@ def linear(norm: FrozenNorm | None, x: Tensor, at: Tensor | None = None) -> Tens
 
 def adjoint(norm: FrozenNorm | None, g: Tensor) -> Tensor:
     return g if norm is None else norm.adjoint(g)
+
+
+def following(norm: FrozenNorm | None, x: Tensor, now: Tensor) -> FrozenNorm | None:
+    return None if norm is None else norm.rescaled(x, now)
 
 
 def biased(norm: FrozenNorm | None, x: Tensor) -> Tensor:
@@ -88,17 +104,18 @@ class FrozenAttention(Brief):
         v = einsum(x, self.W_V.double(), "... key model, value model head -> ... value key head")
         return linear(self.behind, self._read_out(v))
 
-    def bias(self) -> Tensor:
-        """[pos, d_model]: what is written without any input."""
-        n = self.pattern.shape[-1]
-        v = self.pattern.new_zeros(len(self.W_V), n, self.W_V.shape[-1])
-        if self.before is not None and self.before.bias is not None:
-            v = v + (self.before.bias @ self.W_V.double())[:, None]
-        if self.b_V is not None:
-            v = v + self.b_V.double()[:, None]
+    def written(self, x: Tensor) -> Tensor:
+        """All that is written for a stream x, in front of the norm behind the layer."""
+        x = biased(self.before, x)
+        v = einsum(x, self.W_V.double(), "... key model, value model head -> ... value key head")
+        v = v if self.b_V is None else v + self.b_V.double()[:, None]
         out = self._read_out(v)
-        out = out if self.b_O is None else out + self.b_O.double()
-        return biased(self.behind, out)
+        return out if self.b_O is None else out + self.b_O.double()
+
+    def bias(self) -> Tensor:
+        """[pos, d_model]: what enters the stream without any input."""
+        nothing = self.pattern.new_zeros(self.pattern.shape[-1], self.W_V.shape[1])
+        return biased(self.behind, self.written(nothing))
 
     def adjoint(self, g: Tensor) -> Tensor:
         """The transpose of `linear`."""
@@ -143,7 +160,7 @@ class FrozenBlock(Brief):
         """[pos, d_model] what the attention writes for a stream x, biases included."""
         if self.attention is None:
             return torch.zeros_like(x)
-        return self.attention.linear(x) + self.attention.bias()
+        return biased(self.attention.behind, self.attention.written(x))
 
     def attended(self, g: Tensor) -> Tensor:
         """g [..., pos, d_model] of the stream behind the attention as one of that in front."""

@@ -1,15 +1,20 @@
 """A circuit: what flows from the embeddings of a prompt to a target, node by node."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from polylens.analysis.circuits.ablation import Ablations, gradients, measured, predicted
+from polylens.analysis.circuits.influence import SMALLEST, Scores, completeness, influence, keep
+from polylens.analysis.circuits.paths import Written, arriving, first_heads
 from polylens.analysis.circuits.replacement import Flow, Replacement
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
+from polylens.polynomials.quadratic_form import QuadraticForm
 
 KINDS = ("target", "feature", "rest", "mlp", "error", "token")
 
@@ -53,6 +58,41 @@ class Node:
 
 
 @dataclass(frozen=True, repr=False)
+class Pairs(Brief):
+    """What two nodes do together in a third: parts of its value that need both.
+
+    Attributes:
+        node: the third.
+        names: of what it reads, the last all that is not named, biases included.
+        first: [n] what each does in terms of degree one.
+        second: [n, n] symmetric; a and b together do second[a, b] + second[b, a].
+    """
+
+    node: str
+    names: tuple[str, ...]
+    first: Tensor
+    second: Tensor
+
+    def top(self, k: int = 10) -> list[tuple[str, str, float]]:
+        """The k largest products, (node, node, what they do together)."""
+        found = []
+        for a, name in enumerate(self.names):
+            found.append((name, name, float(self.second[a, a])))
+            found += [(name, self.names[b], 2 * float(self.second[a, b])) for b in range(a)]
+        return sorted(found, key=lambda each: -abs(each[2]))[:k]
+
+
+def starts(nodes: Sequence[Node], reads: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """By layer the positions of nodes and what they read, as `Replacement.direct` takes them."""
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    for n in {node.layer for node in nodes}:
+        own = [i for i, node in enumerate(nodes) if node.layer == n]
+        positions = torch.tensor([nodes[i].position for i in own], device=reads.device)
+        found[n] = positions, reads[own]
+    return found
+
+
+@dataclass(frozen=True, repr=False)
 class Circuit(Brief):
     """The direct effects of nodes on each other, in units of the target.
 
@@ -72,6 +112,8 @@ class Circuit(Brief):
         rounding: of the model's own forward pass: its target less their sum.
         missing: layers without a polynomial, whose outputs are errors as a whole.
         unsplit: share of |value| of all MLPs that is in those left whole.
+        whole: of a pruned circuit, what it was pruned from; scores: about that.
+        cumulative: [nodes] of a pruned one, see `polylens.analysis.circuits.influence`.
     """
 
     target: str
@@ -90,6 +132,9 @@ class Circuit(Brief):
     replacement: Replacement = field(repr=False)
     flows: tuple[Flow, ...] = field(repr=False)
     lens: Any = field(repr=False)
+    whole: "Circuit | None" = field(default=None, repr=False)
+    scores: Scores | None = None
+    cumulative: Tensor | None = field(default=None, repr=False)
 
     @property
     def value(self) -> float:
@@ -148,6 +193,151 @@ class Circuit(Brief):
         found = row.abs().argsort(descending=True).tolist()
         return [(of(i), float(row[i])) for i in found if row[i]]
 
+    def pruned(self, nodes: float = 0.8, edges: float = 0.98) -> "Circuit":
+        """What is left when nodes and edges of little influence are taken away, with `scores`.
+
+        Embeddings and the target stay. Values are those of the whole circuit.
+
+        Args:
+            nodes, edges: shares of all influence that are kept, circuit-tracer's by default.
+
+        Raises:
+            InvalidInputError: shares outside of 0 ... 1, a circuit that is pruned already.
+        """
+        if self.whole is not None:
+            raise InvalidInputError("this circuit is pruned already; prune the whole one")
+        kinds = [node.kind for node in self.nodes]
+        of = {kind: self.edges.new_tensor([k == kind for k in kinds]).bool() for kind in KINDS}
+        inner = of["feature"] | of["rest"]
+        kept = keep(self.edges, of["token"] | of["target"], inner, nodes, edges)
+        own, rows = influence(self.edges), len(self.edges)
+        ends = [float(own[of[kind]].sum()) for kind in ("token", "error", "mlp")]
+        scores = Scores(
+            ends[0] / max(ends[0] + ends[1], SMALLEST),
+            completeness(self.edges, of["error"]),
+            ends[2] / max(sum(ends), SMALLEST),
+            (int(kept.nodes.sum()), len(kinds)),
+            (int(kept.edges.sum()), int(self.edges.count_nonzero())),
+        )
+        chosen, behind = kept.nodes.nonzero()[:, 0], kept.nodes[:rows].nonzero()[:, 0]
+        return replace(
+            self,
+            nodes=tuple(self.nodes[i] for i in chosen.tolist()),
+            edges=(self.edges * kept.edges)[behind][:, chosen],
+            biases=self.biases[behind],
+            writes=self.writes[chosen],
+            reads=self.reads[behind[1:] - 1],
+            whole=self,
+            scores=scores,
+            cumulative=kept.cumulative[chosen],
+        )
+
+    def heads(self) -> dict[tuple[str, str], list[tuple[str, float]]]:
+        """By (source, reader): the heads that edges pass first, with their parts, largest first.
+
+        "residual" is what comes without a head. The parts sum to the edge. Of a pruned circuit
+        for preference.
+
+        Cost: as of the edges themselves.
+        """
+        places = self.edges.nonzero().tolist()
+        parts = first_heads(
+            self.replacement,
+            self._starts(),
+            [(i, self._written(j)) for i, j in places],
+        )
+        found: dict[tuple[str, str], list[tuple[str, float]]] = {}
+        for (i, j), part in zip(places, parts, strict=True):
+            own = [(f"L{n}H{h}", float(part[n, h])) for n, h in part.nonzero().tolist()]
+            left = float(self.edges[i, j] - part.sum())
+            if self.nodes[i].position == self.nodes[j].position:
+                own.append(("residual", left))
+            key = self.nodes[j].name, self.nodes[i].name
+            found[key] = sorted(own, key=lambda each: -abs(each[1]))
+        return found
+
+    def pairs(self, node: Node | str | int, k: int = 12) -> Pairs:
+        """What the k strongest sources of a feature or rest do in it, alone and two by two.
+
+        Raises:
+            InvalidInputError: a node without edges, or the target, which is linear in all.
+        """
+        i = self.number(node)
+        own = self.nodes[i]
+        if own.kind not in ("feature", "rest"):
+            raise InvalidInputError(
+                f"{own.name} is no feature or rest of an MLP, which is where nodes do something "
+                "together"
+            )
+        layer, flow = self.replacement.layers[own.layer], self.flows[own.layer]
+        assert layer.shares is not None
+        sources = [source for source, _ in self.sources(i)[:k]]
+        written = [self._written(self.number(source)) for source in sources]
+        parts = arriving(self.replacement, written, own.layer, own.position)
+        x, u = layer.read[own.position], flow.u[own.position]
+        parts = torch.cat([parts, (x - parts.sum(0))[None]])
+        form = layer.shares.second(own.position, u)
+        if own.kind == "feature":
+            v = self.reads[i - 1] / self.reads[i - 1].norm()
+            second = _square(form, parts, v)
+        else:
+            second = parts @ (form @ parts.T)
+            for v in (self.whole or self)._features(own.layer, own.position):
+                second = second - _square(form, parts, v)
+        first = parts @ self.reads[i - 1] - second.sum(1)
+        names = (*(source.name for source in sources), "all others")
+        return Pairs(own.name, names, first, second)
+
+    def _features(self, layer: int, position: int) -> list[Tensor]:
+        """Reading directions of the features of one MLP."""
+        places = [(node.kind, node.layer, node.position) for node in self.nodes[: len(self.edges)]]
+        own = [j for j, place in enumerate(places) if place == ("feature", layer, position)]
+        return [self.reads[j - 1] / self.reads[j - 1].norm() for j in own]
+
+    def ablate(
+        self,
+        groups: Iterable[Node | str | int | Iterable[Node | str | int]],
+        *,
+        batch_size: int = 16,
+    ) -> Ablations:
+        """How the target changes when nodes, or groups of them, are taken out.
+
+        Predicted by the circuit's model and by attribution patching, and measured in the true
+        model: what a node writes is taken off the output of its MLP at its position, and all that
+        follows, attention and norms included, is as it is then.
+
+        Raises:
+            InvalidInputError: no such node, a token or the target, a layer that the lens lacks; a
+                circuit along a direction.
+        """
+        chosen = [
+            [self.number(each)]
+            if isinstance(each, Node | str | int)
+            else list(map(self.number, each))
+            for each in groups
+        ]
+        for i in (i for group in chosen for i in group):
+            node = self.nodes[i]
+            if node.kind in ("target", "token") or node.layer in self.missing:
+                raise InvalidInputError(
+                    f"{node.name} is no part of an MLP that the lens has; only those are taken out"
+                )
+        written = [[self._written(i) for i in group] for group in chosen]
+        names = tuple(" + ".join(self.nodes[i].name for i in group) for group in chosen)
+        own = [-sum(self.nodes[i].value for i in group) for group in chosen]
+        with torch.no_grad():
+            said = predicted(self.replacement, written).cpu()
+            true = measured(self.lens, self.replacement, written, batch_size)
+        slopes = gradients(self.lens, self.replacement, written)
+        return Ablations(names, said, torch.tensor(own, dtype=torch.float64), slopes, true)
+
+    def _written(self, i: int) -> Written:
+        node = self.nodes[i]
+        return Written(node.layer, node.position, self.writes[i])
+
+    def _starts(self) -> dict[int, tuple[Tensor, Tensor]]:
+        return starts(self.nodes[1 : len(self.edges)], self.reads)
+
     def __repr__(self) -> str:
         kinds = {kind: sum(node.kind == kind for node in self.nodes) for kind in KINDS[1:]}
         counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
@@ -156,3 +346,9 @@ class Circuit(Brief):
             f"{self.bias:.4g} + errors {self.errors:.4g}; {counts}; "
             f"{int(self.edges.count_nonzero())} edges)"
         )
+
+
+def _square(form: QuadraticForm, parts: Tensor, v: Tensor) -> Tensor:
+    """[n, n]: what parts do two by two along an eigenvector v of a form."""
+    along = parts @ v
+    return float(v @ (form @ v)) * along[:, None] * along

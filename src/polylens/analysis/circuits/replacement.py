@@ -10,6 +10,7 @@ from torch import Tensor
 from polylens.analysis.circuits.target import Target
 from polylens.brief import Brief
 from polylens.hosts.frozen import FrozenBlock, FrozenModel, adjoint
+from polylens.polynomials.base import Approximation
 from polylens.polynomials.shares import Shares
 
 # Rows of covectors that attention takes at a time.
@@ -23,7 +24,7 @@ class Layer(Brief):
     Attributes:
         block: what is around it.
         read: [pos, d_in] what it reads.
-        shares: of its polynomial at these inputs; None where the lens has none.
+        polynomial: of the lens, and its shares at these inputs; None where the lens has none.
         constant: [pos, d_out] what the polynomial writes without any input.
         error: [pos, d_out] what the true MLP writes beyond the polynomial; all of it where the
             lens has none.
@@ -31,6 +32,7 @@ class Layer(Brief):
 
     block: FrozenBlock
     read: Tensor
+    polynomial: Approximation | None
     shares: Shares | None
     constant: Tensor
     error: Tensor
@@ -77,10 +79,10 @@ class Replacement(Brief):
             if n in lens.layers and block.read:
                 shares = lens[n].shares(x)
                 error = block.written - shares.value()
-                found.append(Layer(block, x, shares, shares.constant, error))
+                found.append(Layer(block, x, lens[n], shares, shares.constant, error))
             else:
                 none = torch.zeros_like(block.written)
-                found.append(Layer(block, x, None, none, block.written))
+                found.append(Layer(block, x, None, None, none, block.written))
         return cls(frozen, tuple(found), target)
 
     @property

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from polylens.analysis.arguments import check_lens
-from polylens.analysis.circuits.graph import Circuit, Node
+from polylens.analysis.circuits.graph import Circuit, Node, starts
 from polylens.analysis.circuits.replacement import Flow, Replacement, stacked, values
 from polylens.analysis.circuits.target import TargetLike, prompt_of, resolve
 from polylens.analysis.eigensolver import extreme_eigenpairs
@@ -153,29 +153,23 @@ class _Nodes:
         layer = self.replacement.layers[n]
         assert layer.shares is not None
         x, r = layer.read[t], flow.r[t]
-        first = layer.shares.first(t, flow.u[t])
-        eigenvalues, vectors = _eigenfeatures(layer.shares.second(t, flow.u[t]), x, first, count)
+        form = layer.shares.second(t, flow.u[t])
+        vectors = _eigenvectors(form, x, layer.shares.first(t, flow.u[t]), count)
+        image = form @ torch.cat([vectors, x[:, None]], dim=1)
+        eigenvalues = torch.linalg.vecdot(vectors, image[:, :-1], dim=0)
         activations, gains = x @ vectors, r @ vectors
-        firsts = activations * (first @ vectors)
+        seconds, every = eigenvalues * activations.square(), float(x @ image[:, -1])
         read = gains * vectors
         written = layer.shares.forward(t, (activations * vectors).T)
-        own = [
-            Node(
-                "feature",
-                n,
-                t,
-                i,
-                float(activations[i] * gains[i]),
-                float(activations[i]),
-                float(firsts[i]),
-                float(activations[i] * gains[i] - firsts[i]),
-                float(eigenvalues[i]),
+        own: list[Node] = []
+        for i, second in enumerate(seconds.tolist()):
+            value, a = float(activations[i] * gains[i]), float(activations[i])
+            own.append(
+                Node("feature", n, t, i, value, a, value - second, second, float(eigenvalues[i]))
             )
-            for i in range(len(eigenvalues))
-        ]
         rest = r - read.sum(1)
-        value, alone = float(x @ rest), float(x @ first - firsts.sum())
-        own.append(Node("rest", n, t, 0, value, None, alone, value - alone))
+        value, second = float(x @ rest), every - float(seconds.sum())
+        own.append(Node("rest", n, t, 0, value, None, value - second, second))
         self.reads += [*read.T, rest]
         self.add(own, torch.cat([written, layer.written[t][None] - written.sum(0, keepdim=True)]))
 
@@ -191,7 +185,8 @@ class _Nodes:
         lens: Any,
     ) -> Circuit:
         replacement, writes = self.replacement, torch.cat(self.writes)
-        edges, biases = direct_effects(replacement, self.nodes, writes, self.reads)
+        reads = stacked(self.reads, replacement.layers[0].read)
+        edges, biases = direct_effects(replacement, self.nodes, writes, reads)
         value = embeddings + bias + errors
         self.nodes[0] = Node(
             "target", replacement.target.layer, replacement.target.position, value=value
@@ -210,7 +205,7 @@ class _Nodes:
             tuple(missing),
             unsplit,
             writes,
-            stacked(self.reads, writes),
+            reads,
             replacement,
             tuple(flows),
             lens,
@@ -218,17 +213,12 @@ class _Nodes:
 
 
 def direct_effects(
-    replacement: Replacement, nodes: list[Node], writes: Tensor, reads: list[Tensor]
+    replacement: Replacement, nodes: list[Node], writes: Tensor, reads: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(edges [1 + reads, nodes], biases): what the target and nodes 1, 2, ... read of all."""
     by_place: dict[tuple[int, int], list[int]] = {}
     for i, node in enumerate(nodes[1:], 1):
         by_place.setdefault((node.layer, node.position), []).append(i)
-    starts: dict[int, tuple[Tensor, Tensor]] = {}
-    for n in {node.layer for node in nodes[1 : 1 + len(reads)]}:
-        own = [i for i in range(len(reads)) if nodes[1 + i].layer == n]
-        positions = torch.tensor([nodes[1 + i].position for i in own])
-        starts[n] = positions.to(writes.device), torch.stack([reads[i] for i in own])
     edges = writes.new_zeros(1 + len(reads), len(nodes))
 
     def visit(n: int, covectors: Tensor) -> None:
@@ -236,19 +226,17 @@ def direct_effects(
             if own := by_place.get((n, t)):
                 edges[: len(covectors), own] = covectors[:, t] @ writes[own].T
 
-    of_embeddings, biases = replacement.direct(starts, visit)
+    of_embeddings, biases = replacement.direct(starts(nodes[1 : 1 + len(reads)], reads), visit)
     for t in range(of_embeddings.shape[1]):
         own = by_place[-1, t]
         edges[:, own] = of_embeddings[:, t] @ writes[own].T
     return edges, biases
 
 
-def _eigenfeatures(
-    form: QuadraticForm, x: Tensor, first: Tensor, count: int
-) -> tuple[Tensor, Tensor]:
-    """(eigenvalues [k], orthonormal vectors [d_in, k]) that contribute most at x."""
+def _eigenvectors(form: QuadraticForm, x: Tensor, first: Tensor, count: int) -> Tensor:
+    """[d_in, k] of norm 1, those that contribute most at x."""
     if not form.p.any() and (form.q is None or not form.q.any()):
-        return x.new_zeros(0), x.new_zeros(len(x), 0)
+        return x.new_zeros(len(x), 0)
     if form.d_in <= DENSE:
         # single precision tells eigenvectors apart as well, and what a sum lacks is in the rest
         exact = form.W.dtype == torch.float64
@@ -262,4 +250,4 @@ def _eigenfeatures(
     activations = x @ vectors
     values = activations * (first @ vectors + eigenvalues * activations)
     order = values.abs().argsort(descending=True)[:count]
-    return eigenvalues[order], vectors[:, order]
+    return torch.nn.functional.normalize(vectors[:, order], dim=0)
