@@ -5,9 +5,6 @@ import torch
 
 import polylens
 from polylens import Sequential, TrueStream, analysis, demo
-from polylens.activations import hermite
-from polylens.fitting import neuron_gram, tails
-from polylens.normal_forms import preactivation
 from tests.hf_models import build
 from tests.host_contract import HostContract
 from tests.oracles import generator, random_layer, random_mixture
@@ -26,8 +23,7 @@ EIGENSOLVERS = ("dense", "iterative")
 @pytest.fixture
 def waits(monkeypatch):
     # a device gets larger blocks, in which sums are taken in another order
-    for sizes in (preactivation.ROWS, neuron_gram.BLOCK, tails.BLOCK, hermite.CHUNK):
-        monkeypatch.setitem(sizes, "other", sizes["cpu"])
+    monkeypatch.setattr("polylens.devices.CACHED", {"cpu", NAME})
     with software_device() as waits:
         yield waits
 

@@ -124,6 +124,6 @@ def test_renamed_options_are_answered_and_the_rest_is_as_it_was():
         owner.method(1, old=2)
     with pytest.raises(InvalidInputError, match=r"takes a by position; give new= by name \(got 2"):
         owner.method(1, 2)
-    with pytest.raises(TypeError, match="unexpected"):
+    with pytest.raises(TypeError, match="takes no never="):
         owner.method(1, never=2)
     assert free(1, 2, 3, x=4) == 10

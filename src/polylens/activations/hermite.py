@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from polylens.devices import per_block
+
 SQRT_2PI = math.sqrt(2 * math.pi)
 # Beyond 11 standard deviations phi(xi) He_9(xi) is below 1e-17 of any function that grows
 # like a power of xi, so the quadrature stops there.
 CUTOFF = 11.0
 NODES = 64
 # Neurons whose nodes are in memory at a time: a core's cache on a CPU, plenty of work on a GPU.
-CHUNK = {"cpu": 4096, "other": 1 << 16}
+CHUNK = 4096, 1 << 16
 
 
 def phi(u: Tensor) -> Tensor:
@@ -171,7 +173,7 @@ def quadrature_coefficients(
     x = torch.as_tensor(x, dtype=m.dtype, device=m.device)
     w = torch.as_tensor(w / SQRT_2PI, dtype=m.dtype, device=m.device)
     out = torch.empty(degree + 1, m.numel(), dtype=m.dtype, device=m.device)
-    step = CHUNK["cpu" if m.device.type == "cpu" else "other"]
+    step = per_block(m.device, *CHUNK)
     for i in range(0, m.numel(), step):
         mi, si = m[i : i + step, None], s[i : i + step, None]
         lo = ((lower - mi) / si).clamp(-CUTOFF, CUTOFF)

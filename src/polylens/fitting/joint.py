@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polylens.devices import numbers
 from polylens.errors import InvalidInputError
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.fitting.samples import SampleEstimator
@@ -16,7 +17,6 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial, feature_count, features, readout
-from polylens.waiting import numbers
 
 linalg: Any = torch.linalg  # without types
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from polylens.devices import per_block
 from polylens.errors import InvalidInputError, NumericalWarning
 from polylens.fitting.fused import add_fused
 from polylens.fitting.nested import glu_tables, nested_solutions
@@ -20,7 +21,7 @@ from polylens.polynomials.factored import Polynomial
 linalg: Any = torch.linalg  # without types
 
 # Float64 numbers in one block of features: a core's cache on a CPU, plenty of work on a GPU.
-BLOCK = {"cpu": 1 << 18, "other": 1 << 25}
+BLOCK = 1 << 18, 1 << 25
 # Ridge relative to each feature's mean square, and the pivot below which it is added.
 RIDGE, PIVOT = 1e-10, 1e-12
 # A feature with less than this share of the mean square that it has under a Gaussian is what
@@ -237,7 +238,7 @@ def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[T
 
 def _row_blocks(y: Tensor, width: int) -> Iterator[slice]:
     """Some rows of y [d_mlp, n] at a time, for `width` numbers of each of its entries."""
-    step = BLOCK["cpu" if y.device.type == "cpu" else "other"]
+    step = per_block(y.device, *BLOCK)
     step = max(1, step // (width * y.shape[1]))
     return (slice(i, i + step) for i in range(0, len(y), step))
 

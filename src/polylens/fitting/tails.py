@@ -7,8 +7,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
+from polylens.devices import per_block
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.inputs.samples import checked
 from polylens.normal_forms.preactivation import blocks
@@ -27,7 +29,7 @@ REMAINING = 10
 # Relative to each feature's mean square.
 RIDGE = 1e-12
 # Float64 numbers in one block of features.
-BLOCK = {"cpu": 1 << 20, "other": 1 << 26}
+BLOCK = 1 << 20, 1 << 26
 
 
 @torch.no_grad()
@@ -130,27 +132,33 @@ class _Sums:
         n, size = self._y.shape[1], self._gram.size
         counts = [(int(p * n), int(q * n)) for p, q in pairs]
         cuts = sorted({0, n, *(p for p, _ in counts), *(n - q for _, q in counts)})
-        block = BLOCK["cpu" if self._y.device.type == "cpu" else "other"]
+        block = per_block(self._y.device, *BLOCK)
         step = max(1, block // ((size + 2) * n))
         parts = [self._segments(rows, cuts) for rows in torch.split(neurons, step)]
         sums, lowest, highest = (torch.cat(each, 1) for each in zip(*parts, strict=True))
-        begins = {p: cuts.index(p) for p, _ in counts}
-        stops = {q: cuts.index(n - q) for _, q in counts}
+        begins = [cuts.index(p) for p, _ in counts]
+        stops = [cuts.index(n - q) for _, q in counts]
+
+        def over(segments: list[tuple[int, int]]) -> Tensor:
+            """The sums over segments first ... last - 1 of each."""
+            chosen = torch.zeros(len(segments), len(sums), dtype=sums.dtype)
+            for row, (first, last) in zip(chosen, segments, strict=True):
+                row[first:last] = 1
+            return torch.tensordot(chosen.to(sums.device), sums, 1)
+
         # one for each share, not for each pair: half of the time otherwise
-        below = {p: self._beyond(neurons, 0, lowest[i], sums[:i].sum(0)) for p, i in begins.items()}
-        above = {
-            q: self._beyond(neurons, 1, highest[i - 1], sums[i:].sum(0)) for q, i in stops.items()
-        }
-        grams: list[Tensor] = []
-        ends: list[Tensor] = []
-        for p, q in counts:
-            between = sums[begins[p] : stops[q], :, :size, :size].sum(0)
-            grams.append(between.add_(below[p]).add_(above[q]))
-            ends.append(torch.stack([lowest[begins[p]], highest[stops[q] - 1]]))
-        errors = _least_squares(torch.stack(grams))
+        lower, upper = sorted(set(begins)), sorted(set(stops))
+        below = self._beyond(neurons, 0, lowest[lower], over([(0, i) for i in lower]))
+        last = highest[[i - 1 for i in upper]]
+        above = self._beyond(neurons, 1, last, over([(i, len(sums)) for i in upper]))
+        grams = over(list(zip(begins, stops, strict=True)))[..., :size, :size]
+        grams += below[[lower.index(i) for i in begins]]
+        grams += above[[upper.index(i) for i in stops]]
+        ends = torch.stack([lowest[begins], highest[[i - 1 for i in stops]]], 1)
+        errors = _least_squares(grams)
         errors *= self._weights.W_out[neurons].double().square().sum(1)
         spent = errors.new_tensor([[(p + q) / n] for p, q in counts])
-        return _Choices(errors, torch.stack(ends), spent)
+        return _Choices(errors, ends, spent)
 
     def _segments(self, rows: Tensor, cuts: list[int]) -> tuple[Tensor, Tensor, Tensor]:
         """Gram matrices [segments, neurons, ., .] of features, target act z, and (act - A) z for
@@ -171,22 +179,27 @@ class _Sums:
         return sums, y[:, cuts[:-1]].double().T, y[:, [c - 1 for c in cuts[1:]]].double().T
 
     def _beyond(self, rows: Tensor, side: int, end: Tensor, sums: Tensor) -> Tensor:
-        """Gram matrix of features and target of the inputs beyond an end.
+        """Gram matrices [ends, neurons, ., .] of features and target of the inputs beyond an end.
 
         There the features are those at the end, c, and the target is (act - A) z + A(c) z: both
         are linear in 1, zeta and (act - A) z, whose sums are known.
+
+        Args:
+            end: [ends, neurons]; sums: [ends, neurons, ., .].
         """
         z_mean, z_scale = (each[rows] for each in self._standardise[2:])
         known, size = [0] if self._z is None else [0, 2], self._gram.size
         z = None if self._z is None else torch.stack([z_mean, z_mean + z_scale], 1)
-        y = end[:, None].expand(-1, len(known))
+        z = None if z is None else z.repeat(1, len(end))
+        y = end.T.repeat_interleave(len(known), 1)
         at = self._gram.features(rows, y, z, asymptotes(self._weights.act, y)[side])
+        at = rearrange(at, "neuron f (end known) -> end neuron f known", end=len(end))
         if self._z is not None:
             at[..., 1] -= at[..., 0]
         by = F.pad(at, (0, 1))
-        by[:, -1, -1] = 1
+        by[..., -1, -1] = 1
         known = [*known, size + side]
-        return by @ sums[:, known][:, :, known] @ by.mT
+        return by @ sums[..., known, :][..., known] @ by.mT
 
 
 def _sorted(y: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from math import isfinite
 import torch
 from torch import Tensor
 
+from polylens.devices import numbers
 from polylens.errors import InvalidInputError
-from polylens.waiting import numbers
 
 # A variance below this share of the squared mean is the rounding of a constant.
 CONSTANT = 1e-24

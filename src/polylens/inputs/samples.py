@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from polylens.checks import floating
+from polylens.devices import numbers
 from polylens.errors import InvalidInputError
 from polylens.inputs.model import Fitted, InputModel
 from polylens.inputs.residuals import ResidualSums
-from polylens.waiting import numbers
 
 linalg: Any = torch.linalg  # without types
 

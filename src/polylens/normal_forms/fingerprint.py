@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from polylens.devices import numbers
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.waiting import numbers
 
 # Three sums by role of the weight; see `fingerprint`.
 Fingerprint = Mapping[str, Sequence[float]]

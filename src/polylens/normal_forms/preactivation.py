@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from polylens.devices import per_block
 from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 
 CHUNK = 4096
 linalg: Any = torch.linalg  # without types
 # Inputs whose preactivations are held at a time.
-ROWS = {"cpu": 1024, "other": 4096}
+ROWS = 1024, 4096
 # Whether products of half precision can be given out in float32.
 HALF_TO_FLOAT = torch.__version__ >= "2.8"
 
@@ -44,7 +45,7 @@ def blocks(
     weights: MLPWeights | GLUWeights, x: Tensor, sample_weights: Tensor | None
 ) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
     """(y, z, sample weights) of ROWS inputs at a time, on the layer's device."""
-    step = ROWS["cpu" if weights.device.type == "cpu" else "other"]
+    step = per_block(weights.device, *ROWS)
     for i in range(0, len(x), step):
         w = None if sample_weights is None else sample_weights[i : i + step].to(weights.device)
         yield *_preactivations(weights, x[i : i + step].to(weights.device)), w

@@ -1,9 +1,17 @@
-"""Numbers off a tensor: what a GPU is waited for, so it is done once for many."""
+"""What differs between a CPU and a GPU: how much is done at once, and waiting for numbers."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# Devices with a cache that blocks should fit into; others want plenty of work at once.
+CACHED = {"cpu"}
+
+
+def per_block(device: torch.device, cached: int, other: int) -> int:
+    """How many numbers, rows or neurons to take at a time on this device."""
+    return cached if device.type in CACHED else other
 
 
 def numbers(*tensors: Tensor) -> list[Any]:
