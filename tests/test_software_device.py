@@ -116,3 +116,32 @@ class TestHost(HostContract):
     @pytest.fixture
     def model(self, waits):
         return build("llama").to(NAME)
+
+
+def test_analyses_of_a_lens(waits):
+    """Examples, interventions, gradients and comparisons, with their texts and figures."""
+
+    def read(device) -> list:
+        model = demo.load_model().to(device)
+        training, text = (demo.batches(each, 8, 32).to(device) for each in demo.texts())
+        method, layers = TrueStream(), (0, 2)
+        options = {"degree": 2, "method": method, "layers": layers, "progress": False}
+        with polylens.attach(model, training, **options) as lens:
+            by_layer = {
+                n: analysis.singular_features(lens[n], 2, metric="covariance") for n in layers
+            }
+            seen = analysis.examples(lens, by_layer, text, k=2, effects=True)
+            u = analysis.logit_gradient(lens, text, 2, 7, at=5)
+            along = analysis.eigenfeatures(lens[2], u[0], 2, metric="covariance")
+            at = torch.tensor([3, -1, 4, 5, 6, 7, 8, 9])
+            edits = {
+                "degree": analysis.Edit(2, lens[2].part(2)),
+                "feature": analysis.Edit(2, along.part(0), at=at),
+                "vector": [analysis.Edit(0, u[0].cpu(), by=2.0)],
+            }
+            with lens.replaced():
+                found = analysis.intervene(lens, text, edits)
+            changes = analysis.compare(lens, lens, degree=1, u={2: u[0]}).to_dict()
+            return [*(seen[n].to_dict() for n in layers), found.to_dict(), changes, u.tolist()]
+
+    assert read(NAME) == read("cpu")

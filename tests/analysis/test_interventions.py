@@ -224,7 +224,35 @@ def test_bad_interventions_are_refused(lens):
             call()
     with pytest.raises(KeyError, match="no intervention 'x'"):
         analysis.intervene(lens, TOKENS, {"a": edit})["x"]
-    floats = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
-    with polylens.attach(floats.eval(), torch.randn(20, 3), degree=2, progress=False) as other:
-        with pytest.raises(UnsupportedModel, match="predicted tokens"):
-            analysis.intervene(other, torch.randn(5, 3), Edit(0, torch.ones(2)))
+
+
+def test_interventions_in_a_classifier_and_in_a_model_of_images():
+    network = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    x = torch.randn(300, 3)
+    with polylens.attach(network.eval(), x, degree=2, progress=False) as lens:
+        features = analysis.singular_features(lens[0], metric="covariance")
+        edits = {i: Edit(0, features.part(i)) for i in range(3)}
+        found = analysis.intervene(lens, x, edits, batch_size=128)
+        for i, effect in enumerate(found):
+            base = network(x).detach()
+            moved = base - features.part(i)(x)
+            p, q = base.double().log_softmax(-1), moved.log_softmax(-1)
+            assert effect.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
+            same = (p.argmax(-1) == q.argmax(-1)).double().mean()
+            assert effect.agreement == pytest.approx(float(same))
+            assert effect.delta_ce is None
+        assert "300 inputs" in found._repr_html_()
+    model, pixels = build("vit"), torch.randn(6, 3, 16, 16)
+    with polylens.attach(model, pixels, degree=1, progress=False) as lens:
+        vector = torch.randn(24)
+        found = analysis.intervene(lens, pixels, Edit(1, vector))["edit"]
+        with torch.no_grad():
+            base = model(pixels).logits.double()
+            with hooked(lens, 1, lambda y, x: y - vector):
+                moved = (model(pixels).logits.double() - base).mean(0)
+        torch.testing.assert_close(found.logits, moved - moved.mean(), **CLOSE)
+    embedder = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.ReLU(), torch.nn.Linear(8, 4))
+    embedder.append(torch.nn.Unflatten(1, (2, 1, 2)))
+    with polylens.attach(embedder.eval(), x, degree=1, progress=False) as lens:
+        with pytest.raises(UnsupportedModel, match=r"returns \[8, 2, 1, 2\]"):
+            analysis.intervene(lens, x, Edit(0, torch.ones(4)))

@@ -13,11 +13,12 @@ from polylens.analysis.layer_tokens import token_id
 from polylens.analysis.readout import top_tokens
 from polylens.brief import Brief
 from polylens.calibration.seen import require_deterministic
-from polylens.calibration.tokens import batches, token_names, validate_tokens
+from polylens.calibration.tokens import batches, token_names, validate_inputs, validate_tokens
 from polylens.checks import Layer
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Function
 from polylens.hosts.positions import targets, unpadded
+from polylens.report.columns import MISSING
 from polylens.report.rendering import as_html
 from polylens.report.scores import Cost, lead_of, score
 
@@ -58,9 +59,10 @@ class Effect(Brief):
 
     Attributes:
         name: of the edits.
-        delta_ce: rise of the cross entropy in nats per token, over all tokens; delta_ce_se: its
-            standard error, paired and with sequences as its units, None of a single one.
-        kl: KL(without || with), mean over all positions.
+        delta_ce: rise of the cross entropy in nats per token, over all tokens, None of a model that
+            reads none; delta_ce_se: its standard error, paired and with sequences as its units,
+            None of a single one.
+        kl: KL(without || with), mean over all positions, or inputs.
         agreement: share of positions whose most likely token stays the same.
         logits: [d_vocab] how much each logit rises, mean over the positions that are edited, less
             the mean over the vocabulary, which softmax cannot see.
@@ -68,7 +70,7 @@ class Effect(Brief):
     """
 
     name: Hashable
-    delta_ce: float
+    delta_ce: float | None
     delta_ce_se: float | None
     kl: float
     agreement: float
@@ -82,13 +84,15 @@ class Effects(Brief):
     """Of several interventions on the same text; `effects[name]` is one.
 
     Attributes:
-        base_ce: cross entropy without any, nats per token.
+        base_ce: cross entropy without any, nats per token; None of a model that reads no tokens.
         n_targets: predicted tokens.
+        n_positions: positions whose logits are compared; of a model that reads no tokens, inputs.
         rows: by intervention.
     """
 
-    base_ce: float
+    base_ce: float | None
     n_targets: int
+    n_positions: int
     rows: tuple[Effect, ...] = field(repr=False)
 
     def __getitem__(self, name: Hashable) -> Effect:
@@ -109,16 +113,19 @@ class Effects(Brief):
         from rich.text import Text
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
-        table.title = f"{self.n_targets} tokens, {self.base_ce:.3f} nats each without an edit"
+        loss = "" if self.base_ce is None else f", {self.base_ce:.3f} nats each without an edit"
+        what = "inputs" if self.base_ce is None else "tokens"
+        table.title = f"{self.n_targets or self.n_positions} {what}{loss}"
         for title in ("edit", "ΔCE", "KL", "top-1", "raises", "lowers"):
             justify = "right" if title in ("ΔCE", "KL", "top-1") else "left"
             table.add_column(title, justify=justify)
         for row in self.rows:
             error = "" if row.delta_ce_se is None else f" ± {row.delta_ce_se:.4f}"
+            loss = MISSING if row.delta_ce is None else f"{row.delta_ce:+.4f}{error}"
             ends = ("  ".join(f"{n} {v:+.2f}" for n, v in end) for end in (row.raises, row.lowers))
             table.add_row(
                 Text(str(row.name)),
-                f"{row.delta_ce:+.4f}{error}",
+                loss,
                 f"{row.kl:.4f}",
                 f"{row.agreement:.1%}",
                 *map(Text, ends),
@@ -134,7 +141,7 @@ class Effects(Brief):
             {**{k: v for k, v in vars(row).items() if k != "logits"}, "name": str(row.name)}
             for row in self.rows
         ]
-        return {"base_ce": self.base_ce, "n_targets": self.n_targets, "rows": rows}
+        return {**vars(self), "rows": rows}
 
 
 @torch.no_grad()
@@ -161,7 +168,8 @@ def intervene(
 
     Args:
         lens: attached.
-        tokens: [batch, pos] token ids.
+        tokens: [batch, pos] token ids; floats [batch, ...] for a classifier that reads those, which
+            has no cross entropy of a next token.
         edits: one or several by name; several in one entry are made together.
         attention_mask: [batch, pos], 0 at padding, which is not edited.
         batch_size: sequences in one forward pass; interventions share it where they fit.
@@ -171,7 +179,7 @@ def intervene(
     Raises:
         InvalidInputError: tokens or a layer that cannot be used, a position beyond the text or at
             padding, a part of another size.
-        UnsupportedModel: a model without logits [batch, pos, d_vocab].
+        UnsupportedModel: a model without logits [batch, pos, d_vocab] or [batch, classes].
 
     Cost: one forward pass, and one for each intervention.
 
@@ -187,16 +195,18 @@ def intervene(
     by_name = _by_name(edits)
     lens.ready([edit.layer for several in by_name.values() for edit in several], None)
     host = lens.host
-    if not host.reads_tokens:
-        raise UnsupportedModel(
-            "interventions are measured on predicted tokens; this model has none"
-        )
-    tokens, mask = validate_tokens(
-        tokens, attention_mask, d_vocab=host.d_vocab, n_positions=host.n_positions
+    tokens, mask = validate_inputs(
+        tokens,
+        attention_mask,
+        reads_tokens=host.reads_tokens,
+        d_vocab=host.d_vocab,
+        n_positions=host.n_positions,
     )
     require_deterministic(host.module)
     tokens, mask = tokens.to(host.device), None if mask is None else mask.to(host.device)
-    real = unpadded(tokens, mask)
+    # without tokens there is one prediction for each input, and none of what comes next
+    ids = tokens if host.reads_tokens else torch.zeros_like(tokens.flatten(1)[:, :1]).long()
+    real, lead = unpadded(ids, mask), lead_of(host, tokens) if host.reads_tokens else 1
     placed = {
         name: [(_checked(lens, edit), _flags(edit.at, real)) for edit in several]
         for name, several in by_name.items()
@@ -204,40 +214,52 @@ def intervene(
     measured = {
         name: _Measured(torch.stack([flags for _, flags in placed[name]]).any(0)) for name in placed
     }
-    lead, base, start, counts = lead_of(host, tokens), 0.0, 0, list[Tensor]()
+    order, base, start = list(placed), real.new_zeros(1, dtype=torch.float64), 0
     for batch, batch_mask in batches(tokens, mask, batch_size):
         here = slice(start, start + len(batch))
         start += len(batch)
-        truth = host.logits(batch, batch_mask)
-        if truth.dim() != 3 or truth.shape[:2] != batch.shape:
-            raise UnsupportedModel(
-                f"interventions need logits [batch, pos, d_vocab]; {lens.model_name} returns "
-                f"{list(truth.shape)} for tokens {list(batch.shape)}"
-            )
-        true = score(truth, None, batch, real[here], lead)
-        counts.append(targets(real[here], lead).sum(1).cpu())
-        base += float(true.ce.sum())
+        own, own_ids = real[here], ids[here]
+        truth = _predictions(lens, batch, batch_mask, own)
+        true = score(truth, None, own_ids, own, lead)
+        base += true.ce.sum().to(base.device)
         together = max(1, batch_size // len(batch))
-        order = list(placed)
         for i in range(0, len(order), together):
             group = order[i : i + together]
-            n = len(group)
-            rows = [[(e, flags[here]) for e, flags in placed[name]] for name in group]
+            rows = [[(edit, flags[here]) for edit, flags in placed[name]] for name in group]
+            stacked, n = batch.repeat(len(group), *[1] * (batch.dim() - 1)), len(group)
             repeated = None if batch_mask is None else batch_mask.repeat(n, 1)
-            with host.edit(_functions(rows, batch.shape)):
-                logits = host.logits(batch.repeat(n, 1), repeated)
+            with host.edit(_functions(rows, own.shape, host.reads_tokens)):
+                logits = _predictions(lens, stacked, repeated, own.repeat(n, 1))
             for name, changed in zip(group, logits.split(len(batch)), strict=True):
-                scores = score(changed, truth, batch, real[here], lead)
+                scores = score(changed, truth, own_ids, own, lead)
                 measured[name].update(scores, true, changed, truth, here)
-    n_targets = torch.cat(counts)
-    if n_targets.sum() == 0:
+    n_targets = targets(real, lead).sum(1).cpu()
+    total, n_positions = int(n_targets.sum()), int(real.sum())
+    if host.reads_tokens and not total:
         raise InvalidInputError("no token follows another one that is not padding: no loss")
     names = names or token_names(host.tokenizer)
-    n_positions = int(real.sum())
-    effects = (
-        m.effect(name, n_targets, n_positions, n_tokens, names) for name, m in measured.items()
-    )
-    return Effects(base / int(n_targets.sum()), int(n_targets.sum()), tuple(effects))
+    effects = [
+        own.effect(name, n_targets, n_positions, n_tokens, names) for name, own in measured.items()
+    ]
+    return Effects(float(base) / total if total else None, total, n_positions, tuple(effects))
+
+
+def _predictions(lens: Any, batch: Tensor, mask: Tensor | None, real: Tensor) -> Tensor:
+    """Logits [batch, pos, d_vocab]; [batch, 1, classes] of a model that reads no tokens.
+
+    Raises:
+        UnsupportedModel: others.
+    """
+    logits = lens.host.logits(batch, mask)
+    if not lens.host.reads_tokens and logits.dim() == 2:
+        logits = logits[:, None]
+    if logits.dim() != 3 or logits.shape[:2] != real.shape:
+        raise UnsupportedModel(
+            "interventions need logits [batch, pos, d_vocab], or [batch, classes] of a model that "
+            f"reads no tokens; {lens.model_name} returns {list(logits.shape)} for inputs "
+            f"{list(batch.shape)}"
+        )
+    return logits
 
 
 def logit_gradient(
@@ -321,10 +343,11 @@ class _Measured:
         assert self._logits is not None
         logits = self._logits / int(self._edited.sum())
         logits = (logits - logits.mean()).cpu()
+        scored = bool(n_targets.any())
         return Effect(
             name,
-            self._cost.delta_ce(n_targets),
-            self._cost.delta_ce_se(n_targets),
+            self._cost.delta_ce(n_targets) if scored else None,
+            self._cost.delta_ce_se(n_targets) if scored else None,
             self._cost.kl(n_positions),
             self._cost.agreement(n_positions),
             logits,
@@ -333,7 +356,7 @@ class _Measured:
 
 
 def _functions(
-    rows: Sequence[Sequence[tuple[Edit, Tensor]]], shape: torch.Size
+    rows: Sequence[Sequence[tuple[Edit, Tensor]]], shape: torch.Size, text: bool
 ) -> dict[Layer, Function]:
     """What flows at each layer where copies of a batch stand below each other, one for each row."""
     by_layer: dict[Layer, list[tuple[Edit, Tensor]]] = {}
@@ -342,16 +365,18 @@ def _functions(
             everywhere = flags.new_zeros(len(rows), *shape)
             everywhere[i] = flags
             by_layer.setdefault(edit.layer, []).append((edit, everywhere.reshape(-1)))
-    return {layer: _edited(several) for layer, several in by_layer.items()}
+    return {layer: _edited(several, text) for layer, several in by_layer.items()}
 
 
-def _edited(several: Sequence[tuple[Edit, Tensor]]) -> Function:
+def _edited(several: Sequence[tuple[Edit, Tensor]], text: bool) -> Function:
     def function(arrival: Arrival) -> Tensor:
         x = rearrange(arrival.x, "... d -> (...) d")
         y = rearrange(arrival.y, "... d -> (...) d").clone()
         for edit, flags in several:
             flags = flags.to(x.device)
             here = flags if arrival.places is None else flags[arrival.places.rows]
+            if not text and arrival.places is None:  # an image has many inputs, say
+                here = here.repeat_interleave(len(x) // len(here))
             if len(here) != len(x):
                 raise UnsupportedModel(
                     f"layer {edit.layer} reads {len(x)} inputs where there are {len(here)} tokens"
