@@ -232,7 +232,7 @@ def _accuracy(act: Activation, rough: Tensor) -> float:
     m, s = m.flatten(), s.expand_as(m).flatten()
     edges = [e for e in act.edges if math.isfinite(e)]
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    inner = tuple(sorted({*edges, *middles, *rough.flatten().tolist()}))
+    inner = tuple(sorted({*edges, *middles, *map(float, rough.flatten())}))
     finer = replace(act, edges=(-math.inf, *inner, math.inf), kinks=inner)
     coarse, fine = (a.hermite_coefficients(m, s, 8) for a in (act, finer))
     error: Tensor = linalg.vector_norm(coarse - fine, dim=0) - FLOOR * (m.abs() + s)
@@ -250,9 +250,11 @@ def _rough_places(name: str, fn: Callable[[Tensor], Tensor], kinks: Sequence[flo
     near = torch.arange(-REACH, REACH, PIECE, dtype=torch.float64) + OFFSET
     far = REACH * 2.0 ** torch.arange(1, 11, dtype=torch.float64) + OFFSET
     points = torch.tensor(kinks, dtype=torch.float64)
-    edges = torch.cat([near, far, -far, points]).unique()
+    ends = sorted({float(y) for y in torch.cat([near, far, -far, points])})
+    edges = torch.tensor(ends, dtype=torch.float64)
     nodes, others, interpolate = _interpolation()
-    pieces, found = torch.stack([edges[:-1], edges[1:]], dim=1), []
+    pieces = torch.stack([edges[:-1], edges[1:]], dim=1)
+    found: list[Tensor] = []
     parents = torch.zeros(len(pieces), dtype=torch.int64)
     before = pieces[:0]
     while True:
@@ -262,7 +264,7 @@ def _rough_places(name: str, fn: Callable[[Tensor], Tensor], kinks: Sequence[flo
         if not torch.isfinite(values).all():
             first = float(y[~torch.isfinite(values)][0])
             raise UnsupportedActivation(f"{name!r} returns NaN or infinity at y = {first:g}")
-        at_nodes, beside = values.split([len(nodes), len(others)], dim=1)
+        at_nodes, beside = values[:, : len(nodes)], values[:, len(nodes) :]
         missed = (at_nodes @ interpolate - beside).abs().amax(1)
         allowed = SMOOTH * values.abs().amax(1) + ROUNDING * y.abs().amax(1)
         bad = missed > allowed

@@ -1,6 +1,7 @@
 """The best quadratic under a Gaussian mixture, by block conjugate gradients."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from polylens.fitting.global_optimum.quadratic_moments import (
     MixtureMoments,
     Quadratic,
 )
+
+linalg: Any = torch.linalg  # without types
 
 # The residual is computed anew in float64 when it has fallen by GAIN, and after LONGEST
 # iterations. If it has fallen by less than SLOW then, the rounding of float32 may be met, and the
@@ -30,7 +33,7 @@ def best_quadratic(
 
     All outputs share one Krylov space (block conjugate gradients in the form of Dubrulle 2001),
     so every output profits from what the others learn about the operator. The residuals are
-    those of Q coefficients, with Q orthonormal in the preconditioner's norm. The products are
+    those of q coefficients, with q orthonormal in the preconditioner's norm. The products are
     done in float32 and corrected by residuals that are computed in float64, without giving up
     the search directions: the accuracy is that of float64.
 
@@ -57,20 +60,21 @@ def best_quadratic(
         return solution, 0, 0.0
     dtype = torch.float64 if moments.linear.shape[1] < SMALL else torch.float32
     operator, inverse = exact.to(dtype), exact_inverse.to(dtype)
-    Q, Z, coefficients = _orthonormal(moments.combined(scale.diag()).to(dtype), inverse)
-    direction, relative, update, begun = Z, 1.0, None, 0
+    q, z, coefficients = _orthonormal(moments.combined(scale.diag()).to(dtype), inverse)
+    direction, relative, update, begun = z, 1.0, None, 0
     for iteration in range(1, max_iterations + 1):
         image = operator(direction)
-        step = torch.linalg.pinv(direction.gram(image), hermitian=True, rtol=DEPENDENT)
+        step: Tensor = linalg.pinv(direction.gram(image), hermitian=True, rtol=DEPENDENT)
         change = direction.combined(step @ coefficients)
         update = change if update is None else update.add_(change)
-        Q, Z, mix = _orthonormal(Q.add_(image.combined(step), alpha=-1.0), inverse)
+        q, z, mix = _orthonormal(q.add_(image.combined(step), alpha=-1.0), inverse)
         coefficients = mix @ coefficients
-        estimate = float(torch.linalg.vector_norm(coefficients, dim=0).max())
+        sizes: Tensor = linalg.vector_norm(coefficients, dim=0)
+        estimate = float(sizes.max())
         goal = max(tolerance / 2, GAIN * relative)
         going = iteration < min(begun + LONGEST, max_iterations)
         if going and goal < estimate < DIVERGED * relative:
-            direction = Z.add_(direction.combined(mix.T))
+            direction = z.add_(direction.combined(mix.T))
             continue
         trial = update.to(torch.float64).combined(size.diag()).add_(solution)
         residual, now = _residual(moments, trial, exact, exact_inverse, scale)
@@ -93,11 +97,11 @@ def best_quadratic(
             along = step @ direction.gram(left)
             update = direction.combined(along)
             left.add_(image.combined(along), alpha=-1.0)
-            Q, Z, coefficients = _orthonormal(left, inverse)
-            direction = Z.add_(direction.combined(step @ image.gram(Z)), alpha=-1.0)
+            q, z, coefficients = _orthonormal(left, inverse)
+            direction = z.add_(direction.combined(step @ image.gram(z)), alpha=-1.0)
         else:
-            Q, Z, coefficients = _orthonormal(left, inverse)
-            direction = Z
+            q, z, coefficients = _orthonormal(left, inverse)
+            direction = z
     raise ConvergenceError(
         f"conjugate gradients reached a relative residual of {relative:.3g} in {max_iterations} "
         f"iterations, {tolerance:.3g} was asked for; components that overlap little, or do "
@@ -124,7 +128,9 @@ def _orthonormal(block: Quadratic, inverse: BlockJacobi) -> tuple[Quadratic, Qua
     """Q, its image under the preconditioner, and mix, with block = Q mix and <Q, inverse Q> = I."""
     image = inverse(block)
     gram = block.gram(image)
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
+    values: Tensor
+    vectors: Tensor
+    values, vectors = linalg.eigh((gram + gram.T) / 2)
     kept = values > max(DEPENDENT * float(values[-1]), 0.0)
     root, vectors = values[kept].sqrt(), vectors[:, kept]
     forward = vectors / root

@@ -11,7 +11,7 @@ import itertools
 import math
 import warnings
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from torch import Tensor
 from polylens.errors import NumericalWarning
 from polylens.fitting.global_optimum.parts import EPSILON, Coordinates, Part, expansion
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
+
+linalg: Any = torch.linalg  # without types
 
 # Largest number of features for which the problem is formed; for quadratics, of which there is
 # an iterative solver, up to where this is the faster one.
@@ -112,7 +114,7 @@ def solve(
     levels = _levels(triangle, right, table.ends)
     _warn_of_rounding(levels)
     to_monomials = _expanded(table, torch.zeros(r), torch.eye(r).double(), orthonormal=False)
-    optima = []
+    optima: list[list[Tensor]] = []
     for n in range(degree + 1):
         size = table.ends[n]
         theta = to_monomials[:size, :size] @ _substituted(levels[: n + 1], table.ends)
@@ -205,9 +207,10 @@ class _Level(NamedTuple):
 
 def _levels(triangle: Tensor, right: Tensor, ends: list[int]) -> list[_Level]:
     """The triangular system by degree, without features that those below determine."""
-    sizes = torch.linalg.vector_norm(triangle, dim=0)
+    sizes: Tensor = linalg.vector_norm(triangle, dim=0)
     inverse = torch.where(sizes > 0, 1 / sizes, 0.0)
-    levels, start, triangular = [], 0, True
+    levels: list[_Level] = []
+    start, triangular = 0, True
     for end in ends:
         scale = inverse[start:end, None]
         block, beyond = triangle[:, start:end] * scale.T, triangle[:, end:]
@@ -215,12 +218,20 @@ def _levels(triangle: Tensor, right: Tensor, ends: list[int]) -> list[_Level]:
         basis, values = block.new_full((), torch.inf), block.new_ones(kept)
         if triangular and len(block) >= kept:
             identity = torch.eye(kept, dtype=block.dtype)
-            basis = torch.linalg.solve_triangular(block[:kept], identity, upper=True)
-        if not bool(torch.linalg.vector_norm(basis) < PLAIN):
+            basis = linalg.solve_triangular(block[:kept], identity, upper=True)
+        size: Tensor = linalg.vector_norm(basis)
+        if not bool(size < PLAIN):
             triangular = False
-            U, values, rows = torch.linalg.svd(block)
+            turn: Tensor
+            rows: Tensor
+            turn, values, rows = linalg.svd(block)
             kept = int((values > DEPENDENT).sum())
-            basis, values, beyond, right = rows[:kept].T, values[:kept], U.T @ beyond, U.T @ right
+            basis, values, beyond, right = (
+                rows[:kept].T,
+                values[:kept],
+                turn.T @ beyond,
+                turn.T @ right,
+            )
         levels.append(_Level(scale * basis, values, beyond[:kept], right[:kept]))
         below = beyond[kept:]
         triangle = torch.cat([below.new_zeros(len(below), end), below], dim=1)
@@ -260,7 +271,8 @@ def _to_tensors(theta: Tensor, table: Monomials, degree: int) -> list[Tensor]:
     factorial = torch.tensor([math.factorial(k) for k in range(degree + 1)], dtype=torch.float64)
     powers = table.powers[: len(theta)]
     share = theta * (factorial[powers].prod(1) / factorial[powers.sum(1)])[:, None]
-    place, tensors = torch.zeros(1, dtype=torch.int64), []
+    place = torch.zeros(1, dtype=torch.int64)
+    tensors: list[Tensor] = []
     for k in range(degree + 1):
         tensors.append(share[place].T.reshape(-1, *[r] * k).contiguous())
         if k < degree:

@@ -1,6 +1,6 @@
 """A mixture in coordinates of its own, and a layer's products with polynomials under its parts."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +9,8 @@ from polylens.activations.hermite import times_linear
 from polylens.inputs.mixture import GaussianMixture
 from polylens.normal_forms.preactivation import branches
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
+
+linalg: Any = torch.linalg  # without types
 
 EPSILON = torch.finfo(torch.float64).eps
 # Of d correlated features, directions with less than d times this share of the largest
@@ -59,7 +61,7 @@ def coordinates(mixture: GaussianMixture) -> Coordinates:
     to what follows. Nothing is squared on the way from the parts' factors to the support.
     """
     covs: dict[int, Tensor] = {}  # components may share one
-    parts = []
+    parts: list[Part] = []
     for weight, gaussian in mixture.weighted_components():
         key = gaussian.cov.data_ptr()
         if key not in covs:
@@ -74,10 +76,12 @@ def coordinates(mixture: GaussianMixture) -> Coordinates:
         groups[id(part.factor)] = groups.get(id(part.factor), 0.0) + part.weight
     factors = {id(part.factor): part.factor for part in parts}
     stacked = torch.cat([*(groups[key] ** 0.5 * factors[key] for key in groups), spread])
-    deviations = torch.linalg.vector_norm(stacked, dim=0)
+    deviations: Tensor = linalg.vector_norm(stacked, dim=0)
     varies = deviations > CONSTANT * means.abs().amax(0)
     inverse = torch.where(varies, 1 / deviations, 0.0)
-    _, values, rows = torch.linalg.svd(stacked * inverse, full_matrices=False)
+    values: Tensor
+    rows: Tensor
+    _, values, rows = linalg.svd(stacked * inverse, full_matrices=False)
     kept = values > SUPPORT * values.max() if varies.any() else values > torch.inf
     whiten = inverse[:, None] * rows[kept].T / values[kept]
     return Coordinates(center, whiten, parts, _mapped(parts, center, whiten))
@@ -96,7 +100,9 @@ def _factor(cov: Tensor) -> Tensor:
     inverse = torch.where(deviations > 0, 1 / deviations, 0.0)
     # rounding may be beyond what a covariance can be
     correlations = (inverse[:, None] * cov * inverse).clamp(-1, 1)
-    values, vectors = torch.linalg.eigh(correlations)
+    values: Tensor
+    vectors: Tensor
+    values, vectors = linalg.eigh(correlations)
     kept = values > ROUNDING * len(cov) * values[-1].clamp(min=0)
     return (values[kept].sqrt() * vectors[:, kept]).T * deviations
 
@@ -119,16 +125,16 @@ def expansion(layer: MLPWeights | GLUWeights, part: Part, degree: int) -> Expans
     """The layer under a part in the layer's own coordinates, to degree n."""
     W, b, V, b_V = branches(layer)
     slopes = part.factor @ W
-    s = torch.linalg.vector_norm(slopes, dim=0)
+    s: Tensor = linalg.vector_norm(slopes, dim=0)
     # deviations below the rounding of their own sum are those of a constant
-    deviations = torch.linalg.vector_norm(part.factor, dim=0)
+    deviations: Tensor = linalg.vector_norm(part.factor, dim=0)
     s = torch.where(s > 1e-15 * (deviations @ W.abs()), s, 0.0)
     u = slopes * torch.where(s > 0, 1 / s, 0.0)
     m = part.mean @ W if b is None else part.mean @ W + b
     if V is None:
         return Expansion(layer.act.hermite_coefficients(m, s, degree), u, None, None)
     slopes, z_mean = part.factor @ V, part.mean @ V
-    a = torch.linalg.vecdot(u, slopes, dim=0)
+    a: Tensor = linalg.vecdot(u, slopes, dim=0)
     c = layer.act.hermite_coefficients(m, s, degree + 1)
     e = times_linear(c, z_mean if b_V is None else z_mean + b_V, a)
     return Expansion(e, u, c[:degree], slopes - a * u)

@@ -1,10 +1,12 @@
 """Quadratics and their moments under a Gaussian mixture, without forming normal equations."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+linalg: Any = torch.linalg  # without types
 
 # Below this share of r a covariance's rank makes its thin products the cheaper ones.
 THIN = 0.6
@@ -32,7 +34,9 @@ class Quadratic(NamedTuple):
     def combined(self, mix: Tensor) -> "Quadratic":
         """The quadratics sum_o mix[o, s] q_o, one for each s."""
         mix = mix.to(self.constant)
-        return Quadratic(*(torch.tensordot(mix.T, part, dims=1) for part in self))
+        return Quadratic(
+            *(torch.tensordot(mix.T, p, dims=1) for p in self)  # pyright: ignore[reportUnknownMemberType]
+        )
 
     def add_(self, other: "Quadratic", alpha: float = 1.0) -> "Quadratic":
         for part, more in zip(self, other, strict=True):
@@ -41,11 +45,9 @@ class Quadratic(NamedTuple):
 
     def dot(self, other: "Quadratic") -> Tensor:
         """Inner products [o], output by output."""
-        return (
-            self.constant * other.constant
-            + torch.linalg.vecdot(self.linear, other.linear)
-            + torch.linalg.vecdot(self.matrix.flatten(1), other.matrix.flatten(1))
-        )
+        linear: Tensor = linalg.vecdot(self.linear, other.linear)
+        matrix: Tensor = linalg.vecdot(self.matrix.flatten(1), other.matrix.flatten(1))
+        return self.constant * other.constant + linear + matrix
 
     def gram(self, other: "Quadratic") -> Tensor:
         """Inner products [o, o'] of all pairs, summed in float64."""
@@ -135,7 +137,9 @@ def _thin(component: Component) -> Tensor | None:
     """F [r, rank] with cov = F F^T, where its products are the cheaper ones."""
     factor = component.factor
     if factor is None:
-        values, vectors = torch.linalg.eigh(component.cov)
+        values: Tensor
+        vectors: Tensor
+        values, vectors = linalg.eigh(component.cov)
         kept = values > 1e-14 * values[-1]
         factor = (vectors[:, kept] * values[kept].sqrt()).T
     return None if len(factor) > THIN * len(component.cov) else factor.T.contiguous()
@@ -183,10 +187,11 @@ class BlockJacobi:
             block[1 : r + 1, 1 : r + 1] += weight * (cov + torch.outer(mu, mu))
             block[1 : r + 1, r + 1 :] += weight * (mu[:, None] * square + 2 * cov * mu)
             block[r + 1 :, r + 1 :] += weight * fourth
-        values, vectors = torch.linalg.eigh(block, UPLO="U")
-        self.inverse = (vectors / torch.where(values > ABSENT * values[-1], values, torch.inf)) @ (
-            vectors.T
-        )
+        values: Tensor
+        vectors: Tensor
+        values, vectors = linalg.eigh(block, UPLO="U")
+        occurring = torch.where(values > ABSENT * values[-1], values, torch.inf)
+        self.inverse = (vectors / occurring) @ vectors.T
         # E[q x_i x_j] = 2 C_ij E[x_i^2 x_j^2], up to the other monomials
         self.cross = torch.where(cross > ABSENT, 0.5 / cross, 0.0)
 
@@ -212,14 +217,16 @@ def common_basis(components: Sequence[Component]) -> Tensor:
     """
     r = len(components[0].mean)
     covs = [(c.weight, c.cov.float()) for c in components]
-    V = torch.linalg.eigh(sum((w * cov @ cov @ cov for w, cov in covs), covs[0][1].new_zeros(r, r)))
-    basis = V.eigenvectors
+    cubes = sum((w * cov @ cov @ cov for w, cov in covs), covs[0][1].new_zeros(r, r))
+    basis: Tensor = linalg.eigh(cubes).eigenvectors
     for _ in range(ROTATIONS):
         gradient = torch.zeros_like(basis)
         for weight, cov in covs:
             image = cov @ basis
-            gradient += weight * image * torch.linalg.vecdot(basis, image, dim=0)
-        left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+            along: Tensor = linalg.vecdot(basis, image, dim=0)
+            gradient += weight * image * along
+        left, _, right = linalg.svd(gradient, full_matrices=False)
         basis = left @ right
-    Q, R = torch.linalg.qr(basis.double())
-    return Q * R.diagonal().sign()
+    factors = linalg.qr(basis.double())
+    signs: Tensor = factors.R.diagonal().sign()
+    return factors.Q * signs
