@@ -142,6 +142,7 @@ def test_the_pass_ends_behind_the_last_layer_and_leaves_nothing(lens, model, tex
     assert len(calls) == 2  # a tiny pass for the norm, and the first of three batches
     assert torch.equal(lens.host.logits(text), before)
     assert found[1][0].value is None
+    assert analysis.examples(lens, {-3: directions}, text, batch_size=4)[1].rows == found[1].rows
     with lens.replaced():  # the true model all the same
         again = analysis.examples(lens, {1: directions}, text, batch_size=4)
     assert found[1].rows == again[1].rows

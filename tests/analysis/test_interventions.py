@@ -104,6 +104,9 @@ def test_interventions_are_those_of_hooks(lens, replaced):
         for name, change in changes.items():
             # padding is not edited, and nobody attends to it
             assert_equals(found[name], by_hand(lens, layer, *change))
+            both = {"input_ids": TOKENS, "attention_mask": MASK}  # as tokenizers give them
+        last = analysis.intervene(lens, both, Edit(-1, vector))["edit"]
+        assert_equals(last, by_hand(lens, 1, lambda y, x: y - vector, MASK.bool()))
         alone = analysis.intervene(lens, TOKENS, edits["there"], attention_mask=MASK)
     assert [row.name for row in found] == list(edits)
     assert alone["edit"].kl == pytest.approx(found["there"].kl, rel=1e-4)

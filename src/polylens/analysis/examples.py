@@ -228,6 +228,7 @@ def examples(
         raise InvalidInputError(
             f"features must be given by layer, {{3: features}}, got {type(features).__name__}"
         )
+    features = {check_layer(lens, layer): each for layer, each in features.items()}
     read = {layer: _Read.of(lens, layer, each) for layer, each in features.items()}
     lens.ready(list(read), None)
     tokens, mask = validate_inputs(
@@ -377,7 +378,6 @@ class _Read(NamedTuple):
 
     @classmethod
     def of(cls, lens: Any, layer: Layer, features: Features) -> "_Read":
-        lens[layer]  # refuses one that is not attached
         device, d_in = lens.host.device, lens.sites[layer].d_in
         if isinstance(features, EigenFeatures | SingularFeatures):
             vectors = features.vectors.to(device)

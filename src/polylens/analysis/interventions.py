@@ -13,7 +13,7 @@ from polylens.analysis.layer_tokens import token_id
 from polylens.analysis.readout import top_tokens
 from polylens.brief import Brief
 from polylens.calibration.seen import require_deterministic
-from polylens.calibration.tokens import batches, token_names, validate_inputs, validate_tokens
+from polylens.calibration.tokens import batches, token_names, validate_inputs
 from polylens.checks import Layer
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Function
@@ -295,8 +295,12 @@ def logit_gradient(
     token, against = token_id(lens, token), None if against is None else token_id(lens, against)
     if not isinstance(layer, int):
         raise UnsupportedModel(f"{layer!r} sees only what its router sends there; give a layer")
-    tokens, mask = validate_tokens(
-        tokens, attention_mask, d_vocab=host.d_vocab, n_positions=host.n_positions
+    tokens, mask = validate_inputs(
+        tokens,
+        attention_mask,
+        reads_tokens=True,
+        d_vocab=host.d_vocab,
+        n_positions=host.n_positions,
     )
     tokens = tokens.to(host.device)
     flags = _flags(at, unpadded(tokens, mask))
@@ -412,7 +416,7 @@ def _by_name(edits: Mapping[Any, Edit | Sequence[Edit]] | Edit) -> dict[Any, lis
 
 
 def _checked(lens: Any, edit: Edit) -> Edit:
-    lens[edit.layer]  # refuses the number of a layer of experts
+    edit = replace(edit, layer=check_layer(lens, edit.layer))
     if isinstance(edit.part, Tensor):
         part, d_out = as_numbers(edit.part, "part", lens.host.device), lens.sites[edit.layer].d_out
         if tuple(part.shape) != (d_out,) or not torch.isfinite(part).all():
