@@ -14,7 +14,7 @@ from polylens.polynomials.ends import Ends
 from polylens.polynomials.evaluation import ENDS
 
 # Neurons and inputs of one program; an accumulator for each pair of features, in registers.
-TILE = 4, 32
+TILE = 1, 32
 HIGHEST = 4
 
 
@@ -64,6 +64,7 @@ def add_fused(
             **{f"N_{name}": len(tables.get(name, ())) for name in ENDS},
             D=TILE[0],
             N=TILE[1],
+            num_warps=1,
         )
     return True
 

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from polylens.checks import Layer
+from polylens.devices import per_block
 from polylens.errors import AttachmentError
 from polylens.hosts.base import Arrival, Emitter, Function, Observer, Tap
 from polylens.hosts.recording import half
 
+# Preactivations from which on an activation costs more than a stand-in for them.
+DEAR = 1 << 14, 1 << 22
 Step = Callable[[Arrival], Tensor | None]  # None leaves y as it is
 Join = Callable[[Layer, Step, bool], Any]  # what comes back has remove()
 
@@ -151,8 +154,8 @@ class Passage:
         assert interior is not None
         if name == "z" and "y" in inside and interior.z[0] is interior.y[0]:  # type: ignore
             out = inside["y"][0]  # both halves come from one module, whose output may stand in
-        compiling = torch.compiler.is_compiling()
-        if interior.plain and not compiling and self._alone() and function.takes(out):  # type: ignore
+        dear = out.numel() >= per_block(out.device, *DEAR) and not torch.compiler.is_compiling()
+        if dear and interior.plain and self._alone() and function.takes(out):  # type: ignore
             now.inside = {**inside, name: (out, None)}
             return torch.empty_like(out, device="meta")
         if not out.is_inference():  # which do not tell whether an activation worked in place

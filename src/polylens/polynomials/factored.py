@@ -35,11 +35,15 @@ _COEFFICIENTS = ("m", "s", "P", "Q", "ends")
 
 
 class _Horner(NamedTuple):
-    """What evaluation reads, in its dtype: v = x W + shift = y - mean."""
+    """What evaluation reads, in its dtype: v = x W + shift = y - mean.
+
+    `stacked` [rows, d_mlp] has the rows of the tables and, last, the mean.
+    """
 
     shift: Tensor
     mean: Tensor
     tables: dict[str, Rows]
+    stacked: Tensor
 
 
 class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -490,7 +494,12 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
             tables["Q"] = z_powers.to(dtype).unbind()
         if self.ends is not None:
             tables.update(Ends(self.act, self.ends, self.asymptotes).tables(self.m, dtype))
-        return _Horner(shift.to(dtype), self.m.to(dtype), tables)
+        stacked = torch.stack(
+            [*(row for rows in tables.values() for row in rows), self.m.to(dtype)]
+        )
+        each = iter(stacked.unbind())
+        tables = {name: tuple(next(each) for _ in rows) for name, rows in tables.items()}
+        return _Horner(shift.to(dtype), next(each), tables, stacked)
 
     def evaluation_tables(self) -> dict[str, Tensor]:
         """What `polylens.polynomials.evaluation.PerNeuron` consists of, in new memory."""
@@ -553,9 +562,9 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
     ) -> Tensor:
         """P(v) + z Q(v), of v - mean where there is one; overwrites v if `reuse` and autograd
         does not need it."""
-        tables = self._horner(degree).tables
-        fused = evaluate_fused(tables, v, z, mean, reuse)
-        return evaluate(tables, v, z, mean, reuse) if fused is None else fused
+        own = self._horner(degree)
+        fused = evaluate_fused(own.tables, own.stacked, v, z, mean is not None, reuse)
+        return evaluate(own.tables, v, z, mean, reuse) if fused is None else fused
 
     def _project(self, h: Tensor) -> Tensor:
         return _affine(h.to(self.W_out.dtype), self.W_out, self.b_out)

@@ -13,19 +13,24 @@ from torch import Tensor
 from polylens.polynomials.evaluation import NAMES, Rows, is_traced
 
 # Rows and columns of one program.
-TILE = 16, 128
+TILE = 32, 64
 
 
 def evaluate_fused(
     tables: dict[str, Rows],
+    stacked: Tensor,
     v: Tensor,
     z: Tensor | None,
-    mean: Tensor | None,
+    less_mean: bool,
     reuse: bool,
 ) -> Tensor | None:
     """`evaluation.evaluate` in one kernel; None where it cannot be.
 
     It cannot on CPUs, without Triton, or where autograd, a compiler or torch.func follows.
+
+    Args:
+        stacked: the rows of the tables and, last, the mean, [rows, d_mlp].
+        less_mean: evaluate at v - mean.
     """
     kernel = _kernel() if v.is_cuda else None
     if kernel is None or is_traced(v, z) or not v.numel():
@@ -36,21 +41,19 @@ def evaluate_fused(
         return None
     n, d = given.shape
     out = given if reuse else torch.empty_like(given, memory_format=torch.contiguous_format)
-    rows = [row for name in NAMES for row in tables.get(name, ())]
-    table = torch.stack(rows if mean is None else [*rows, mean])
     with torch.cuda.device(v.device):
         kernel[-(-n // TILE[0]), -(-d // TILE[1])](
             given,
             given_z,
             out,
-            table,
+            stacked,
             n,
             d,
             given.stride(0),
             given_z.stride(0),
             out.stride(0),
             GLU=z is not None,
-            MEAN=mean is not None,
+            MEAN=less_mean,
             **{f"N_{name}": len(tables.get(name, ())) for name in NAMES},
             N=TILE[0],
             D=TILE[1],
