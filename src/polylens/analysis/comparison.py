@@ -18,7 +18,7 @@ from polylens.checks import Layer, check_at_least, check_layers, label, to_json
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.polynomials.explained_variance import energy_under
+from polylens.polynomials.explained_variance import Coefficients, energy_under
 from polylens.polynomials.factored import Polynomial
 from polylens.report.rendering import as_html
 
@@ -167,11 +167,12 @@ def distance(polynomial: Any, other: Any, inputs: Gaussian) -> Tensor:
     device, n = f.weights.device, max(f.degree, g.degree)
     weights = _difference(f.weights, g.weights.to(device))
     own, others = _padded(f, n, device), _padded(g, n, device)
-    m, s, P = (torch.cat([a, b], -1) for a, b in zip(own[:3], others[:3], strict=True))
+    both = (own.m, others.m), (own.s, others.s), (own.P, others.P)
+    m, s, P = (torch.cat(pair, -1) for pair in both)
     Q = None
-    if own[3] is not None and others[3] is not None:
-        Q = torch.cat([own[3], others[3]], -1)
-    return energy_under(weights, inputs.to(device), m, s, P, Q)
+    if own.Q is not None and others.Q is not None:
+        Q = torch.cat([own.Q, others.Q], -1)
+    return energy_under(weights, inputs.to(device), Coefficients(m, s, P, Q))
 
 
 @torch.no_grad()
@@ -229,7 +230,7 @@ def compare(
         if degree is not None:
             f, g = f.truncate(degree), g.truncate(degree)
         inputs = input_moments(first, layer)
-        own = energy_under(f.weights, inputs.to(f.weights.device), *_padded(f, f.degree))
+        own = energy_under(f.weights, inputs.to(f.weights.device), _padded(f, f.degree))
         variance = float(own[1:].sum())
         if variance <= 0:
             raise InvalidInputError(
@@ -327,14 +328,12 @@ def _difference(a: MLPWeights | GLUWeights, b: MLPWeights | GLUWeights) -> Any:
     return type(a)(act=a.act, b_out=own - other, **roles)
 
 
-def _padded(
-    p: Polynomial, n: int, device: torch.device | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(m, s, P [n + 1, d_mlp], Q [n, d_mlp]) of its optimum, as one of degree n."""
+def _padded(p: Polynomial, n: int, device: torch.device | None = None) -> Coefficients:
+    """Those of its optimum, as one of degree n."""
     P, Q = p.P[p.degree], None if p.Q is None else p.Q[p.degree]
     P = F.pad(P, (0, 0, 0, n + 1 - len(P)))
     Q = None if Q is None else F.pad(Q, (0, 0, 0, n - len(Q))).to(device)
-    return p.m.to(device), p.s.to(device), P.to(device), Q
+    return Coefficients(p.m.to(device), p.s.to(device), P.to(device), Q)
 
 
 def _named(lens: Any) -> str:

@@ -1,7 +1,7 @@
 """The two normal forms that polylens fits, and nothing else."""
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,8 +12,15 @@ from polylens.checks import check_features, floating
 from polylens.errors import ArtifactError, InvalidInputError
 from polylens.files.format import Record, prefixed, within
 
-ROLES = ("W_in", "W_out", "W_gate", "b_gate", "b_in", "b_out")
-
+AXES: dict[str, tuple[str, ...]] = {
+    "W_in": ("d_in", "d_mlp"),
+    "W_out": ("d_mlp", "d_out"),
+    "W_gate": ("d_in", "d_mlp"),
+    "b_gate": ("d_mlp",),
+    "b_in": ("d_mlp",),
+    "b_out": ("d_out",),
+}
+ROLES = tuple(AXES)
 
 _W = TypeVar("_W", bound="_Weights")
 
@@ -37,17 +44,23 @@ class Sized:
         return self.W_out.shape[1]
 
 
+class _Declared(Sized):
+    """What both forms have, as fields in an order of their own."""
+
+    act: Activation
+    b_out: Tensor | None
+
+
 @dataclass(frozen=True, eq=False)
-class _Weights(Sized):
-    _shapes: ClassVar[dict[str, tuple[str, ...]]]
+class _Weights(_Declared):
     W_in: Tensor
     W_out: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "act", activation(self.act))  # type: ignore[attr-defined]
+        object.__setattr__(self, "act", activation(self.act))
         sizes: dict[str, tuple[int, str]] = {}
-        for name, axes in self._shapes.items():
-            tensor = getattr(self, name)
+        for name in self._roles():
+            tensor, axes = getattr(self, name), AXES[name]
             if tensor is None and name.startswith("b_"):
                 continue
             tensor = floating(name, tensor)
@@ -85,6 +98,20 @@ class _Weights(Sized):
             object.__setattr__(weights, name, value)
         return weights
 
+    @classmethod
+    def _roles(cls) -> list[str]:
+        """Those of this form, in the order of ROLES."""
+        own = {field.name for field in fields(cls)}
+        return [name for name in ROLES if name in own]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer itself, [..., d_in] -> [..., d_out]."""
+        return _affine(self.neurons(x)["h"], self.W_out, self.b_out)
+
+    def neurons(self, x: Tensor) -> dict[str, Tensor]:
+        """What its neurons compute, each [..., d_mlp]: h, which W_out maps to the output."""
+        raise NotImplementedError
+
     @property
     def dtype(self) -> torch.dtype:
         return self.W_in.dtype
@@ -100,15 +127,15 @@ class _Weights(Sized):
 
     def record(self) -> Record:
         """The form, the activation and the tensors of every role; see `weights_of`."""
-        act, values = activation_record(self.act)  # type: ignore[attr-defined]
+        act, values = activation_record(self.act)
         tensors = self.tensors() | prefixed(values, "activation.")
-        form = "glu" if "W_gate" in self._shapes else "mlp"
+        form = "glu" if "W_gate" in self._roles() else "mlp"
         return {"form": form, "activation": act}, tensors
 
     def to(self: _W, *args: Any, **kwargs: Any) -> _W:
         """The same weights on another device or in another dtype, as `Tensor.to`."""
         changed = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name in self._shapes:
+        for name in self._roles():
             if changed[name] is not None:
                 changed[name] = changed[name].to(*args, **kwargs)
         return type(self)(**changed)
@@ -116,7 +143,7 @@ class _Weights(Sized):
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(d_in={self.d_in}, d_mlp={self.d_mlp}, d_out={self.d_out}, "
-            f"act={self.act.name!r}, {self.dtype}, {self.device})"  # type: ignore[attr-defined]
+            f"act={self.act.name!r}, {self.dtype}, {self.device})"
         )
 
 
@@ -151,16 +178,6 @@ class MLPWeights(_Weights):
     act: Activation
     b_in: Tensor | None = None
     b_out: Tensor | None = None
-    _shapes: ClassVar[dict[str, tuple[str, ...]]] = {
-        "W_in": ("d_in", "d_mlp"),
-        "W_out": ("d_mlp", "d_out"),
-        "b_in": ("d_mlp",),
-        "b_out": ("d_out",),
-    }
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The layer itself, [..., d_in] -> [..., d_out]."""
-        return _affine(self.neurons(x)["h"], self.W_out, self.b_out)
 
     def neurons(self, x: Tensor) -> dict[str, Tensor]:
         """y = x W_in + b_in and h = act(y), each [..., d_mlp]."""
@@ -197,18 +214,6 @@ class GLUWeights(_Weights):
     b_gate: Tensor | None = None
     b_in: Tensor | None = None
     b_out: Tensor | None = None
-    _shapes: ClassVar[dict[str, tuple[str, ...]]] = {
-        "W_in": ("d_in", "d_mlp"),
-        "W_out": ("d_mlp", "d_out"),
-        "W_gate": ("d_in", "d_mlp"),
-        "b_gate": ("d_mlp",),
-        "b_in": ("d_mlp",),
-        "b_out": ("d_out",),
-    }
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The layer itself, [..., d_in] -> [..., d_out]."""
-        return _affine(self.neurons(x)["h"], self.W_out, self.b_out)
 
     def neurons(self, x: Tensor) -> dict[str, Tensor]:
         """y = x W_gate + b_gate, z = x W_in + b_in and h = act(y) * z, each [..., d_mlp]."""

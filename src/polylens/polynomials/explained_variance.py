@@ -127,77 +127,65 @@ def _require_gaussian(gaussian: object, d_in: int) -> None:
         )
 
 
-@torch.no_grad()
-def r2_under(
-    weights: MLPWeights | GLUWeights,
-    components: Components,
-    m: Tensor,
-    s: Tensor,
-    P: Tensor,
-    Q: Tensor | None,
-) -> Tensor:
-    """[degree + 1] R2 of a factored polynomial (its m, s, P, Q) under a mixture.
+class Coefficients(NamedTuple):
+    """Of neurons P_i(t) + z Q_i(t), t = (y - m) / s, in the He_k of t.
 
-    1 - error / variance; the variance is the error of degree 0.
+    m and s [d_mlp]; P [..., degree + 1, d_mlp]; Q [..., degree, d_mlp], None where there is no z.
     """
-    mse = error_under(weights, components, m, s, P, Q)
-    mean = P[0, 0] @ weights.W_out.double()
-    mean = mean if weights.b_out is None else mean + weights.b_out.double()
-    return share_explained(mse, mse[0], mean.square().sum())
+
+    m: Tensor
+    s: Tensor
+    P: Tensor
+    Q: Tensor | None
 
 
 @torch.no_grad()
-def error_under(
-    weights: MLPWeights | GLUWeights,
-    components: Components,
-    m: Tensor,
-    s: Tensor,
-    P: Tensor,
-    Q: Tensor | None,
+def r2_under(
+    weights: MLPWeights | GLUWeights, components: Components, neurons: Coefficients
 ) -> Tensor:
-    """[degree + 1] mean squared error of a factored polynomial under a mixture.
+    """[degree + 1] R2 of a factored polynomial's optima of every degree under a mixture.
 
-    In every component the error of each neuron is again a Hermite series.
+    1 - error / variance; the variance is the error of degree 0. In every component the error of
+    each neuron is again a Hermite series.
     """
-    n = len(P) - 1
-    total = torch.zeros(n + 1, dtype=torch.float64, device=weights.device)
+    n = len(neurons.P) - 1
+    mse = torch.zeros(n + 1, dtype=torch.float64, device=weights.device)
     for weight, component in components:
         moments = preactivation_moments(component, weights, linear_variance=True)
         series = _series(weights, moments)
         e, c = (v.expand(n + 1, *v.shape).clone() for v in (series.e, series.c))
-        own_e, own_c = _series_of(m, s, P, Q, moments)
+        own_e, own_c = _series_of(neurons, moments)
         e[:, : n + 1] -= own_e
         c[:, : n + 1] -= own_c
         parts, tail, _ = _sum_over_pairs(weights, component, moments, e, c, series.tail)
-        total += weight * (parts.sum(1) + tail)
-    return total.clamp(min=0)
+        mse += weight * (parts.sum(1) + tail)
+    mse = mse.clamp(min=0)
+    mean = _projected(neurons.P[0, 0], weights)
+    return share_explained(mse, mse[0], mean.square().sum())
 
 
 @torch.no_grad()
 def energy_under(
-    weights: MLPWeights | GLUWeights,
-    gaussian: Gaussian,
-    m: Tensor,
-    s: Tensor,
-    P: Tensor,
-    Q: Tensor | None,
+    weights: MLPWeights | GLUWeights, gaussian: Gaussian, neurons: Coefficients
 ) -> Tensor:
-    """[degree + 1] E|f_k|^2 of a factored polynomial's parts under a Gaussian.
+    """[degree + 1] E|f_k|^2 of the parts of a factored polynomial of one degree under a Gaussian.
 
     f_k is the part of degree k in that Gaussian's own Hermite polynomials, so that they sum to
     E|f|^2, and those of k >= 1 to the variance. The activation does not enter.
-
-    Args:
-        P: [degree + 1, d_mlp] coefficients of He_k((y - m) / s); Q: [degree, d_mlp] or None.
     """
     moments = preactivation_moments(gaussian, weights, linear_variance=True)
-    e, c = _series_of(m, s, P[None], None if Q is None else Q[None], moments)
+    m, s, P, Q = neurons
+    e, c = _series_of(Coefficients(m, s, P[None], None if Q is None else Q[None]), moments)
     sums, _, _ = _sum_over_pairs(weights, gaussian, moments, e, c, torch.zeros_like(m))
-    mean = e[0, 0] @ weights.W_out.double()
-    mean = mean if weights.b_out is None else mean + weights.b_out.double()
     energy = sums[0].clamp(min=0)
-    energy[0] = mean.square().sum()
+    energy[0] = _projected(e[0, 0], weights).square().sum()
     return energy
+
+
+def _projected(h: Tensor, weights: MLPWeights | GLUWeights) -> Tensor:
+    """h W_out + b_out in float64."""
+    out = h @ weights.W_out.double()
+    return out if weights.b_out is None else out + weights.b_out.double()
 
 
 @torch.no_grad()
@@ -223,10 +211,9 @@ def variance_under(weights: MLPWeights | GLUWeights, components: Components) -> 
     return within + float(between)
 
 
-def _series_of(
-    m: Tensor, s: Tensor, P: Tensor, Q: Tensor | None, moments: Preactivations
-) -> tuple[Tensor, Tensor]:
-    """(e, c) [sets, degree + 1, d_mlp] of P(t) + z Q(t), t = (y - m) / s, under these moments."""
+def _series_of(neurons: Coefficients, moments: Preactivations) -> tuple[Tensor, Tensor]:
+    """(e, c) [sets, degree + 1, d_mlp] of sets of coefficients under these moments."""
+    m, s, P, Q = neurons
     n = P.shape[1] - 1
     inverse = torch.where(s > 0, 1 / s, 0.0)
     basis = hermite_change_of_variable((moments.m - m) * inverse, moments.s * inverse, n)

@@ -21,7 +21,7 @@ from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights, Sized
 from polylens.polynomials.base import Approximation, kept
 from polylens.polynomials.ends import Ends
 from polylens.polynomials.evaluation import Rows, evaluate
-from polylens.polynomials.explained_variance import explained_variance, r2_under
+from polylens.polynomials.explained_variance import Coefficients, explained_variance, r2_under
 from polylens.polynomials.fused import evaluate_fused
 from polylens.polynomials.monomials import expanded_about, outer_powers
 from polylens.polynomials.piece import Piece, product
@@ -122,7 +122,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         return explained_variance(self.weights, gaussian, self.degree).r2
 
     def r2_under(self, components: list[tuple[float, Gaussian]]) -> Tensor:
-        return r2_under(self.weights, components, self.m, self.s, self.P, self.Q)
+        return r2_under(self.weights, components, Coefficients(self.m, self.s, self.P, self.Q))
 
     def record(self) -> Record:
         """m, s and the coefficients that are not zero by definition, in float64.
