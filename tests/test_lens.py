@@ -265,7 +265,7 @@ def test_nan_activations_name_the_layer():
         model.hooks(fwd_hooks=[("blocks.1.hook_in", poison)]),
         pytest.raises(
             InvalidInputError,
-            match=r"layer 1 \(blocks\.1\.mlp\): 248 of 248 samples in a batch are NaN",
+            match=r"layer 1 \(blocks\.1\.mlp\): 248 of 248 samples are NaN",
         ),
     ):
         attach(model, TOKENS[:, :32] % D_VOCAB, layers=1)
