@@ -1,9 +1,9 @@
-"""The README's table of verified versions, from the results of test runs.
+"""The table of verified versions, from the results of test runs.
 
     python scripts/verified_versions.py [--write] ENVIRONMENT...
 
 Each ENVIRONMENT is a virtual environment with the results of its test run in `tests.xml`
-(pytest --junitxml=ENVIRONMENT/tests.xml). Prints the table; --write puts it into README.md.
+(pytest --junitxml=ENVIRONMENT/tests.xml). Prints the table; --write puts it into docs/guide/hosts.md.
 Exits with 1 if a test of any host failed.
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "guide" / "hosts.md"
 BEGIN, END = "<!-- verified versions: begin -->", "<!-- verified versions: end -->"
 PACKAGES = ("transformer-lens", "nnsight", "transformers", "torch")
 ROWS = (*PACKAGES[1:], "Python")
@@ -34,7 +34,7 @@ HOSTS: dict[str, Callable[[str, str], bool]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("environments", nargs="+", type=Path)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="put the table into the page")
     args = parser.parse_args()
     columns = [column(environment) for environment in args.environments]
     rows = [[label, *(c[label] for c in columns)] for label in columns[0]]
@@ -42,9 +42,9 @@ def main() -> None:
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in [rows[0], rule, *rows[1:]])
     print(table)
     if args.write:
-        before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         after = rest.partition(END)[2]
-        README.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
+        PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{after}", encoding="utf-8")
     if any("failed" in cell for row in rows for cell in row):
         sys.exit(1)
 

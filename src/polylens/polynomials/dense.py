@@ -32,7 +32,7 @@ class DensePolynomial(Approximation):
     in the dtype that the layer has, and moves with `.to`.
 
     Attributes:
-        optima: optima[n][k] is T_k [d_out, r, ..., r] of the optimum of degree n.
+        optima: `optima[n][k]` is T_k [d_out, r, ..., r] of the optimum of degree n.
         center: [d_in]; whiten: [d_in, r].
         explained: [degree + 1] variance that each optimum explains.
         weights: the layer, read out along the fitted output directions.
