@@ -18,7 +18,7 @@ WITHOUT_MODEL = $(addprefix --ignore=tests/,activations files fitting \
 PYTHON310 = $(shell for python in python3.10 "$$(pyenv prefix 3.10 2>/dev/null)/bin/python"; do \
 	"$$python" -c "" 2>/dev/null && echo "$$python" && exit; done; echo $(PYTHON))
 
-.PHONY: demo test newest lowest laws coverage lint types benchmarks gpu clean
+.PHONY: docs notebooks demo test newest lowest laws coverage lint types benchmarks gpu clean
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
@@ -66,6 +66,16 @@ lint: $(VENV)/installed
 
 types: $(VENV)/installed
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The site of docs/, strict: a link that leads nowhere fails.
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir $(VENV)/site
+
+# The notebooks, run from their first cell to their last; `--write` keeps what they show.
+notebooks: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[notebooks]"
+	$(BIN)/python scripts/notebooks.py
 
 benchmarks: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py

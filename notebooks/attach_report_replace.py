@@ -15,7 +15,7 @@
 # The MLPs of a model as polynomials: how good they are, what is left over, and the model with them in it. On the small
 # trained model that ships in the package; a `TransformerBridge`, an nnsight or a Hugging Face model of yours goes in its place.
 
-# %%
+# %% tags=["skip-execution"]
 # On Colab, these two lines install it; elsewhere it is installed already.
 # !git clone -q https://github.com/polylens/polylens
 # !pip install -q ./polylens

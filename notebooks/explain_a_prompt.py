@@ -15,12 +15,14 @@
 # What does a layer do at one position: which features of it are active, which writers act together, and does the model agree
 # when they are taken out?
 
-# %%
+# %% tags=["skip-execution"]
 # On Colab, these two lines install it; elsewhere it is installed already.
 # !git clone -q https://github.com/polylens/polylens
 # !pip install -q ./polylens
 
 # %%
+import torch
+
 import polylens
 from polylens import analysis, demo
 
@@ -37,7 +39,9 @@ lens = polylens.attach(model, tokens)
 prompt = demo.encode("The expression is evalua")[None]
 logits, cache = model.run_with_cache(prompt)
 first, second = logits[0, -1].topk(2).indices.tolist()
-print(f"{chr(first)!r} over {chr(second)!r}: {logits[0, -1, first] - logits[0, -1, second]:.2f} in logits")
+print(
+    f"{chr(first)!r} over {chr(second)!r}: {logits[0, -1, first] - logits[0, -1, second]:.2f} in logits"
+)
 
 # %% [markdown]
 # ## What layer 3 has to do with it
@@ -69,8 +73,6 @@ found.plot(10)
 # lead moves as predicted.
 
 # %%
-import torch
-
 pairs = [(a, b, value) for a, b, value in found.top(30) if b and a != b][:4]
 a = torch.tensor([names.index(a) for a, _, _ in pairs])
 b = torch.tensor([names.index(b) for _, b, _ in pairs])

@@ -15,7 +15,7 @@
 # Networks start out simple and grow more complex: R² of the linear polynomial rises early, and falls while higher degrees
 # take over. Here on a classifier of scikit-learn's 8 × 8 digits, from a plain training loop.
 
-# %%
+# %% tags=["skip-execution"]
 # On Colab, these two lines install it; elsewhere it is installed already.
 # !git clone -q https://github.com/polylens/polylens
 # !pip install -q ./polylens
@@ -25,6 +25,7 @@ import torch
 from sklearn.datasets import load_digits
 
 import polylens
+from polylens import analysis
 
 x, y = load_digits(return_X_y=True)
 x, y = torch.tensor(x, dtype=torch.float32) / 16, torch.tensor(y)
@@ -56,8 +57,6 @@ tracer.trace.plot()
 # The trained network's polynomial, and what it reads to tell an eight from the others: eigenvectors of a quadratic form, as images.
 
 # %%
-from polylens import analysis
-
 lens = polylens.attach(network, x[train], method=polylens.TrueStream(estimator="gaussian"))
 towards = torch.eye(10)[8] - 0.1
 features = analysis.eigenfeatures(lens[0], towards, 8, metric="covariance")

@@ -15,7 +15,7 @@
 # An SAE's decoder row is a direction that a layer can write, and its active features are writers that a layer reads. Here a
 # tiny SAE is trained in the notebook, so that it runs anywhere; one of SAELens goes in its place as it is.
 
-# %%
+# %% tags=["skip-execution"]
 # On Colab, these two lines install it; elsewhere it is installed already.
 # !git clone -q https://github.com/polylens/polylens
 # !pip install -q ./polylens
@@ -49,7 +49,9 @@ class SAE(torch.nn.Module):
         super().__init__()
         self.cfg = SimpleNamespace(hook_name=HOOK)
         self.k = k
-        self.W_dec = torch.nn.Parameter(torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=1))
+        self.W_dec = torch.nn.Parameter(
+            torch.nn.functional.normalize(torch.randn(d_sae, d_in), dim=1)
+        )
         self.W_enc = torch.nn.Parameter(self.W_dec.T.detach().clone())
         self.b_dec = torch.nn.Parameter(torch.zeros(d_in))
 
@@ -90,7 +92,10 @@ analysis.examples(lens, {2: features}, text, k=2)[2]
 # Steered along the feature, and with the feature's direction taken out of what layer 2 writes:
 
 # %%
-edits = {"steered": analysis.Edit(2, u, by=4.0), "without features": analysis.Edit(2, features.part(0))}
+edits = {
+    "steered": analysis.Edit(2, u, by=4.0),
+    "without features": analysis.Edit(2, features.part(0)),
+}
 analysis.intervene(lens, text, edits)
 
 # %% [markdown]

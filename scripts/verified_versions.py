@@ -3,7 +3,8 @@
     python scripts/verified_versions.py [--write] ENVIRONMENT...
 
 Each ENVIRONMENT is a virtual environment with the results of its test run in `tests.xml`
-(pytest --junitxml=ENVIRONMENT/tests.xml). Prints the table; --write puts it into docs/guide/hosts.md.
+(pytest --junitxml=ENVIRONMENT/tests.xml). Prints the table; --write puts it into
+docs/guide/hosts.md.
 Exits with 1 if a test of any host failed.
 """
 

@@ -12,6 +12,7 @@ from polylens.calibration.given import FromInputs, FromNorm, under_models
 from polylens.calibration.sampling import sampled
 from polylens.calibration.seen import Calibration, SeenInputs, require_deterministic
 from polylens.calibration.sequential import Sequential, on_replaced_stream, require_ordered
+from polylens.calibration.telling import told_once
 from polylens.calibration.tokens import opened
 from polylens.calibration.true_stream import TrueStream, on_true_stream
 from polylens.checks import Layer, Layers, check_layers, labelled, renamed
@@ -139,7 +140,7 @@ def attach(
     method = TrueStream() if method is None else method
     _check_method(method, tokens)
     tokens, attention_mask = opened(tokens, attention_mask)
-    with _in_place_of(attached(model), 5):
+    with told_once(), _in_place_of(attached(model), 5):
         host, found, refused = _read(model, example_inputs, tokens)
         require_deterministic(host.module)
         sites = {site.layer: site for site in found}

@@ -1,7 +1,9 @@
 """How every figure looks. matplotlib's object interface only: no pyplot, no shared state."""
 
+import io
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 GREY = "#666666"
+DPI = 200
 FONT: dict[Any, Any] = {"font.size": 8, "axes.titlesize": 8, "axes.labelsize": 8}
 
 
@@ -27,11 +30,27 @@ def figure(
         wspace: between panels, as a share of their width; matplotlib's own by default.
     """
     import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     with matplotlib.rc_context(FONT):
-        yield Figure(figsize=size, dpi=200, layout=ConstrainedLayoutEngine(wspace=wspace))
+        engine = ConstrainedLayoutEngine(wspace=wspace)
+        yield _showing_itself()(figsize=size, dpi=DPI, layout=engine)
+
+
+@cache
+def _showing_itself() -> "type[Figure]":
+    """A Figure that a notebook shows without pyplot or a magic, and without them only once."""
+    from matplotlib.figure import Figure
+
+    class Drawn(Figure):
+        def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
+            out = io.BytesIO()
+            self.savefig(out, format="png")
+            # drawn for screens of twice the density
+            return out.getvalue(), {"width": round(self.get_figwidth() * DPI / 2)}
+
+    Drawn.__name__ = Drawn.__qualname__ = "Figure"
+    return Drawn
 
 
 def tidy(panel: "Axes") -> None:

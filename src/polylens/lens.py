@@ -1,5 +1,6 @@
 """`Lens`: polynomials beside every MLP of a model, readable, switchable and savable."""
 
+import html
 import os
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -148,6 +149,18 @@ class Lens(Installation):
         with self.host.reading(self._chosen(layers), names) as values:
             mask = None if mask is None else torch.as_tensor(mask)
             return self.host.forward(torch.as_tensor(tokens), mask), values
+
+    def _repr_html_(self) -> str:
+        rows = ""
+        for site in self.sites.values():
+            cells = (label(site.layer), site.kind, site.activation.name, site.d_in, site.d_mlp)
+            cells = "".join(f"<td>{html.escape(str(cell))}</td>" for cell in (*cells, site.path))
+            rows += f"<tr>{cells}</tr>"
+        titles = ("layer", "kind", "activation", "d_in", "d_mlp", "path")
+        head = "".join(f"<th>{title}</th>" for title in titles)
+        about = html.escape(repr(self))
+        table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        return f"<details><summary>{about}</summary>{table}</details>"
 
     def __getattr__(self, name: str) -> Any:
         hint = f"; use {_GONE[name]}" if name in _GONE else ""

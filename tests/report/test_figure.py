@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from polylens import drawing
 from polylens.errors import InvalidInputError
 from polylens.report.figure import _spread
 from polylens.report.report import LayerRow, Report
@@ -114,3 +115,18 @@ def test_no_pyplot_and_no_changed_settings(tmp_path):
         "assert settings() == before\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_figure_shows_itself_in_a_notebook():
+    with drawing.figure((3, 2)) as drawn:
+        drawn.subplots().plot([1, 2])
+    png, metadata = drawn._repr_png_()
+    assert png.startswith(b"\x89PNG")
+    assert metadata == {"width": 300}
+
+
+def test_a_report_is_a_table_of_pandas():
+    report = make(3)
+    frame = report.to_pandas()
+    assert frame["r2_3"].tolist()[:3] == [row.r2[3] for row in report]
+    assert len(frame) == 3 + (report.all_row is not None)

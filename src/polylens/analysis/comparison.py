@@ -20,10 +20,11 @@ from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.explained_variance import Coefficients, energy_under
 from polylens.polynomials.factored import Polynomial
-from polylens.report.rendering import as_html
+from polylens.report.rendering import as_frame, as_html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from rich.table import Table
 
 # A feature to which the other answers with less than this share of its value is not there.
@@ -127,6 +128,11 @@ class Comparison(Brief):
         return distances_figure(
             [label(row.layer) for row in self.rows], [row.by_degree for row in self.rows]
         )
+
+    def to_pandas(self) -> "DataFrame":
+        """A row for each layer; needs pandas."""
+        columns = ("layer", "distance", "by_degree")
+        return as_frame({each: getattr(row, each) for each in columns} for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""

@@ -15,10 +15,11 @@ from polylens.analysis.readout import behind_norm
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.report.rendering import as_html
+from polylens.report.rendering import as_frame, as_html
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from rich.table import Table
 
 
@@ -100,6 +101,11 @@ class Interactions(Brief):
 
     def _repr_html_(self) -> str:
         return as_html(self.table())
+
+    def to_pandas(self) -> "DataFrame":
+        """All terms, by falling size: writer, writer or "", what they add; needs pandas."""
+        terms = self.top(len(self) + len(self) * (len(self) + 1) // 2)
+        return as_frame({"writer": a, "with": b, "adds": value} for a, b, value in terms)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings and lists; `pairs` as [writer, writer, contribution]."""

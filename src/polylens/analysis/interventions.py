@@ -19,10 +19,11 @@ from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Function
 from polylens.hosts.positions import targets, unpadded
 from polylens.report.columns import MISSING
-from polylens.report.rendering import as_html
+from polylens.report.rendering import as_frame, as_html
 from polylens.report.scores import Cost, lead_of, score
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.table import Table
 
 Part = Tensor | Callable[[Tensor], Tensor]
@@ -131,6 +132,11 @@ class Effects(Brief):
                 *map(Text, ends),
             )
         return table
+
+    def to_pandas(self) -> "DataFrame":
+        """A row for each intervention, without its logits; needs pandas."""
+        columns = ("name", "delta_ce", "delta_ce_se", "kl", "agreement")
+        return as_frame({each: getattr(row, each) for each in columns} for row in self.rows)
 
     def _repr_html_(self) -> str:
         return as_html(self.__rich__())

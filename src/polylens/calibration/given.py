@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from polylens.calibration.seen import naming
+from polylens.calibration.telling import progress as bar
 from polylens.checks import Layer, label
 from polylens.errors import InvalidInputError
 from polylens.fitting.fit import fit
@@ -87,7 +87,7 @@ def under_models(
 ) -> dict[Layer, Fitted]:
     """The polynomial of every layer under its input model."""
     found: dict[Layer, Fitted] = {}
-    for layer, site in tqdm(sites.items(), "fitting", disable=not progress):
+    for layer, site in bar(sites.items(), "fitting", show=progress):
         with naming(layer, site):
             weights = site.weights()
             found[layer] = fit(weights, models[layer], degree).over(weights)

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from polylens.calibration.telling import progress as told
 from polylens.checks import check_at_least
 from polylens.errors import UnsupportedModel
 from polylens.hosts import host_for
@@ -52,7 +52,7 @@ def sampled(host: Host, sequences: int, length: int, seed: int, progress: bool) 
     if not host.reads_tokens:
         raise UnsupportedModel("a model that reads no token ids cannot write text")
     sizes = [min(BATCH, sequences - i) for i in range(0, sequences, BATCH)]
-    with tqdm(total=sequences, desc="sampling text", disable=not progress) as bar:
+    with told(title="sampling text", show=progress, total=sequences) as bar:
         batches: list[Tensor] = []
         for i, size in enumerate(sizes):
             batches.append(host.sample_tokens(size, length, seed + i))

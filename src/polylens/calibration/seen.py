@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from polylens.calibration.lockstep import Step
+from polylens.calibration.telling import OfLayer
 from polylens.calibration.tokens import batches, validate_inputs
 from polylens.checks import Layer, label
 from polylens.errors import (
@@ -215,8 +216,10 @@ def solved(seen: Estimator, layer: Layer, site: MLPSite) -> Fitted:
         warnings.simplefilter("always", NumericalWarning)
         found = seen.solve()
     for each in caught:
-        about = f"{_named(layer, site)}: " if each.category is NumericalWarning else ""
-        warnings.warn(f"{about}{each.message}", each.category, stacklevel=2)
+        if each.category is NumericalWarning:
+            warnings.warn(OfLayer(layer, _named(layer, site), str(each.message)), stacklevel=2)
+        else:
+            warnings.warn(each.message, each.category, stacklevel=2)
     return found
 
 

@@ -8,11 +8,11 @@ from functools import partial
 from typing import ClassVar, Literal, Protocol
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from polylens.calibration.lockstep import Arrivals, in_step
 from polylens.calibration.offload import store_for
 from polylens.calibration.seen import Calibration, SeenInputs, naming, solved
+from polylens.calibration.telling import progress
 from polylens.checks import Expert, Layer
 from polylens.errors import UnsupportedModel
 from polylens.fitting.estimator import Estimator
@@ -108,11 +108,12 @@ def on_replaced_stream(
     found = dict(known)
     left = [layer for layer in sites if layer not in known]
     total, done = (n * len(calibration.steps) for n in (len(sites), len(known)))
-    off = not calibration.progress
     store = store_for(method.offload)
     with (
         store or nullcontext(),
-        tqdm(total=total, initial=done, desc="layer by layer", disable=off) as bar,
+        progress(
+            title="layer by layer", show=calibration.progress, total=total, initial=done
+        ) as bar,
     ):
 
         def flow(layer: Layer) -> Function:

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from polylens.calibration.seen import Calibration, SeenInputs, solved, watch
+from polylens.calibration.telling import progress
 from polylens.checks import Expert, Layer
 from polylens.fitting.estimator import Estimator
 from polylens.hosts.base import Arrival, MLPSite
@@ -73,9 +73,9 @@ def on_true_stream(
     def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
         method.show(estimators[layer], arrival, kept)
 
-    steps = tqdm(calibration.steps, "calibrating", disable=not calibration.progress)
+    steps = progress(calibration.steps, "calibrating", show=calibration.progress)
     watch(calibration.host, sites, steps, calibration.exclude_first, see)
-    for layer, site in tqdm(sites.items(), "fitting", disable=not calibration.progress):
+    for layer, site in progress(sites.items(), "fitting", show=calibration.progress):
         seen = estimators.pop(layer)
         if isinstance(layer, Expert) and seen.count < FEW_TOKENS:
             refused[layer] = (

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from polylens.calibration.lockstep import Step
 from polylens.calibration.seen import require_deterministic, watch
+from polylens.calibration.telling import progress as told
 from polylens.calibration.tokens import batches, validate_inputs
 from polylens.checks import Layer, Layers, check_degree, check_layers, label
 from polylens.errors import InvalidInputError
@@ -83,7 +84,7 @@ def measure(
     losses, all_row, found, lead = None, None, (), 1
     with (
         torch.no_grad(),
-        tqdm(total=len(steps) * per_batch, desc="report", disable=not progress) as bar,
+        told(title="report", show=progress, total=len(steps) * per_batch) as bar,
     ):
         sums = _residual_sums(lens, chosen, steps, bar)
         rows = [LayerRow(n, sums[n].r2(f"layer {label(n)}"), n_tokens=sums[n].n) for n in chosen]

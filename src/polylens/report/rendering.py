@@ -2,15 +2,16 @@
 
 import html
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from polylens.checks import label
+from polylens.checks import Expert, label
 from polylens.report.columns import MISSING, Shown, number
 from polylens.report.rows import WorstToken
 
 if TYPE_CHECKING:
+    from pandas import DataFrame
     from rich.console import RenderableType
     from rich.table import Table
 
@@ -106,6 +107,29 @@ def as_html(renderable: "RenderableType") -> str:
     console = Console(file=io.StringIO(), record=True, width=TEXT_WIDTH, force_jupyter=False)
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format=_PRE)
+
+
+def as_frame(rows: "Iterable[Mapping[str, Any]]") -> "DataFrame":
+    """Rows as a pandas DataFrame; tuples of numbers become columns name_0, name_1, ...
+
+    Raises:
+        ImportError: pandas is not installed.
+    """
+    try:
+        from pandas import DataFrame
+    except ImportError as error:
+        raise ImportError('to_pandas() needs pandas: pip install "polylens[notebooks]"') from error
+    flat: list[dict[str, Any]] = []
+    for row in rows:
+        flat.append({})
+        for name, value in row.items():
+            if isinstance(value, tuple | list) and all(isinstance(v, float) for v in value):
+                flat[-1].update({f"{name}_{i}": v for i, v in enumerate(value)})
+            else:
+                flat[-1][name] = label(value) if isinstance(value, Expert) else value
+    frame = DataFrame(flat)
+    # what was not measured, of any row
+    return frame.dropna(axis="columns", how="all")
 
 
 def to_markdown(sheet: Sheet) -> str:

@@ -16,6 +16,7 @@ from polylens.report.rows import WorstToken as WorstToken
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from rich.console import Console, ConsoleOptions, RenderResult
 
 SCHEMA = "polylens.report/2"
@@ -86,6 +87,11 @@ class Report:
     def to_markdown(self) -> str:
         """The table, with what it is of and its remarks; without text of worst tokens."""
         return rendering.to_markdown(self._sheet())
+
+    def to_pandas(self) -> "DataFrame":
+        """A row for each layer, and one without a number for all at once; needs pandas."""
+        rows = self.rows if self.all_row is None else (*self.rows, self.all_row)
+        return rendering.as_frame(map(vars, rows))
 
     def _sheet(self) -> rendering.Sheet:
         span = f"{len(self)} layer{'s' if len(self) != 1 else ''}"

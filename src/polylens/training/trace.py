@@ -14,13 +14,14 @@ from polylens.brief import Brief
 from polylens.calibration.given import InputModel
 from polylens.checks import Layer, from_json
 from polylens.errors import InvalidInputError
-from polylens.report.rendering import as_html
+from polylens.report.rendering import as_frame, as_html
 from polylens.training.figure import training_figure
 from polylens.training.rows import TraceRow as TraceRow
 from polylens.training.rows import record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from pandas import DataFrame
     from rich.table import Table
 
 
@@ -148,6 +149,10 @@ class Trace(Brief):
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""
         return {"rows": [record(row) for row in self.rows]}
+
+    def to_pandas(self) -> "DataFrame":
+        """A row for each step, layer and input model; needs pandas."""
+        return as_frame(map(record, self.rows))
 
     @classmethod
     def load(cls, path: str | Path) -> "Trace":

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from polylens.attachment import attach
 from polylens.calibration.given import FromInputs
+from polylens.calibration.telling import progress as told
 from polylens.calibration.true_stream import TrueStream
 from polylens.checks import Layer, check_at_least, renamed
 from polylens.errors import AttachmentError, InvalidInputError, PolylensError
@@ -191,7 +191,7 @@ def trace_training(
     if not isinstance(pairs, Iterable):
         raise InvalidInputError(f"{PAIRS}, got {type(checkpoints).__name__}")
     tracer = Tracer(data, degree, path=path, steps=lambda step: True)
-    for checkpoint in tqdm(pairs, "tracing", disable=not progress):
+    for checkpoint in told(pairs, "tracing", show=progress):
         if not isinstance(checkpoint, tuple | list) or len(checkpoint) != 2:
             raise InvalidInputError(f"{PAIRS}, got {type(checkpoint).__name__} in it")
         step, source = checkpoint
