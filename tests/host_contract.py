@@ -27,13 +27,23 @@ POINTS = ("in", "out", "error", *(f"degree_{k}" for k in range(DEGREE + 1)))
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
+def inputs_of(model: Any, tokens: Tensor = TOKENS, mask: Tensor | None = None) -> Any:
+    """What the model is run on: of an encoder with a decoder both read the tokens."""
+    config = getattr(host_for(model).module, "config", None)
+    given = {"input_ids": tokens} | ({} if mask is None else {"attention_mask": mask})
+    if getattr(config, "is_encoder_decoder", False):
+        return {**given, "decoder_input_ids": tokens}
+    return tokens if mask is None else given
+
+
 def attach(model: Any, **options: Any) -> polylens.Lens:
-    return polylens.attach(model, TOKENS, progress=False, **{"degree": DEGREE, **options})
+    options = {"degree": DEGREE, **options}
+    return polylens.attach(model, inputs_of(model), progress=False, **options)
 
 
-def logits(model: Any, tokens: Tensor = TOKENS) -> Tensor:
+def logits(model: Any, tokens: Tensor = TOKENS, mask: Tensor | None = None) -> Tensor:
     with torch.no_grad():
-        return host_for(model).logits(tokens)
+        return host_for(model).logits(inputs_of(model, tokens, mask))
 
 
 def tables(lens) -> dict:
@@ -149,7 +159,7 @@ class HostContract:
 
         observers = {layer: observer(layer) for layer in lens.layers}
         with self.hooked(lens, POINTS, keep), lens.host.observe(observers), torch.no_grad():
-            lens.host.logits(tokens)
+            lens.host.logits(inputs_of(lens.host.model, tokens))
         return values
 
     def test_degrees_and_error_add_up_to_the_true_output(self, attached):
@@ -226,7 +236,7 @@ class HostContract:
             lens.replaced(),
             self.hooked(lens, ("out",), lambda layer, name, value: values.update({layer: value})),
         ):
-            out = lens.host.logits(TOKENS)
+            out = lens.host.logits(inputs_of(lens.host.model))
             gradients = torch.autograd.grad(out.square().mean(), list(values.values()))
         assert all(bool(torch.isfinite(g).all() and g.any()) for g in gradients)
 
@@ -272,22 +282,24 @@ class HostContract:
         reference = logits(model)
         before = self.snapshot(model)
         with torch.no_grad():
-            out, cache = lens.run_with_cache(TOKENS)
+            out, cache = lens.run_with_cache(inputs_of(lens.host.model))
         assert torch.equal(out, reference)
         assert self.snapshot(model) == before
         assert set(cache) == {(name, layer) for name in POINTS for layer in lens.layers}
         values = self.record(lens)
         assert all(torch.equal(cache[name, n], values[n, name]) for name, n in cache)
         with lens.replaced(), torch.no_grad():
-            out, cache = lens.run_with_cache(TOKENS, layers=lens.layers[-1], names=["out"])
-            assert_close(out, lens.host.logits(TOKENS))
+            out, cache = lens.run_with_cache(
+                inputs_of(lens.host.model), layers=lens.layers[-1], names=["out"]
+            )
+            assert_close(out, lens.host.logits(inputs_of(lens.host.model)))
         assert set(cache) == {("out", lens.layers[-1])}
         for options in ({"layers": 9}, {"names": ["inn"]}):
             with pytest.raises(InvalidInputError, match=r"no layer 9|no hook point 'inn'"):
-                lens.run_with_cache(TOKENS, **options)
+                lens.run_with_cache(inputs_of(lens.host.model), **options)
         lens.detach()
         with pytest.raises(AttachmentError, match="detached"):
-            lens.run_with_cache(TOKENS)
+            lens.run_with_cache(inputs_of(lens.host.model))
 
     def test_sites_are_verified_and_leave_no_trace(self, model):
         host = host_for(model)
@@ -425,11 +437,10 @@ class HostContract:
             assert torch.equal(logits(model), reference)
 
     def test_padding_on_the_right_is_ignored(self, model):
-        host, mask, other = host_for(model), torch.ones_like(TOKENS), TOKENS.clone()
+        mask, other = torch.ones_like(TOKENS), TOKENS.clone()
         mask[:, -3:] = 0
         other[:, -3:] = 5
-        with torch.no_grad():
-            a, b = host.logits(TOKENS, mask), host.logits(other, mask)
+        a, b = logits(model, TOKENS, mask), logits(model, other, mask)
         assert_close(a[:, :-3], b[:, :-3])
 
     def test_a_second_lens_takes_the_place_of_the_first(self, model):

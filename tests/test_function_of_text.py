@@ -85,7 +85,8 @@ def test_generation_with_and_without_a_cache():
         for parameter in model.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     options = {"max_new_tokens": 8, "do_sample": False}
-    with polylens.attach(model, TOKENS, progress=False) as lens, lens.replaced():
+    given = {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+    with polylens.attach(model, given, progress=False) as lens, lens.replaced():
         cached = model.generate(TEXT, **options)
         assert torch.equal(cached, model.generate(TEXT, use_cache=False, **options))
 

@@ -148,8 +148,7 @@ def test_tokens_come_as_tokenizers_give_them(model):
     refused = {
         "padding=True": [[1, 2, 3], [4, 5]],
         "polylens.tokenize": ["some text"],
-        "pixels": {"pixels": TOKENS},
-        "token_type_ids": {"input_ids": TOKENS, "token_type_ids": mask},
+        "no pixels": {"input_ids": TOKENS, "pixels": TOKENS},
     }
     for words, wrong in refused.items():
         with pytest.raises(InvalidInputError, match=words):

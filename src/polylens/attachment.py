@@ -10,7 +10,12 @@ from torch import Tensor
 
 from polylens.calibration.given import FromInputs, FromNorm, under_models
 from polylens.calibration.sampling import sampled
-from polylens.calibration.seen import Calibration, SeenInputs, require_deterministic
+from polylens.calibration.seen import (
+    NOT_REACHED,
+    Calibration,
+    SeenInputs,
+    require_deterministic,
+)
 from polylens.calibration.sequential import Sequential, on_replaced_stream, require_ordered
 from polylens.calibration.telling import told_once
 from polylens.calibration.tokens import opened
@@ -20,6 +25,8 @@ from polylens.errors import ArtifactError, InvalidInputError, UnsupportedModel
 from polylens.fitting.estimator import require_degree
 from polylens.hosts import host_for
 from polylens.hosts.base import Host, MLPSite
+from polylens.hosts.batch import Inputs
+from polylens.hosts.direction import uses
 from polylens.hosts.passage import require_free
 from polylens.hosts.quiet import require_as_is
 from polylens.lens import Lens, attached
@@ -63,7 +70,7 @@ def find_mlps(model: Any, example_inputs: Any = None) -> list[MLPSite]:
 )
 def attach(
     model: Any,
-    tokens: Tensor | None = None,
+    tokens: Inputs | None = None,
     *,
     degree: int = 3,
     method: Method | None = None,
@@ -90,7 +97,10 @@ def attach(
         tokens: [batch, pos] token ids on which the layers' inputs are seen (`tokenize` makes
             them of text), or what a tokenizer returns, with its attention_mask; sampled from the
             model itself where there are none. For a model that reads no token ids, the floats
-            [batch, ...] it reads: images, features.
+            [batch, ...] it reads: images, features. For one that takes several inputs, a mapping
+            of all of them, as tokenizers and processors return it, with a row of each for every
+            sequence: a decoder beside an encoder needs its `decoder_input_ids` or `labels`.
+            Layers that the inputs do not pass through are left out, see `Lens.refused`.
         degree: fitted degree, 0 ... 12; lower ones come with it.
         method: what the polynomials are fitted to, with its options and its cost:
             - `TrueStream()` (default): the inputs that each layer has in the true model;
@@ -100,10 +110,12 @@ def attach(
             - `FromInputs(inputs)`: input models of one's own.
         layers: which layers, as numbers, -1 for the last, or "0-5,10"; all that can be read by
             default.
-        attention_mask: [batch, pos], 0 at padding, which is left out.
+        attention_mask: [batch, pos], 0 at padding, which is left out. In a mapping it may be
+            among the inputs, also under another name (`...padding_mask`, True at padding).
         exclude_first: leave the first position of each sequence out of the fit and R2: language
             models park attention there, far from all other inputs. It is replaced like the
-            others. Of models that read no token ids nothing is left out.
+            others. Where a model reads both ways, and of one that reads no token ids, nothing is
+            left out.
         batch_size: sequences per forward pass.
         example_inputs: what a torch module is called with, where no guess nor tokens will do.
         progress: show progress bars.
@@ -145,9 +157,9 @@ def attach(
         require_deterministic(host.module)
         sites = {site.layer: site for site in found}
         sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
-        exclude_first = exclude_first and host.reads_tokens
         saved = None
         if isinstance(method, FromNorm | FromInputs):
+            exclude_first = exclude_first and host.reads_tokens
             polynomials = under_models(method.models(host, sites), sites, degree, progress)
             summary = method.describe()
         else:
@@ -159,12 +171,18 @@ def attach(
                 host,
                 tokens,
                 attention_mask,
+                sites,
                 exclude_first=exclude_first,
                 batch_size=batch_size,
                 progress=progress,
             )
+            exclude_first = data.exclude_first
             if isinstance(method, Sequential):
-                require_ordered(sites)
+                there = uses(host, data.steps[0], sites)
+                require_ordered(sites, there)
+                for layer in sites.keys() - there:
+                    refused[layer] = NOT_REACHED.format(sites[layer].path)
+                sites = {layer: site for layer, site in sites.items() if layer in there}
                 if method.checkpoint is not None:
                     own = identity(data, sites, method, degree)
                     saved = Checkpoint(method.checkpoint, own, found, refused)
@@ -320,7 +338,7 @@ def _read(
     return host, found, refused
 
 
-def _check_method(method: Any, tokens: Tensor | None) -> None:
+def _check_method(method: Any, tokens: Inputs | None) -> None:
     """InvalidInputError for what is no method, or tokens that it would not read."""
     if not isinstance(method, Method):
         raise InvalidInputError(

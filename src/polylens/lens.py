@@ -17,6 +17,7 @@ from polylens.calibration.tokens import opened
 from polylens.checks import Layer, Layers, check_degree, label, renamed
 from polylens.errors import AttachmentError
 from polylens.hosts.base import Host
+from polylens.hosts.batch import Inputs
 from polylens.installed.installation import Installation
 from polylens.polynomials.factored import Polynomial
 from polylens.report.measure import measure
@@ -63,7 +64,7 @@ class Lens(Installation):
     @renamed()
     def report(
         self,
-        tokens: Tensor,
+        tokens: Inputs,
         *,
         degree: int | None = None,
         layers: Layers | None = None,
@@ -81,8 +82,11 @@ class Lens(Installation):
         of another source than those of `attach` to see what carries over to other text.
 
         Args:
-            tokens: [batch, pos] token ids, best disjoint from those of `attach`; floats
-                [batch, ...] for a model that reads those, which has no loss columns.
+            tokens: [batch, pos] token ids, floats or a mapping, as in `attach`, best disjoint
+                from those. The loss columns are about the token ids (of an encoder with a decoder
+                the decoder's), or the `labels` [batch, pos] in a mapping, where -100 is not
+                scored; nor are special tokens, where a tokenizer's `special_tokens_mask` is among
+                the inputs. There are none without token ids.
             degree: of the replacement whose loss is measured; fitted degree by default.
             layers: which rows; all attached layers by default.
             attention_mask: [batch, pos], 0 at padding.
@@ -118,7 +122,7 @@ class Lens(Installation):
     @renamed()
     def run_with_cache(
         self,
-        tokens: Tensor,
+        tokens: Inputs,
         *,
         layers: Layers | None = None,
         names: Iterable[str] | None = None,
@@ -130,7 +134,7 @@ class Lens(Installation):
             cache["out", 3] + cache["error", 3]  # is the true output of layer 3
 
         Args:
-            tokens: [batch, pos] token ids; floats [batch, ...] for a model that reads those.
+            tokens: [batch, pos] token ids, floats or a mapping, as in `attach`.
             layers: one, several, or all (default).
             names: one or several of "in", "out", "error", "degree_0", "degree_1", ...; all by
                 default.
@@ -146,9 +150,11 @@ class Lens(Installation):
         """
         self._require_attached()
         tokens, mask = opened(tokens, attention_mask)
+        mask = None if mask is None else torch.as_tensor(mask)
+        inputs = tokens if isinstance(tokens, dict) else torch.as_tensor(tokens)
+        batch = self.host.given(inputs, mask)
         with self.host.reading(self._chosen(layers), names) as values:
-            mask = None if mask is None else torch.as_tensor(mask)
-            return self.host.forward(torch.as_tensor(tokens), mask), values
+            return self.host.forward(batch), values
 
     def _repr_html_(self) -> str:
         rows = ""

@@ -16,6 +16,7 @@ from polylens.errors import InvalidInputError, UnsupportedModel
 TOKENS = (torch.arange(36).reshape(3, 12) * 37 + 11) % 85 + 3
 MASK = torch.ones_like(TOKENS)
 MASK[1, :4] = 0
+READ = dict(attention_mask=MASK, position_ids=(MASK.cumsum(1) - 1).clamp(min=0))
 CLOSE = dict(rtol=1e-4, atol=1e-6)
 
 
@@ -45,9 +46,9 @@ def by_hand(lens, layer, change, where):
     """Figures of an intervention from two passes of the model itself."""
     model = lens.host.module
     with torch.no_grad():
-        base = model(TOKENS, attention_mask=MASK).logits
+        base = model(TOKENS, **READ).logits
         with hooked(lens, layer, change):
-            logits = model(TOKENS, attention_mask=MASK).logits
+            logits = model(TOKENS, **READ).logits
     real = MASK.bool()
     counted = (real[:, :-1] & real[:, 1:]).flatten()
 

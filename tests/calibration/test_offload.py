@@ -85,7 +85,7 @@ def peak(model, n, directory=None):
     """Bytes held at most by n batches in step, of which nothing is kept."""
     host = host_for(model)
     layers = [site.layer for site in host.sites()[0]]
-    step = TOKENS.repeat(2, 1), None
+    step = host.given(TOKENS.repeat(2, 1))
 
     def visit(layer, arrivals):
         assert sum(1 for _ in arrivals) == n
@@ -233,7 +233,7 @@ def test_what_runs_while_an_interrupted_pass_ends_finds_its_tensors(tmp_path):
     layers = [site.layer for site in host.sites()[0]]
     block.forward = noted
     with pytest.raises(KeyboardInterrupt), Files(tmp_path) as store:
-        in_step(host, layers, [(TOKENS[:3], None), (TOKENS[3:], None)], stop, store)
+        in_step(host, layers, [host.given(TOKENS[:3]), host.given(TOKENS[3:])], stop, store)
     assert seen == [True, True]
 
 

@@ -47,7 +47,7 @@ def seen_inputs(host, layers, steps):
     observers = {n: (lambda a, n=n: seen[n].append(a.x.clone())) for n in layers}
     with torch.no_grad(), host.observe(observers):
         for step in steps:
-            host.run(*step)
+            host.run(step)
     return seen
 
 
@@ -59,7 +59,7 @@ def true(arrival):
 def test_in_step_every_batch_computes_what_it_computes_alone(make):
     host = host_for(make(build("gpt2")), None)
     layers = [site.layer for site in host.sites()[0]]
-    steps = [(SMALL[:2], None), (SMALL[2:, :9], None), (SMALL[1:2], None)]
+    steps = [host.given(part) for part in (SMALL[:2], SMALL[2:, :9], SMALL[1:2])]
     expected = seen_inputs(host, layers, steps)
     visited = []
 
@@ -79,7 +79,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(make):
     model = make(build("gpt2"))
     host = host_for(model, None)
     layers = [site.layer for site in host.sites()[0]]
-    steps = [(SMALL[:2], None), (SMALL[2:], None)]
+    steps = [host.given(part) for part in (SMALL[:2], SMALL[2:])]
     before = host.logits(SMALL)
     snapshot = module_snapshot(host.module)
 
@@ -100,7 +100,7 @@ def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, e
     with attach(model, method=method, batch_size=24) as lens:
         for layer in (0, 2, 3):
             with lens.replaced(layers=range(layer)) if layer else nullcontext():
-                x = seen_inputs(lens.host, [layer], [(VISITED, None)])[layer][0]
+                x = seen_inputs(lens.host, [layer], [VISITED])[layer][0]
             x = x[:, 1:].reshape(-1, x.shape[-1])
             given = polylens.Gaussian.from_samples(x) if estimator == "gaussian" else Samples([x])
             verb = polylens.fit_joint if estimator == "joint" else polylens.fit
@@ -113,7 +113,7 @@ def test_each_layer_is_fitted_to_what_the_replaced_layers_below_produce(model, e
 def test_inputs_may_be_weighted_by_the_size_of_the_output(model, estimator, stream):
     method = stream(estimator, tails=0.0, weighting="output")
     with attach(model, method=method, batch_size=24, layers=[0]) as lens:
-        x = seen_inputs(lens.host, [0], [(VISITED, None)])[0][0]
+        x = seen_inputs(lens.host, [0], [VISITED])[0][0]
         x = x[:, 1:].reshape(-1, x.shape[-1])
         weights = lens.sites[0].weights()
         w = 1 / weights(x).double().norm(dim=1)

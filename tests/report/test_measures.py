@@ -186,10 +186,10 @@ def test_worst_tokens_and_their_causes(measured):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "gpt2", "t5"])
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama", "gpt2"])
 def test_models_that_see_what_follows_are_told_from_those_that_do_not(name, dtype):
     host = host_for(build(name, dtype))
-    assert lead_of(host, HELD_OUT) == (0 if "bert" in name else 1)
+    assert lead_of(host, host.given(HELD_OUT)) == (0 if "bert" in name else 1)
 
 
 def test_a_masked_language_model_is_scored_on_each_token_itself():

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from rich.console import Console
 
 import polylens
-from polylens.calibration.tokens import batches, validate_tokens
+from polylens.calibration.tokens import validate_tokens
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Host
-from polylens.hosts.positions import counted
+from polylens.hosts.batch import Stream, batch_of
 from polylens.report import columns
 from polylens.report.measure import measure
 from polylens.report.report import SCHEMA, LayerRow, Report
@@ -60,7 +60,12 @@ class TinyHost(Host):
         self.observers: dict = {}
         self.functions: dict = {}
 
-    def logits(self, tokens, attention_mask=None):
+    def _given(self, inputs, attention_mask):
+        mask = {} if attention_mask is None else {"attention_mask": attention_mask}
+        return batch_of((inputs,), mask)
+
+    def logits(self, inputs, attention_mask=None):
+        (tokens,) = self.given(inputs, attention_mask).args
         x = self.model.embed[tokens]
         x = x + 0.5 * torch.roll(x, 1, dims=1) * (torch.arange(x.shape[1]) > 0)[:, None]
         for layer, weights in enumerate(self.model.weights):
@@ -229,7 +234,7 @@ def test_losses_equal_torch(tokens, mask, padded, exclude_first):
     assert report.n_targets == int((mask[:, 1:] * mask[:, :-1]).sum())
     assert (report.degree, report.fitted_degree) == (2, 3)
 
-    flags = counted(tokens, mask, exclude_first=exclude_first)
+    flags = Stream.of(tokens, mask).counted(exclude_first=exclude_first)
     outputs = {}
 
     def keep(layer):
@@ -494,11 +499,12 @@ def test_token_helpers(tokens, mask):
     assert ids.dtype == flags.dtype == torch.long
     assert torch.equal(ids, tokens)
     assert validate_tokens(tokens.tolist())[1] is None
-    parts = list(batches(tokens, mask, 2))
-    assert [len(part) for part, _ in parts] == [2, 2, 1]
-    assert torch.equal(torch.cat([m for _, m in parts]), mask)
-    assert counted(tokens, None, exclude_first=False).all()
-    assert counted(tokens, mask, exclude_first=True).sum(1).tolist() == [5, 8, 8, 4, 0]
+    parts = list(batch_of((tokens,), {"attention_mask": mask}).split(2))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    assert torch.equal(torch.cat([part.kwargs["attention_mask"] for part in parts]), mask)
+    assert Stream.of(tokens).counted(exclude_first=False).all()
+    counted = Stream.of(tokens, mask).counted(exclude_first=True)
+    assert counted.sum(1).tolist() == [5, 8, 8, 4, 0]
 
 
 def test_every_figure_of_a_row_has_a_row_in_the_table_of_columns(report):

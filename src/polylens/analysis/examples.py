@@ -23,13 +23,13 @@ from polylens.analysis.layer_tokens import (
 from polylens.analysis.linear import SingularFeatures
 from polylens.analysis.readout import top_tokens
 from polylens.brief import Brief
-from polylens.calibration.lockstep import Step
 from polylens.calibration.seen import require_deterministic
-from polylens.calibration.tokens import batches, names_by, validate_inputs
+from polylens.calibration.tokens import names_by
+from polylens.calibration.tokens import read as read_inputs
 from polylens.checks import Layer, check_at_least, label, to_json
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Observer
-from polylens.hosts.positions import kept_rows, unpadded
+from polylens.hosts.batch import Batch, Inputs
 from polylens.report.rendering import as_html
 from polylens.report.worst import Decode, decoder
 
@@ -171,7 +171,7 @@ def _scores(tokens: TokenScores) -> str:
 def examples(
     lens: Any,
     features: Mapping[Layer, Features],
-    tokens: Tensor,
+    tokens: Inputs,
     *,
     k: int = 4,
     context: int = 12,
@@ -231,14 +231,9 @@ def examples(
     features = {check_layer(lens, layer): each for layer, each in features.items()}
     read = {layer: _Read.of(lens, layer, each) for layer, each in features.items()}
     lens.ready(list(read), None)
-    tokens, mask = validate_inputs(
-        tokens,
-        attention_mask,
-        reads_tokens=host.reads_tokens,
-        d_vocab=host.d_vocab,
-        n_positions=host.n_positions,
-    )
-    if effects and not host.reads_tokens:
+    check_at_least("batch_size", batch_size, 1)
+    data = read_inputs(host, tokens, attention_mask, lens.layers, exclude_first=lens.exclude_first)
+    if effects and data.targets is None:
         raise InvalidInputError("effects are on the logits of tokens, and this model reads none")
     if effects and any(isinstance(each, Tensor) for each in features.values()):
         raise InvalidInputError(
@@ -246,13 +241,14 @@ def examples(
             "eigenfeatures or singular features; intervene() has an Edit with a part of your own"
         )
     require_deterministic(host.module)
-    tokens, mask = tokens.to(host.device), None if mask is None else mask.to(host.device)
-    seen = _scan(lens, read, tokens, mask, k, batch_size)
-    decode = decoder(lens, decode, tokens) if host.reads_tokens else str
-    shown = (tokens, unpadded(tokens, mask)) if host.reads_tokens else (None, None)
-    text = _Text(*shown, decode, context)
+    seen = _scan(lens, read, data, k, batch_size)
+    ids = [stream.ids for stream in data.streams.values() if stream.ids is not None]
+    decode = decoder(lens, decode, ids[0]) if ids else str
     found = {}
     for layer, each in features.items():
+        stream = data.streams.get(host.stream(layer))
+        shown = (None, None) if stream is None else (stream.ids, stream.there)
+        text = _Text(*shown, decode, context)
         rows = list[FeatureRow]()
         for i, (highest, lowest) in enumerate(seen[layer].places()):
             high_end, low_end = (tuple(text(place) for place in end) for end in (highest, lowest))
@@ -265,13 +261,10 @@ def examples(
                 high, low = top_tokens(scores, min(n_tokens, len(scores)), names)
                 row = replace(row, high=high, low=low)
             if effects and not isinstance(each, Tensor):
-                there = torch.tensor([place[1:] for place in highest], device=tokens.device)
+                there = torch.tensor([place[1:] for place in highest])
                 edit = Edit(layer, each.part(i), at=there[:, 1])
-                some = tokens[there[:, 0]], None if mask is None else mask[there[:, 0]]
                 with lens.suspended():
-                    (effect,) = intervene(
-                        lens, some[0], edit, attention_mask=some[1], batch_size=batch_size
-                    )
+                    (effect,) = intervene(lens, data.rows(there[:, 0]), edit, batch_size=batch_size)
                 # what falls without the feature is what it raises
                 ends = top_tokens(-effect.logits, min(n_tokens, len(effect.logits)), names)
                 row = replace(row, raises=ends[0], lowers=ends[1])
@@ -285,7 +278,7 @@ def layer_features(
     lens: Any,
     layer: Layer,
     token: int | str,
-    tokens: Tensor | None = None,
+    tokens: Inputs | None = None,
     *,
     against: int | str | None = None,
     k: int = 8,
@@ -477,41 +470,42 @@ class _Extremes:
 def _scan(
     lens: Any,
     read: Mapping[Layer, _Read],
-    tokens: Tensor,
-    mask: Tensor | None,
+    data: Batch,
     k: int,
     batch_size: int,
 ) -> dict[Layer, _Extremes]:
     """One pass over the true model up to the last of these layers."""
     host = lens.host
-    ids, numbers = (None, None)
-    if host.reads_tokens:
-        ids, numbers = tokens.unique(return_inverse=True)
+    named = {layer: host.stream(layer) for layer in read}
+    ids = {
+        n: s.ids.unique(return_inverse=True) for n, s in data.streams.items() if s.ids is not None
+    }
     seen = {
-        layer: _Extremes(own, k, _embedded(lens, layer, own, ids)) for layer, own in read.items()
+        layer: _Extremes(own, k, _embedded(lens, layer, own, ids.get(named[layer], [None])[0]))
+        for layer, own in read.items()
     }
     visits: Counter[Layer] = Counter()
     expected: Counter[Layer] | None = None
 
-    def observer(layer: Layer, step: Step, start: int) -> Observer:
-        batch, batch_mask = step
-        kept = kept_rows(batch, batch_mask, exclude_first=lens.exclude_first)
-        own = None if numbers is None else numbers[start : start + len(batch)].reshape(-1)
+    def observer(layer: Layer, step: Batch, start: int) -> Observer:
+        name = named[layer]
+        counted = step.counted(name, exclude_first=lens.exclude_first)
+        numbers = ids[name][1][start : start + len(step)] if name in ids else None
+        n_pos = step.streams[name].there.shape[1] if name in step.streams else None
 
         def see(arrival: Arrival) -> None:
             x = rearrange(arrival.x, "... d -> (...) d")
-            if arrival.places is None:
-                each, rows = max(1, len(x) // len(batch)), torch.arange(len(x), device=x.device)
+            if arrival.places is None or n_pos is None:
+                each, rows = max(1, len(x) // len(step)), torch.arange(len(x))
             else:
-                each, rows = batch.shape[1], arrival.places.rows.to(x.device)
-            if kept is not None:
-                chosen = torch.isin(rows, kept.to(x.device))
-                x, rows = x[chosen], rows[chosen]
+                each, rows = n_pos, arrival.places.among(n_pos).cpu()
+            if counted is not None:
+                chosen = counted.cpu().reshape(-1)[rows]
+                (x, _), rows = arrival.rows(counted), rows[chosen]
             where = torch.stack([start + rows // each, rows % each], dim=1)
-            fits = own is not None and each == batch.shape[1]
-            seen[layer].update(
-                x, where, own[rows.to(own.device)] if fits and own is not None else None
-            )
+            fits = numbers is not None and each == n_pos
+            own = numbers.reshape(-1).cpu()[rows] if fits and numbers is not None else None
+            seen[layer].update(x, where, own)
             visits[layer] += 1
             if expected is not None and all(visits[n] >= expected[n] for n in seen):
                 raise _Enough
@@ -520,16 +514,16 @@ def _scan(
 
     start = 0
     with lens.suspended():
-        for step in batches(tokens, mask, batch_size):
+        for step in data.split(batch_size):
             visits.clear()
             with host.observe({layer: observer(layer, step, start) for layer in seen}):
                 try:
-                    host.run(*step)
+                    host.run(step)
                 except _Enough:
                     pass
             if expected is None:  # of a first pass, which goes to the end
                 expected = Counter(visits)
-            start += len(step[0])
+            start += len(step)
     return seen
 
 

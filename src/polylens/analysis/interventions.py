@@ -13,18 +13,21 @@ from polylens.analysis.layer_tokens import token_id
 from polylens.analysis.readout import top_tokens
 from polylens.brief import Brief
 from polylens.calibration.seen import require_deterministic
-from polylens.calibration.tokens import batches, token_names, validate_inputs
-from polylens.checks import Layer
+from polylens.calibration.tokens import read, token_names
+from polylens.checks import Layer, check_at_least
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Function
-from polylens.hosts.positions import targets, unpadded
+from polylens.hosts.batch import Batch, Inputs, Stream
 from polylens.report.columns import MISSING
 from polylens.report.rendering import as_frame, as_html
-from polylens.report.scores import Cost, lead_of, score
+from polylens.report.scores import Cost, lead_of, score, scored
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.table import Table
+
+# The stream of a model without tokens: one prediction for each input.
+ONE = "predictions"
 
 Part = Tensor | Callable[[Tensor], Tensor]
 TokenScores = list[tuple[str, float]]
@@ -153,7 +156,7 @@ class Effects(Brief):
 @torch.no_grad()
 def intervene(
     lens: Any,
-    tokens: Tensor,
+    tokens: Inputs | Batch,
     edits: Mapping[Any, Edit | Sequence[Edit]] | Edit,
     *,
     attention_mask: Tensor | None = None,
@@ -201,47 +204,51 @@ def intervene(
     by_name = _by_name(edits)
     lens.ready([edit.layer for several in by_name.values() for edit in several], None)
     host = lens.host
-    tokens, mask = validate_inputs(
-        tokens,
-        attention_mask,
-        reads_tokens=host.reads_tokens,
-        d_vocab=host.d_vocab,
-        n_positions=host.n_positions,
-    )
+    check_at_least("batch_size", batch_size, 1)
+    data = read(host, tokens, attention_mask, (), exclude_first=False)
     require_deterministic(host.module)
-    tokens, mask = tokens.to(host.device), None if mask is None else mask.to(host.device)
-    # without tokens there is one prediction for each input, and none of what comes next
-    ids = tokens if host.reads_tokens else torch.zeros_like(tokens.flatten(1)[:, :1]).long()
-    real, lead = unpadded(ids, mask), lead_of(host, tokens) if host.reads_tokens else 1
+    has_tokens = data.targets is not None
+    if data.targets is None:
+        # one prediction for each input, and none of what comes next
+        one = torch.zeros(len(data), 1, dtype=torch.long)
+        streams = {**data.streams, ONE: Stream.of(one)}
+        data = replace(data, streams=streams, about=ONE, targets=one, lead=1)
+    real, lead = data.streams[data.about].there.to(host.device), lead_of(host, data)
     placed = {
         name: [(_checked(lens, edit), _flags(edit.at, real)) for edit in several]
         for name, several in by_name.items()
     }
+    for edit in (edit for several in placed.values() for edit, _ in several if has_tokens):
+        if host.stream(edit.layer) != data.about:
+            raise UnsupportedModel(
+                f"layer {edit.layer} reads {host.stream(edit.layer) or 'no tokens'}, and positions "
+                f"are those of {data.about}, which are predicted"
+            )
     measured = {
         name: _Measured(torch.stack([flags for _, flags in placed[name]]).any(0)) for name in placed
     }
     order, base, start = list(placed), real.new_zeros(1, dtype=torch.float64), 0
-    for batch, batch_mask in batches(tokens, mask, batch_size):
+    for batch in data.split(batch_size):
         here = slice(start, start + len(batch))
         start += len(batch)
-        own, own_ids = real[here], ids[here]
-        truth = _predictions(lens, batch, batch_mask, own)
-        true = score(truth, None, own_ids, own, lead)
+        shape = real[here].shape
+        truth = _predictions(lens, batch, has_tokens)
+        true = score(truth, None, batch, lead)
         base += true.ce.sum().to(base.device)
         together = max(1, batch_size // len(batch))
         for i in range(0, len(order), together):
             group = order[i : i + together]
+            n = len(group)
             rows = [[(edit, flags[here]) for edit, flags in placed[name]] for name in group]
-            stacked, n = batch.repeat(len(group), *[1] * (batch.dim() - 1)), len(group)
-            repeated = None if batch_mask is None else batch_mask.repeat(n, 1)
-            with host.edit(_functions(rows, own.shape, host.reads_tokens)):
-                logits = _predictions(lens, stacked, repeated, own.repeat(n, 1))
+            with host.edit(_functions(rows, shape, has_tokens)):
+                stacked = batch.rows(torch.arange(len(batch)).repeat(n))
+                logits = _predictions(lens, stacked, has_tokens)
             for name, changed in zip(group, logits.split(len(batch)), strict=True):
-                scores = score(changed, truth, own_ids, own, lead)
+                scores = score(changed, truth, batch, lead)
                 measured[name].update(scores, true, changed, truth, here)
-    n_targets = targets(real, lead).sum(1).cpu()
+    n_targets = scored(data, lead).sum(1).cpu()
     total, n_positions = int(n_targets.sum()), int(real.sum())
-    if host.reads_tokens and not total:
+    if has_tokens and not total:
         raise InvalidInputError("no token follows another one that is not padding: no loss")
     names = names or token_names(host.tokenizer)
     effects = [
@@ -250,27 +257,27 @@ def intervene(
     return Effects(float(base) / total if total else None, total, n_positions, tuple(effects))
 
 
-def _predictions(lens: Any, batch: Tensor, mask: Tensor | None, real: Tensor) -> Tensor:
+def _predictions(lens: Any, batch: Batch, has_tokens: bool) -> Tensor:
     """Logits [batch, pos, d_vocab]; [batch, 1, classes] of a model that reads no tokens.
 
     Raises:
         UnsupportedModel: others.
     """
-    logits = lens.host.logits(batch, mask)
-    if not lens.host.reads_tokens and logits.dim() == 2:
+    logits, shape = lens.host.logits(batch), batch.streams[batch.about].there.shape
+    if not has_tokens and logits.dim() == 2:
         logits = logits[:, None]
-    if logits.dim() != 3 or logits.shape[:2] != real.shape:
+    if logits.dim() != 3 or logits.shape[:2] != shape:
         raise UnsupportedModel(
             "interventions need logits [batch, pos, d_vocab], or [batch, classes] of a model that "
             f"reads no tokens; {lens.model_name} returns {list(logits.shape)} for inputs "
-            f"{list(batch.shape)}"
+            f"{list(shape)}"
         )
     return logits
 
 
 def logit_gradient(
     lens: Any,
-    tokens: Tensor,
+    tokens: Inputs,
     layer: Layer,
     token: int | str,
     against: int | str | None = None,
@@ -301,15 +308,11 @@ def logit_gradient(
     token, against = token_id(lens, token), None if against is None else token_id(lens, against)
     if not isinstance(layer, int):
         raise UnsupportedModel(f"{layer!r} sees only what its router sends there; give a layer")
-    tokens, mask = validate_inputs(
-        tokens,
-        attention_mask,
-        reads_tokens=True,
-        d_vocab=host.d_vocab,
-        n_positions=host.n_positions,
-    )
-    tokens = tokens.to(host.device)
-    flags = _flags(at, unpadded(tokens, mask))
+    data = read(host, tokens, attention_mask, (), exclude_first=False)
+    if data.targets is None or host.stream(layer) != data.about:
+        raise UnsupportedModel(f"layer {layer} does not read tokens that are predicted")
+    real = data.streams[data.about].there.to(host.device)
+    flags = _flags(at, real)
     outputs: list[Tensor] = []
 
     def begin(arrival: Arrival) -> Tensor:
@@ -317,7 +320,7 @@ def logit_gradient(
         return outputs[-1]
 
     with torch.enable_grad(), host.edit({layer: begin}):
-        logits = host.logits(tokens, mask)[flags]
+        logits = host.logits(data)[flags]
         for value in (token, token if against is None else against):
             if isinstance(value, bool) or value not in range(logits.shape[-1]):
                 raise InvalidInputError(
@@ -325,7 +328,7 @@ def logit_gradient(
                 )
         other = logits.mean(-1) if against is None else logits[:, against]
         (gradient,) = torch.autograd.grad((logits[:, token] - other).sum(), outputs[-1:])
-    return gradient.reshape(*tokens.shape, -1)[flags].double()
+    return gradient.reshape(*real.shape, -1)[flags].double()
 
 
 class _Measured:

@@ -12,16 +12,16 @@ from polylens.calibration.offload import Offloaded, Resident, Store
 from polylens.checks import Layer
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Arrival, Function, Host
+from polylens.hosts.batch import Batch
 
 Arrivals = Iterator[tuple[int, Arrival]]
-Step = tuple[Tensor, Tensor | None]
 
 
 @torch.no_grad()
 def in_step(
     host: Host,
     layers: Sequence[Layer],
-    steps: Sequence[Step],
+    steps: Sequence[Batch],
     visit: Callable[[Layer, Arrivals], Function],
     store: Store | None = None,
 ) -> None:
@@ -39,7 +39,7 @@ def in_step(
     Args:
         host: the model.
         layers: of the MLPs that are visited; the passes end behind the last one.
-        steps: (tokens, attention mask) of each batch.
+        steps: the batches.
         visit: must exhaust arrivals, and keep none.
         store: where what a waiting pass holds is kept; None leaves it in memory.
 
@@ -66,7 +66,7 @@ class _Column:
 
     flow: Function
 
-    def __init__(self, host: Host, steps: Sequence[Step], store: Store | None) -> None:
+    def __init__(self, host: Host, steps: Sequence[Batch], store: Store | None) -> None:
         self._main = getcurrent()
         self._steps = steps
         self._passes = [greenlet(host.run) for _ in steps]
@@ -96,7 +96,7 @@ class _Column:
     def _given(self, i: int) -> tuple[Any, ...]:
         """What batch i starts with, or goes on with."""
         held, self._held[i] = self._held[i], None
-        return self._steps[i] if held is None else (self.flow(held),)
+        return (self._steps[i],) if held is None else (self.flow(held),)
 
     def _arrived(self, i: int) -> Arrival:
         """With what batch i waits."""

@@ -9,10 +9,9 @@ from typing import ClassVar, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from polylens.calibration.lockstep import Step
 from polylens.calibration.telling import OfLayer
-from polylens.calibration.tokens import batches, validate_inputs
-from polylens.checks import Layer, label
+from polylens.calibration.tokens import read
+from polylens.checks import Layer, check_at_least, label
 from polylens.errors import (
     AttachmentError,
     InvalidInputError,
@@ -23,13 +22,14 @@ from polylens.errors import (
 from polylens.fitting.estimator import Estimator
 from polylens.fitting.fit import estimator
 from polylens.hosts.base import Arrival, Host, MLPSite, Observer
-from polylens.hosts.positions import counted, kept_rows, rows
+from polylens.hosts.batch import Batch, Inputs
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.joint import Fitted
 
 WEIGHTINGS = {"equal": "", "output": "weighted by 1 / |output|"}
 # Norms of outputs below this share of the largest weigh no more than it.
 SMALLEST = 1e-6
+NOT_REACHED = "{}: the given inputs do not pass through it; give those that do"
 DROPOUTS = (
     *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
     *(nn.AlphaDropout, nn.FeatureAlphaDropout),
@@ -42,13 +42,13 @@ class Calibration:
 
     Attributes:
         host: the model.
-        steps: (inputs, attention mask) of each batch.
+        steps: the batches.
         exclude_first: leave out where sequences start.
         progress: show a progress bar.
     """
 
     host: Host
-    steps: Sequence[Step]
+    steps: Sequence[Batch]
     exclude_first: bool
     progress: bool
 
@@ -56,40 +56,39 @@ class Calibration:
     def on(
         cls,
         host: Host,
-        tokens: Tensor,
+        inputs: Inputs,
         attention_mask: Tensor | None,
+        layers: Iterable[Layer],
         *,
         exclude_first: bool,
         batch_size: int,
         progress: bool,
     ) -> "Calibration":
-        """On these tokens [batch, pos] (floats, where the model reads those).
+        """On these tokens [batch, pos], floats, or mapping of all that the model takes.
 
         Raises:
-            InvalidInputError: unusable tokens, mask or batch size.
+            InvalidInputError: inputs, mask or batch size that cannot be used.
         """
-        tokens, mask = validate_inputs(
-            tokens,
-            attention_mask,
-            reads_tokens=host.reads_tokens,
-            d_vocab=host.d_vocab,
-            n_positions=host.n_positions,
-        )
-        order = visiting_order(len(tokens)).to(tokens.device)
-        steps = list(batches(tokens[order], None if mask is None else mask[order], batch_size))
+        check_at_least("batch_size", batch_size, 1)
+        data = read(host, inputs, attention_mask, layers, exclude_first=exclude_first)
+        exclude_first = any(bool(s.starts.any()) for s in data.streams.values()) and exclude_first
+        steps = list(data.rows(visiting_order(len(data))).split(batch_size))
         return cls(host, steps, exclude_first, progress)
 
     def describe(self, origin: str) -> list[str]:
         """How many inputs there are, of which origin, and what was left out."""
-        if self.host.reads_tokens:
-            count = sum(int(counted(*step, exclude_first=False).sum()) for step in self.steps)
+        flags = [
+            each.streams[each.about].there for each in self.steps if each.about in each.streams
+        ]
+        if flags:
+            count = sum(int(each.sum()) for each in flags)
         else:
-            count, origin = sum(len(batch) for batch, _ in self.steps), "inputs"
+            count, origin = sum(map(len, self.steps)), "inputs"
         return [f"{count} {origin}", *["first positions excluded"] * self.exclude_first]
 
-    def kept(self, i: int) -> Tensor | None:
-        """Rows of batch i that count, None for all."""
-        return kept_rows(*self.steps[i], exclude_first=self.exclude_first)
+    def kept(self, i: int, layer: Layer) -> Tensor | None:
+        """[batch, pos] of bool, which positions of batch i count at a layer; None for all."""
+        return self.steps[i].counted(self.host.stream(layer), exclude_first=self.exclude_first)
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ class SeenInputs:
 
     def show(self, seen: Estimator, arrival: Arrival, kept: Tensor | None) -> None:
         """Let an estimator see what arrived in the rows that count."""
-        x, y = rows(arrival, kept)
+        x, y = arrival.rows(kept)
         seen.update(x, self._weights(y))
 
     def _weights(self, y: Tensor) -> Tensor | None:
@@ -177,23 +176,24 @@ def visiting_order(n: int) -> Tensor:
 def watch(
     host: Host,
     layers: Iterable[Layer],
-    steps: Iterable[Step],
+    steps: Iterable[Batch],
     exclude_first: bool,
     see: Callable[[Layer, Arrival, Tensor | None], None],
 ) -> None:
     """One forward pass over the batches; see(layer, arrival, kept) at every layer of every batch.
 
-    `rows(arrival, kept)` are the true inputs and outputs that count.
+    `arrival.rows(kept)` are the true inputs and outputs that count.
     """
-    kept: Tensor | None = None
+    streams = {layer: host.stream(layer) for layer in layers}
+    kept: dict[str, Tensor | None] = {}
 
     def observer(layer: Layer) -> Observer:
-        return lambda arrival: see(layer, arrival, kept)
+        return lambda arrival: see(layer, arrival, kept[streams[layer]])
 
-    with host.observe({layer: observer(layer) for layer in layers}):
+    with host.observe({layer: observer(layer) for layer in streams}):
         for step in steps:
-            kept = kept_rows(*step, exclude_first=exclude_first)
-            host.run(*step)
+            kept = {n: step.counted(n, exclude_first=exclude_first) for n in streams.values()}
+            host.run(step)
 
 
 def require_deterministic(model: nn.Module) -> None:

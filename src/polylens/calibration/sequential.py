@@ -13,7 +13,7 @@ from polylens.calibration.lockstep import Arrivals, in_step
 from polylens.calibration.offload import store_for
 from polylens.calibration.seen import Calibration, SeenInputs, naming, solved
 from polylens.calibration.telling import progress
-from polylens.checks import Expert, Layer
+from polylens.checks import Expert, Layer, label
 from polylens.errors import UnsupportedModel
 from polylens.fitting.estimator import Estimator
 from polylens.hosts.base import Arrival, Function, MLPSite
@@ -123,7 +123,7 @@ def on_replaced_stream(
             with naming(layer, sites[layer]):
                 seen = method.begin(sites[layer].weights(), degree)
                 for i, arrival in arrivals:
-                    method.show(seen, arrival, calibration.kept(i))
+                    method.show(seen, arrival, calibration.kept(i, layer))
                     bar.update()
             found[layer] = solved(seen, layer, sites[layer])
             if saved is not None:
@@ -135,13 +135,23 @@ def on_replaced_stream(
     return {layer: found[layer] for layer in sites}
 
 
-def require_ordered(sites: Iterable[Layer]) -> None:
-    """UnsupportedModel for layers of which none is below another."""
+def require_ordered(sites: Iterable[Layer], uses: Mapping[Layer, int]) -> None:
+    """UnsupportedModel for layers of which none is below another.
+
+    Args:
+        uses: how often a pass goes through each.
+    """
     if any(isinstance(layer, Expert) for layer in sites):
         raise UnsupportedModel(
             "experts cannot be calibrated one layer after the other: replaced layers would change "
             "the routing; use method=TrueStream(), or layers= without experts"
         )
+    for layer, n in uses.items():
+        if n > 1:
+            raise UnsupportedModel(
+                f"layer {label(layer)} is used {n} times in a pass, so that it is below itself; "
+                "use method=TrueStream(), which fits it to all of its inputs"
+            )
 
 
 def _flow(polynomial: Fitted, arrival: Arrival) -> Tensor:

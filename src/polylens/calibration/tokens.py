@@ -1,34 +1,34 @@
-"""Batches of inputs: one check of what users pass in."""
+"""What a model is run on: one check of what users pass in."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from polylens.checks import check_at_least
+from polylens.checks import Layer, check_at_least
 from polylens.errors import InvalidInputError
+from polylens.hosts.base import Host
+from polylens.hosts.batch import DECODER, TOKENS, Batch, Inputs, plain
+from polylens.hosts.direction import both_ways
 
 
 def opened(inputs: Any, attention_mask: Any = None) -> tuple[Any, Any]:
-    """(tokens, mask) of what a tokenizer returns, one tensor of a list of them; others as given.
+    """(inputs, mask): a mapping as a dict of tensors, one tensor of a list of them.
 
     Raises:
-        InvalidInputError: text, sequences of several lengths, or a mapping of something else.
+        InvalidInputError: text, sequences of several lengths, or two masks.
     """
     if isinstance(inputs, Mapping):
-        named = dict(cast(Mapping[str, Any], inputs))
-        ids, mask = named.pop("input_ids", None), named.pop("attention_mask", None)
-        # 0 for the first of BERT's two texts, which for a language model is all there is
-        types: Any = named.pop("token_type_ids", 0)
-        if ids is None or named or torch.as_tensor(types).any():
-            raise InvalidInputError(
-                "tokens must be a tensor [batch, pos], or input_ids and attention_mask by name, "
-                f"got {', '.join(cast(Iterable[str], inputs)) or 'an empty mapping'}"
-            )
-        if mask is not None and attention_mask is not None:
+        named: dict[str, Any] = plain(cast(Mapping[str, Any], inputs))
+        # 0 for the first of BERT's two texts, which is what a model takes without them
+        types = named.get("token_type_ids")
+        if isinstance(types, Tensor) and not types.any():
+            del named["token_type_ids"]
+        if attention_mask is not None and "attention_mask" in named:
             raise InvalidInputError("attention_mask is given twice: among the tokens, and by name")
-        return opened(ids, attention_mask if mask is None else mask)
+        return named, attention_mask
     several = list(cast(Sequence[Any], inputs)) if isinstance(inputs, list | tuple) else []
     if isinstance(inputs, str) or (several and all(isinstance(each, str) for each in several)):
         raise InvalidInputError(_TEXT)
@@ -112,23 +112,69 @@ def _tokenizer(value: Any) -> Any:
     return found
 
 
-def validate_inputs(
-    inputs: Tensor,
-    attention_mask: Tensor | None = None,
+def read(
+    host: Host,
+    inputs: Inputs | Batch,
+    attention_mask: Tensor | None,
+    layers: Iterable[Layer],
     *,
-    reads_tokens: bool,
-    d_vocab: int | None = None,
-    n_positions: int | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """What a model is run on: `validate_tokens`, or for a model that reads no token ids the
-    float tensor [batch, ...] (images, features) as it is.
+    exclude_first: bool,
+) -> Batch:
+    """What a model is run on, checked. Streams that these layers read both ways start nowhere.
+
+    Args:
+        inputs, attention_mask: as in `attach`; or what was read before.
 
     Raises:
-        InvalidInputError: as `validate_tokens`; no float tensor, an empty one, or one with a mask.
+        InvalidInputError: as `validate_tokens`; floats where token ids are read, or the other way
+            round; a mapping that the model cannot be run on (what is missing, or not taken).
     """
+    if isinstance(inputs, Batch):
+        return inputs
     inputs, attention_mask = opened(inputs, attention_mask)
-    if reads_tokens:
-        return validate_tokens(inputs, attention_mask, d_vocab=d_vocab, n_positions=n_positions)
+    if isinstance(inputs, Mapping):
+        inputs = _checked(host, cast(dict[str, Any], inputs))
+        if attention_mask is not None:
+            attention_mask = _as_tensor("attention_mask", attention_mask)
+            attention_mask = _validate_mask(attention_mask, tuple(attention_mask.shape))
+    elif host.reads_tokens:
+        inputs, attention_mask = validate_tokens(
+            cast(Tensor, inputs),
+            attention_mask,
+            d_vocab=host.d_vocab,
+            n_positions=host.n_positions,
+        )
+    else:
+        inputs = _validated_floats(inputs, attention_mask)
+    batch = host.given(inputs, attention_mask)
+    return batch.without_starts(both_ways(host, batch, layers)) if exclude_first else batch
+
+
+def _checked(host: Host, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The tokens and the mask in a mapping as `validate_tokens` has them."""
+    if not inputs:
+        raise InvalidInputError("inputs are an empty mapping; give what a forward pass takes")
+    checked, mask = dict(inputs), inputs.get("attention_mask")
+    for name in {TOKENS, DECODER} & inputs.keys():
+        own = {"d_vocab": host.d_vocab, "n_positions": host.n_positions} if name == TOKENS else {}
+        with _naming(name):
+            checked[name], _ = validate_tokens(inputs[name], None, **own)
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        like = checked.get(TOKENS, mask)
+        checked["attention_mask"] = _validate_mask(mask, tuple(like.shape))
+    return checked
+
+
+@contextmanager
+def _naming(name: str) -> Generator[None, None, None]:
+    """Say in an error which of the inputs it is about."""
+    try:
+        yield
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{name}: {error}") from error
+
+
+def _validated_floats(inputs: Any, attention_mask: Tensor | None) -> Tensor:
     inputs = _as_tensor("inputs", inputs)
     if not inputs.is_floating_point() or inputs.dim() < 2 or inputs.numel() == 0:
         raise InvalidInputError(
@@ -136,8 +182,11 @@ def validate_inputs(
             f"{inputs.dtype} of shape {tuple(inputs.shape)}"
         )
     if attention_mask is not None:
-        raise InvalidInputError("attention_mask goes with token ids; this model reads none")
-    return inputs, None
+        raise InvalidInputError(
+            "attention_mask goes with token ids, and this model reads none; give a mapping of all "
+            "that it takes"
+        )
+    return inputs
 
 
 def validate_tokens(
@@ -190,16 +239,6 @@ def validate_tokens(
             "attention_mask, and use the tokenizer of this model"
         )
     return tokens, _validate_mask(attention_mask, shape)
-
-
-def batches(
-    tokens: Tensor, attention_mask: Tensor | None, size: int
-) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """(tokens, mask) of `size` sequences at a time, as views; the last may be smaller."""
-    check_at_least("batch_size", size, 1)
-    for start in range(0, len(tokens), size):
-        mask = None if attention_mask is None else attention_mask[start : start + size]
-        yield tokens[start : start + size], mask
 
 
 def _validate_mask(mask: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from polylens.calibration.seen import Calibration, SeenInputs, solved, watch
+from polylens.calibration.seen import NOT_REACHED, Calibration, SeenInputs, solved, watch
 from polylens.calibration.telling import progress
 from polylens.checks import Expert, Layer
 from polylens.fitting.estimator import Estimator
@@ -77,6 +77,9 @@ def on_true_stream(
     watch(calibration.host, sites, steps, calibration.exclude_first, see)
     for layer, site in progress(sites.items(), "fitting", show=calibration.progress):
         seen = estimators.pop(layer)
+        if not seen.count:
+            refused[layer] = NOT_REACHED.format(site.path)
+            continue
         if isinstance(layer, Expert) and seen.count < FEW_TOKENS:
             refused[layer] = (
                 f"{site.path}: the router sent {seen.count} of these tokens there, at least "

@@ -8,17 +8,29 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from polylens.activations.activation import Activation
 from polylens.checks import Layer
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
+from polylens.hosts.batch import TOKENS, Batch, Inputs
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.factored import Polynomial
 
 Weights = MLPWeights | GLUWeights
 # Of a recomputed output, relative to its largest entry.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}
+
+
+def without_padding(t: Tensor) -> Tensor:
+    """[n, d] of a nested tensor, sequence behind sequence; any other as it is."""
+    return torch.cat(t.unbind()) if t.is_nested else t
+
+
+def like_nested(t: Tensor, nested: Tensor) -> Tensor:
+    """[n, d] as a nested tensor of sequences that are as long as these."""
+    return torch.nested.as_nested_tensor(list(t.split([len(each) for each in nested.unbind()])))
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
@@ -65,6 +77,22 @@ class Places:
 
     rows: Tensor
 
+    def among(self, n_pos: int) -> Tensor:
+        """[n] indices among the batch * pos inputs of the layer, of n_pos for each sequence."""
+        return self.rows
+
+
+@dataclass(frozen=True)
+class Unpadded(Places):
+    """Where the inputs are of sequences that come without their padding, one behind the other.
+
+    Attributes:
+        rows: [batch] how many there are of each.
+    """
+
+    def among(self, n_pos: int) -> Tensor:
+        return torch.cat([i * n_pos + torch.arange(int(n)) for i, n in enumerate(self.rows)])
+
 
 @dataclass(frozen=True)
 class Arrival:
@@ -80,6 +108,33 @@ class Arrival:
     x: Tensor
     y: Tensor
     places: Places | None = None
+
+    def rows(self, counted: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [n, d_in] and y [n, d_out] where it counts; at an expert those among its inputs.
+
+        Args:
+            counted: [batch, pos] of bool, see `Batch.counted`; None for all.
+
+        Raises:
+            InvalidInputError: what arrives is not one input for each of these positions.
+        """
+        x, y = (rearrange(t, "... d -> (...) d") for t in (self.x, self.y))
+        if counted is None:
+            return x, y
+        if self.places is None:
+            if len(x) != counted.numel():
+                raise InvalidInputError(
+                    f"{len(x)} inputs arrive where the given ones have {counted.numel()} positions "
+                    f"({' x '.join(map(str, counted.shape))}), so that nothing says which of them "
+                    "are padding or starts of sequences: is something put in front of the tokens "
+                    "(a learned prompt), or do frames become fewer? Give exclude_first=False and "
+                    "inputs without padding to count all"
+                )
+            flags = counted.reshape(-1)
+        else:
+            flags = counted.reshape(-1)[self.places.among(counted.shape[1]).to(counted.device)]
+        kept = flags.nonzero().squeeze(1)  # flags as an index would be waited for on a GPU
+        return x[kept.to(x.device)], y[kept.to(y.device)]
 
 
 Observer = Callable[[Arrival], object]
@@ -151,6 +206,8 @@ class Host(ABC):
         self.model = model
         self.name = name
         self._points: dict[Layer, Mapping[str, nn.Module]] = {}
+        # whether a stream is read both ways, by its name and what else is given
+        self.both_ways: dict[tuple[str, frozenset[str]], bool] = {}
 
     @property
     def module(self) -> nn.Module:
@@ -186,10 +243,29 @@ class Host(ABC):
     def reads_tokens(self) -> bool:
         """Whether what the model is run on are token ids; else floats. Known after `sites`."""
 
-    @property
-    def is_encoder_decoder(self) -> bool:
-        """Whether the logits are a decoder's, about the tokens of its own input."""
-        return False
+    def stream(self, layer: Layer) -> str:
+        """The name of the stream of a Batch whose positions arrive at a layer."""
+        return TOKENS
+
+    def given(self, inputs: Inputs | Batch, attention_mask: Tensor | None = None) -> Batch:
+        """What the model is run on, as it takes it; a Batch is one already.
+
+        Args:
+            inputs: token ids [batch, pos] (floats [batch, ...] for a model that reads those), or
+                a mapping of everything that a forward pass takes.
+            attention_mask: [batch, pos], 0 at padding.
+
+        Raises:
+            InvalidInputError: rows that do not go together, names that the model does not take,
+                or too little for a forward pass.
+        """
+        if isinstance(inputs, Batch):
+            return inputs
+        return self._given(inputs, attention_mask)
+
+    @abstractmethod
+    def _given(self, inputs: Inputs, attention_mask: Tensor | None) -> Batch:
+        """`given`, of what is no Batch."""
 
     def offer(self, inputs: Any) -> None:  # noqa: B027
         """What the model is going to be run on, for a host that has to guess what it reads."""
@@ -202,19 +278,19 @@ class Host(ABC):
         """
 
     @abstractmethod
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
+    def forward(self, inputs: Inputs | Batch, attention_mask: Tensor | None = None) -> Any:
         """The logits, or what a model without logits returns.
 
         Args:
-            tokens: [batch, pos] token ids; floats [batch, ...] for a model that reads those.
+            inputs, attention_mask: as `given` takes them.
         """
 
     @abstractmethod
-    def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[batch, pos] token ids -> [batch, pos, d_vocab]; else floats [batch, ...]."""
+    def logits(self, inputs: Inputs | Batch, attention_mask: Tensor | None = None) -> Tensor:
+        """[batch, pos, d_vocab] of token ids [batch, pos]; else floats [batch, ...]."""
 
     @abstractmethod
-    def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
+    def run(self, inputs: Inputs | Batch, attention_mask: Tensor | None = None) -> None:
         """A forward pass for the sake of its observers; skips the unembedding where it can."""
 
     @abstractmethod

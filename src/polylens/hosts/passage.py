@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from polylens.checks import Layer
 from polylens.devices import per_block
 from polylens.errors import AttachmentError
-from polylens.hosts.base import Arrival, Emitter, Function, Observer, Tap
+from polylens.hosts.base import (
+    Arrival,
+    Emitter,
+    Function,
+    Observer,
+    Tap,
+    Unpadded,
+    like_nested,
+    without_padding,
+)
 from polylens.hosts.recording import half
 
 # Preactivations from which on an activation costs more than a stand-in for them.
@@ -127,7 +136,16 @@ class Passage:
         if self._now.done:
             self._now.done = False
             return None
+        if y.is_nested:
+            return self._call_without_padding(x, y)
         return self._shaped(self._arrive, x, y)
+
+    def _call_without_padding(self, x: Tensor, y: Tensor) -> Tensor | None:
+        """What torch's own transformer makes of sequences with a padding mask."""
+        sizes = [len(each) for each in y.unbind()]
+        places = Unpadded(torch.tensor(sizes))
+        new = self.function(Arrival(without_padding(x), without_padding(y), places))
+        return None if new is None else like_nested(new, y)
 
     def _arrive(self, x: Tensor, y: Tensor) -> Tensor | None:
         return self.function(Arrival(x, y))
@@ -148,7 +166,7 @@ class Passage:
     def _see(self, name: str, out: Any) -> Tensor | None:
         """Remember y or z; what flows on in its place."""
         function, now, interior = self.function, self._now, self._interior
-        if torch.is_grad_enabled() or not function.replacing:  # type: ignore
+        if torch.is_grad_enabled() or not function.replacing or out.is_nested:  # type: ignore
             return None
         inside = now.inside or {}
         assert interior is not None
@@ -220,6 +238,7 @@ def plainly(interior: Interior, owner: nn.Module, projections: Collection[nn.Mod
 def batch_shape(args: tuple, kwargs: dict) -> tuple[int, ...]:
     """(batch, pos) of the first argument [batch, pos, d] of a call; () where there is none."""
     values = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 3)
+    values = (v for v in values if not v.is_nested)
     return next((tuple(v.shape[:2]) for v in values), ())
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from polylens.errors import UnsupportedModel
-from polylens.hosts.base import TOLERANCE
+from polylens.hosts.base import TOLERANCE, like_nested, without_padding
 from polylens.hosts.quiet import quiet
 
 _NOT_ACTIVATIONS = (
@@ -130,12 +130,16 @@ def _watch(module: nn.Module, path: str, calls: list[Call], counter: Iterator[in
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
         x = next((v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)), None)
-        pending.append(None if x is None or not x.is_floating_point() else x.detach().clone())
+        if x is None or not x.is_floating_point():
+            pending.append(None)
+        else:
+            pending.append(without_padding(x).detach().clone())
 
     def after(module: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
         x = pending.pop() if pending else None
         if x is not None and isinstance(out, Tensor) and x.dim() and out.dim():
-            calls.append(Call(next(counter), path, module, x, out.detach().clone()))
+            y = without_padding(out).detach().clone()
+            calls.append(Call(next(counter), path, module, x, y))
 
     return [
         module.register_forward_pre_hook(before, with_kwargs=True),
@@ -151,15 +155,15 @@ def probing(
     and the first input of each module in `seen` is put there."""
 
     def overwrite(changes: list[tuple[int, Tensor]], module: nn.Module, args: tuple, out: Tensor):
-        out = out.clone()
+        flat = without_padding(out).clone()
         for part, values in changes:
-            target = half(out, part)
+            target = half(flat, part)
             target.copy_(_filled(values, target))
-        return out
+        return flat if not out.is_nested else like_nested(flat, out)
 
     def keep(module: nn.Module, args: tuple) -> None:
         if not seen[module].numel() and args:
-            seen[module] = args[0].detach().clone()
+            seen[module] = without_padding(args[0]).detach().clone()
 
     with ExitStack() as stack:
         for module, changes in outputs.items():
@@ -214,6 +218,14 @@ def read_projection(call: Call) -> Projection:
         raise UnsupportedModel(
             f"{label} has no plain floating-point matrix: quantised, sharded or wrapped by an "
             "adapter; dequantise it, or merge the adapter, first"
+        )
+    own = {id(weight), id(bias)}
+    named = module.named_parameters()
+    more = [n for n, p in named if id(p) not in own and not n.startswith("parametrizations.")]
+    if more:
+        raise UnsupportedModel(
+            f"{label} has {', '.join(more[:3])} beside its matrix, which change what it computes "
+            "when they are trained; merge the adapter first"
         )
     if type(module) is nn.Linear:
         return Projection(module, out_first=True)

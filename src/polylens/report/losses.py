@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from polylens.calibration.lockstep import Step
 from polylens.checks import Layer, block
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival, Function
-from polylens.hosts.positions import kept_rows, rows, targets, unpadded
+from polylens.hosts.batch import Batch
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
-from polylens.report.scores import Cost, Scores, score
+from polylens.report.scores import Cost, Scores, score, scored
 from polylens.report.worst import Rise, WorstRises
 
 # Below this many nats an ablation is harmless, and the share of it recovered means nothing.
@@ -74,7 +73,7 @@ def measure_losses(
     degree: int,
     layers: Sequence[Layer],
     means: dict[Layer, Tensor],
-    steps: Iterable[Step],
+    steps: Iterable[Batch],
     bar: tqdm,
     prefixes: bool,
     worst: int,
@@ -87,7 +86,7 @@ def measure_losses(
 
     Args:
         means: of each layer's output, what an ablation puts there.
-        steps: tokens and mask of each batch.
+        steps: the batches.
         worst: how many tokens to list.
         lead: of the predicted tokens, see `scoring.lead_of`.
 
@@ -99,18 +98,17 @@ def measure_losses(
     stream, rises = _ReplacedStream(lens, degree, layers), WorstRises(worst, lead)
     base: Tensor | float = 0.0
     n_positions, n_targets = 0, []
-    for batch, mask in steps:
-        real = unpadded(batch, mask)
-        n_targets.append(targets(real, lead).sum(1))
-        n_positions += int(real.sum())
-        truth, true = _truth(lens, batch, mask, real, lead)
+    for batch in steps:
+        n_targets.append(scored(batch, lead).sum(1))
+        n_positions += int(batch.streams[batch.about].there.sum())
+        truth, true = _truth(lens, batch, lead)
         base = base + true.ce.sum()
         bar.update()
         for group, cost in replaced.items():
             whole = group == everything
-            watching = stream.watch(batch, mask) if whole else nullcontext()
+            watching = stream.watch(batch) if whole else nullcontext()
             with lens.flowing(dict.fromkeys(group, degree)), watching:
-                changed = score(lens.host.logits(batch, mask), truth, batch, real, lead)
+                changed = score(lens.host.logits(batch), truth, batch, lead)
             cost.update(changed, true)
             if whole:
                 rises.update(changed, true)
@@ -118,10 +116,10 @@ def measure_losses(
         for group, cost in ablated.items():
             constants = {layer: _constant(means[layer]) for layer in group if layer in means}
             with lens.host.substitute(constants):
-                ablation = score(lens.host.logits(batch, mask), None, batch, real, lead)
+                ablation = score(lens.host.logits(batch), None, batch, lead)
                 cost.update(ablation, true)
             bar.update()
-    counts = torch.cat(n_targets)
+    counts = torch.cat(n_targets).cpu()
     if counts.sum() == 0:
         raise InvalidInputError("no token follows another one that is not padding: no loss")
     by_group = {
@@ -140,33 +138,33 @@ class _ReplacedStream:
         self._polynomials = {layer: lens[layer].truncate(degree) for layer in layers}
         self._sums = {layer: ResidualSums() for layer in layers}
 
-    def watch(self, batch: Tensor, mask: Tensor | None):
+    def watch(self, batch: Batch):
         """Within the context, what passes the layers is added up."""
-        kept = kept_rows(batch, mask, exclude_first=self._lens.exclude_first)
+        host, exclude_first = self._lens.host, self._lens.exclude_first
 
         def observer(layer: Layer):
+            kept = batch.counted(host.stream(layer), exclude_first=exclude_first)
+
             def see(arrival: Arrival) -> None:
-                x, y = rows(arrival, kept)
+                x, y = arrival.rows(kept)
                 self._sums[layer].update(y, self._polynomials[layer](x)[None])
 
             return see
 
-        return self._lens.host.observe({layer: observer(layer) for layer in self._sums})
+        return host.observe({layer: observer(layer) for layer in self._sums})
 
     def r2(self) -> dict[Layer, float | None]:
         return {layer: sums.last_r2() for layer, sums in self._sums.items()}
 
 
-def _truth(
-    lens: Installation, batch: Tensor, mask: Tensor | None, real: Tensor, lead: int
-) -> tuple[Tensor, Scores]:
-    truth = lens.host.logits(batch, mask)
-    if truth.dim() != 3 or truth.shape[:2] != batch.shape:
+def _truth(lens: Installation, batch: Batch, lead: int) -> tuple[Tensor, Scores]:
+    truth, shape = lens.host.logits(batch), batch.streams[batch.about].there.shape
+    if truth.dim() != 3 or truth.shape[:2] != shape:
         raise InvalidInputError(
             f"the loss columns need logits [batch, pos, d_vocab]; {lens.model_name} returns "
-            f"{list(truth.shape)} for tokens {list(batch.shape)}; use report(..., loss=False)"
+            f"{list(truth.shape)} for tokens {list(shape)}; use report(..., loss=False)"
         )
-    return truth, score(truth, None, batch, real, lead)
+    return truth, score(truth, None, batch, lead)
 
 
 def _columns(

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from polylens.calibration.lockstep import Step
 from polylens.calibration.seen import require_deterministic, watch
 from polylens.calibration.telling import progress as told
-from polylens.calibration.tokens import batches, validate_inputs
-from polylens.checks import Layer, Layers, check_degree, check_layers, label
+from polylens.calibration.tokens import read
+from polylens.checks import Layer, Layers, check_at_least, check_degree, check_layers, label
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival
-from polylens.hosts.positions import counted, rows
+from polylens.hosts.batch import IGNORED, Batch, Inputs
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
 from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of
@@ -30,7 +29,7 @@ NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be 
 
 def measure(
     lens: Installation,
-    tokens: Tensor,
+    tokens: Inputs,
     *,
     degree: int | None = None,
     layers: Layers | None = None,
@@ -68,18 +67,13 @@ def measure(
     degree = lens.degree if degree is None else check_degree(degree, lens.degree, "attach")
     chosen = check_layers(layers, lens.layers, lens.refused, " in this lens")
     _check_options(loss, prefixes, worst)
-    reads_tokens = lens.host.reads_tokens
-    tokens, mask = validate_inputs(
-        tokens,
-        attention_mask,
-        reads_tokens=reads_tokens,
-        d_vocab=lens.host.d_vocab,
-        n_positions=lens.host.n_positions,
-    )
-    loss = loss and reads_tokens
-    as_text = decoder(lens, decode, tokens) if loss else str
+    check_at_least("batch_size", batch_size, 1)
+    data = read(lens.host, tokens, attention_mask, lens.layers, exclude_first=lens.exclude_first)
+    targets = data.targets if loss else None
+    loss = targets is not None
+    as_text = str if targets is None else decoder(lens, decode, targets[targets != IGNORED])
     require_deterministic(lens.host.module)
-    steps = list(batches(tokens, mask, batch_size))
+    steps = list(data.split(batch_size))
     per_batch = 1 + (loss and passes_per_batch(chosen, prefixes))
     losses, all_row, found, lead = None, None, (), 1
     with (
@@ -90,27 +84,25 @@ def measure(
         rows = [LayerRow(n, sums[n].r2(f"layer {label(n)}"), n_tokens=sums[n].n) for n in chosen]
         if loss:
             means = {layer: sums[layer].mean for layer in chosen if sums[layer].n}
-            lead = lead_of(lens.host, tokens)
+            lead = lead_of(lens.host, data)
             losses = measure_losses(lens, degree, chosen, means, steps, bar, prefixes, worst, lead)
             all_row = replace(LayerRow(None, None), **losses.by_group[tuple(chosen)])
             rows = _with_losses(rows, losses, prefixes_of(chosen) if prefixes else {})
             if losses.rises:
-                found = explain(
-                    lens, degree, chosen, losses.rises, tokens, mask, batch_size, as_text
-                )
+                found = explain(lens, degree, chosen, losses.rises, data, batch_size, as_text)
     return Report(
         model=lens.model_name,
         host=lens.host.name,
         inputs=lens.inputs_summary,
         degree=degree,
         fitted_degree=lens.degree,
-        n_tokens=_counted(lens, steps) if reads_tokens else max(s.n for s in sums.values()),
+        n_tokens=_counted(lens, data, sums),
         n_targets=None if losses is None else losses.n_targets,
         base_ce=None if losses is None else losses.base_ce,
         rows=tuple(rows),
         all_row=all_row,
         refused=dict(lens.refused),
-        notes=tuple(_notes(lens, sums, lead)),
+        notes=tuple(_notes(lens, data, sums, lead)),
         worst=found,
     )
 
@@ -138,12 +130,14 @@ def _with_losses(
     return filled
 
 
-def _notes(lens: Installation, sums: dict[Layer, ResidualSums], lead: int) -> Iterator[str]:
-    if lens.exclude_first:
+def _notes(
+    lens: Installation, data: Batch, sums: dict[Layer, ResidualSums], lead: int
+) -> Iterator[str]:
+    if lens.exclude_first and any(bool(s.starts.any()) for s in data.streams.values()):
         yield FIRST_POSITION
-    if not lens.host.reads_tokens:
+    if data.targets is None:
         yield NO_LOSS
-    if lead == 0:
+    if lead == 0 and data.lead is None:
         yield BOTH_WAYS
     if unseen := [label(n) for n in sums if sums[n].n < 2]:
         yield f"no R² of experts {', '.join(unseen)}: fewer than 2 tokens were sent there"
@@ -154,21 +148,25 @@ def _notes(lens: Installation, sums: dict[Layer, ResidualSums], lead: int) -> It
         )
 
 
-def _counted(lens: Installation, steps: Sequence[Step]) -> int:
-    return sum(int(counted(*step, exclude_first=lens.exclude_first).sum()) for step in steps)
+def _counted(lens: Installation, data: Batch, sums: dict[Layer, ResidualSums]) -> int:
+    """Activations of a layer; of experts alone, between which they are shared out, tokens."""
+    whole = [s.n for layer, s in sums.items() if isinstance(layer, int)]
+    if whole:
+        return max(whole)
+    return int(data.streams[data.about].counted(exclude_first=lens.exclude_first).sum())
 
 
 def _residual_sums(
-    lens: Installation, layers: Sequence[Layer], steps: Sequence[Step], bar: tqdm
+    lens: Installation, layers: Sequence[Layer], steps: Sequence[Batch], bar: tqdm
 ) -> dict[Layer, ResidualSums]:
     """One pass over the tokens with the true model, for all layers and degrees."""
     sums = {layer: ResidualSums() for layer in layers}
 
     def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
-        x, y = rows(arrival, kept)
+        x, y = arrival.rows(kept)
         sums[layer].update(y, lens[layer].all_degrees(x))
 
-    def ticking() -> Iterator[Step]:
+    def ticking() -> Iterator[Batch]:
         for step in steps:
             yield step
             bar.update()

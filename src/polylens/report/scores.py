@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from polylens.hosts.base import TOLERANCE, Host, relative_error
-from polylens.hosts.positions import targets
+from polylens.hosts.base import Host
+from polylens.hosts.batch import IGNORED, Batch
+from polylens.hosts.direction import sees_behind
 
 
 class Scores(NamedTuple):
@@ -25,46 +26,36 @@ class Scores(NamedTuple):
     agree: Tensor
 
 
-def lead_of(host: Host, tokens: Tensor) -> int:
+def lead_of(host: Host, batch: Batch) -> int:
     """How far behind a position the token is that its logits are about.
 
     1, the next one; 0, its own, in a model whose logits depend on what comes behind them, such as a
-    masked language model: it can see the next one. Two forward passes over one sequence.
-
-    Args:
-        tokens: [batch, pos].
+    masked language model: it can see the next one. Two forward passes over one sequence, where
+    the batch does not say it itself.
     """
-    if tokens.shape[1] < 2 or host.is_encoder_decoder:
-        return 1
-    first, other = tokens[:1], tokens[:1].clone()
-    other[0, -1] += -1 if other[0, -1] > 0 else 1
-    with torch.no_grad():
-        here, there = (host.logits(sequence) for sequence in (first, other))
-    if here.dim() != 3:  # not of positions; `measure_losses` says so
-        return 1
-    return 0 if relative_error(there[:, :-1], here[:, :-1]) > TOLERANCE[here.dtype] else 1
+    if batch.lead is not None:
+        return batch.lead
+    return 0 if sees_behind(batch, batch.about, lambda each: [host.logits(each)]) else 1
 
 
-def score(
-    logits: Tensor, truth: Tensor | None, tokens: Tensor, real: Tensor, lead: int = 1
-) -> Scores:
+def score(logits: Tensor, truth: Tensor | None, batch: Batch, lead: int = 1) -> Scores:
     """Cross entropies of logits, and their KL and agreement with the truth.
 
     Sequence by sequence, so that only one sequence of log-probabilities is in memory.
 
     Args:
         logits, truth: [batch, pos, d_vocab].
-        tokens: [batch, pos].
-        real: [batch, pos] of bool, False at padding, which does not count.
+        batch: what they are about; padding does not count, nor targets that are IGNORED.
         lead: of the tokens whose cross entropy it is, see `lead_of`.
     """
-    ce, counts = [], targets(real, lead)
+    targets, real = _targets(batch), batch.streams[batch.about].there
+    ce, counts = [], scored(batch, lead)
     kl, agree = (
         torch.zeros(real.shape, dtype=torch.float64, device=logits.device) for _ in range(2)
     )
-    for i in range(len(tokens)):
+    for i in range(len(targets)):
         log_q = _log_softmax(logits[i])
-        wanted = tokens[i, lead:, None].to(log_q.device)
+        wanted = targets[i, lead:, None].clamp(min=0).to(log_q.device)
         ce_i = -log_q[: len(wanted)].gather(1, wanted).squeeze(1)
         ce.append(torch.where(counts[i].to(log_q.device), ce_i, 0).double())
         if truth is not None:
@@ -73,6 +64,17 @@ def score(
             kl[i] = torch.where(here, divergence, 0)
             agree[i] = here & (log_q.argmax(-1) == log_p.argmax(-1))
     return Scores(torch.stack(ce), kl, agree)
+
+
+def scored(batch: Batch, lead: int) -> Tensor:
+    """[batch, pos - lead] of bool: where the token `lead` further on is predicted and scored."""
+    real = batch.streams[batch.about]
+    return real.targets(lead) & (_targets(batch)[:, lead:] != IGNORED)
+
+
+def _targets(batch: Batch) -> Tensor:
+    assert batch.targets is not None
+    return batch.targets
 
 
 class Cost:

@@ -7,10 +7,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from polylens.calibration.tokens import batches
 from polylens.checks import Layer
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival, Observer
+from polylens.hosts.batch import IGNORED, Batch
 from polylens.installed.installation import Installation
 from polylens.report.rows import WorstToken
 from polylens.report.scores import Scores
@@ -74,8 +74,7 @@ def explain(
     degree: int,
     layers: Sequence[Layer],
     rises: Sequence[Rise],
-    tokens: Tensor,
-    mask: Tensor | None,
+    data: Batch,
     batch_size: int,
     decode: Decode,
 ) -> tuple[WorstToken, ...]:
@@ -84,21 +83,20 @@ def explain(
     Cost: one forward pass over the sequences that the tokens are in.
 
     Args:
-        tokens, mask: [batch, pos] of all sequences.
+        data: all sequences.
     """
     sequences = sorted({rise.sequence for rise in rises})
     causes: list[dict[str, Any]] = [{} for _ in rises]
-    some = torch.tensor(sequences, device=tokens.device)
-    mask = None if mask is None else mask[some]
-    for k, step in enumerate(batches(tokens[some], mask, batch_size)):
+    n_pos = data.streams[data.about].there.shape[1]
+    for k, step in enumerate(data.rows(torch.tensor(sequences)).split(batch_size)):
         here = sequences[k * batch_size : (k + 1) * batch_size]
         chosen = [i for i, rise in enumerate(rises) if rise.sequence in here]
         places = [(here.index(rises[i].sequence), rises[i].at) for i in chosen]
-        n_pos = tokens.shape[1]
         at = torch.tensor([s * n_pos + p for s, p in places])
-        look = _observers(lens, degree, layers, at, [causes[i] for i in chosen])
+        there = [n for n in layers if lens.host.stream(n) == data.about]
+        look = _observers(lens, degree, there, at, n_pos, [causes[i] for i in chosen])
         with lens.flowing(dict.fromkeys(layers, degree)), lens.host.observe(look):
-            lens.host.run(*step)
+            lens.host.run(step)
     return tuple(
         WorstToken(
             sequence=rise.sequence,
@@ -112,7 +110,7 @@ def explain(
             **cause,
         )
         for rise, cause in zip(rises, causes, strict=True)
-        for ids in [_up_to(tokens, rise)]
+        for ids in [_up_to(data, rise)]
     )
 
 
@@ -121,6 +119,7 @@ def _observers(
     degree: int,
     layers: Sequence[Layer],
     wanted: Tensor,
+    n_pos: int,
     causes: list[dict[str, Any]],
 ) -> dict[Layer, Observer]:
     """Of row wanted[i] of a batch, each puts its layer into causes[i], unless a worse one is."""
@@ -132,7 +131,7 @@ def _observers(
         def look(arrival: Arrival) -> None:
             x, y, places = arrival.x, arrival.y, arrival.places
             flat = rearrange(x, "... d -> (...) d")
-            rows = torch.arange(len(flat)) if places is None else places.rows.cpu()
+            rows = torch.arange(len(flat)) if places is None else places.among(n_pos).cpu()
             row, which = (rows[:, None] == wanted).nonzero(as_tuple=True)
             row = row.to(x.device)
             x, y = flat[row], rearrange(y, "... d -> (...) d")[row].double()
@@ -154,9 +153,16 @@ def _observers(
     return {layer: observer(layer) for layer in layers}
 
 
-def _up_to(tokens: Tensor, rise: Rise) -> list[int]:
+def _up_to(data: Batch, rise: Rise) -> list[int]:
+    """The token and those in front of it, what is not scored as the model reads it."""
+    assert data.targets is not None
+    targets, ids = data.targets[rise.sequence], data.streams[data.about].ids
+    there = data.streams[data.about].there[rise.sequence]
+    if ids is not None and data.lead is None:
+        targets = torch.where(there & (targets == IGNORED), ids[rise.sequence], targets)
     start = max(0, rise.position - CONTEXT)
-    return tokens[rise.sequence, start : rise.position + 1].tolist()
+    part = targets[start : rise.position + 1]
+    return part[part != IGNORED].tolist()
 
 
 def decoder(lens: Installation, decode: Decode | None, tokens: Tensor) -> Decode:
@@ -167,7 +173,7 @@ def decoder(lens: Installation, decode: Decode | None, tokens: Tensor) -> Decode
     """
     if decode is None:
         return _ids if lens.host.tokenizer is None else lens.host.tokenizer.decode
-    sample = tokens[0, :1].tolist()
+    sample = tokens.flatten()[:1].tolist()
     try:
         text = decode(sample)
     except Exception as error:

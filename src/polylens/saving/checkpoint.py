@@ -12,6 +12,7 @@ from polylens.checks import Layer, label
 from polylens.errors import ArtifactError
 from polylens.files import format as storage
 from polylens.hosts.base import MLPSite
+from polylens.hosts.batch import TOKENS
 from polylens.polynomials.joint import Fitted
 from polylens.saving import lens_file as artifact
 
@@ -85,7 +86,11 @@ def identity(
     Cost: one SHA-256 over all weights of the model and over the tokens.
     """
     host, steps = calibration.host, calibration.steps
-    masks = [mask for _, mask in steps if mask is not None]
+    inputs = [{n: t for n, t in step.leaves() if t.dim()} for step in steps]
+    main = next((name for name in (TOKENS, "inputs") if name in inputs[0]), min(inputs[0]))
+    there = [step.streams[step.about].there.long() for step in steps if step.about in step.streams]
+    padded = any(bool((each == 0).any()) for each in there)
+    others = sorted(inputs[0].keys() - {main, "attention_mask"})
     state = host.module.state_dict().items()
     return {
         "host": host.name,
@@ -94,9 +99,10 @@ def identity(
             for name, tensor in state
             if isinstance(tensor, Tensor) and tensor.device.type != "meta"
         },
-        "tokens": _data([tokens for tokens, _ in steps]),
-        "attention_mask": _data(masks) if masks else None,
-        "batch_size": len(steps[0][0]),
+        "tokens": _data([each[main] for each in inputs]),
+        "attention_mask": _data(there) if padded else None,
+        **{name: _data([each[name] for each in inputs]) for name in others},
+        "batch_size": len(steps[0]),
         "starts_left_out": calibration.exclude_first,
         "weighting": method.weighting,
         "tails": method.share_beyond,

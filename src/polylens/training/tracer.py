@@ -287,10 +287,10 @@ def _scores(model: nn.Module, data: TraceData) -> tuple[float | None, float | No
 
 def _text_loss(lens: Lens, tokens: Tensor) -> float:
     """Cross entropy of a language model, nats per token."""
-    total, lead = 0.0, lead_of(lens.host, tokens)
-    for batch in tokens.split(8):
-        real = torch.ones_like(batch, dtype=torch.bool)
-        total += float(score(lens.host.logits(batch), None, batch, real, lead).ce.sum())
+    data = lens.host.given(tokens)
+    total, lead = 0.0, lead_of(lens.host, data)
+    for batch in data.split(8):
+        total += float(score(lens.host.logits(batch), None, batch, lead).ce.sum())
     return total / tokens[:, lead:].numel()
 
 

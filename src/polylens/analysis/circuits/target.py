@@ -127,6 +127,8 @@ def prompt_of(host: Any, tokens: Any) -> Tensor:
             raise InvalidInputError("tokens are text, and the model has no tokenizer; give ids")
         tokens = torch.tensor(host.tokenizer(tokens)["input_ids"])
     tokens, mask = opened(tokens)
+    if isinstance(tokens, dict):
+        tokens, mask = tokens.get("input_ids"), tokens.get("attention_mask")
     tokens = tokens[None] if isinstance(tokens, Tensor) and tokens.dim() == 1 else tokens
     if isinstance(tokens, Tensor) and tokens.shape[-1] < 2:
         raise InvalidInputError(

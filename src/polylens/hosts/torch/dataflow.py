@@ -16,6 +16,7 @@ from polylens.hosts.recording import (
     Recording,
     common_path,
     half,
+    is_projection,
     position,
     read_projection,
     record,
@@ -144,7 +145,8 @@ def find_blocks(model: nn.Module, run: Callable[[], object]) -> tuple[list[Block
         except PolylensError as error:
             reason = f"{match.source[0].path} to {match.out.path}: {error}"
             refusals.append(Refusal(place, match.out.order, reason))
-    blocks, refusals = _without_heads(blocks, [*refusals, *_expert_stacks(model)])
+    refusals += [*_expert_stacks(model), *_not_reached(model, recording)]
+    blocks, refusals = _without_heads(blocks, refusals)
     numbered, refused = _numbered(model, blocks, refusals)
     return _owned(numbered, names), refused
 
@@ -264,6 +266,9 @@ def _verified(model: nn.Module, match: Match, place: str, index: _Index) -> Bloc
     linear = None
     if match.linear is not None:
         linear = replace(read_projection(match.linear[0]), part=match.linear[1])
+    parts = [match.source[0], out_call, *([] if match.linear is None else [match.linear[0]])]
+    for call in parts:
+        _require_unadapted(call, {part.module for part in parts}, place, index)
     act = match.known if match.known is not None else activation(match.act)  # type: ignore[arg-type]
     exits = [c for c in index.containers.get(_key(out_call.y), []) if _same(c.y, out_call.y)]
     inside = [c for c in exits if within(c.path, place) and within(out_call.path, c.path)]
@@ -289,6 +294,22 @@ def _verified(model: nn.Module, match: Match, place: str, index: _Index) -> Bloc
             f"{error:.2g} of the largest (tolerance {TOLERANCE[dtype]:.0e})"
         )
     return replace(block, error=error)
+
+
+def _require_unadapted(call: Call, parts: set[nn.Module], place: str, index: _Index) -> None:
+    """UnsupportedModel for a linear map in a module whose other parameters add nothing yet."""
+    own = {id(p) for part in parts for p in part.parameters()}
+    for around in index.containers.get(_key(call.y), []):
+        inside = within(call.path, around.path) and within(around.path, place)
+        if not inside or around.path == place or not _same(around.y, call.y):
+            continue
+        more = [n for n, p in around.module.named_parameters() if id(p) not in own]
+        if more:
+            raise UnsupportedModel(
+                f"{around.path} ({type(around.module).__name__}) has {', '.join(more[:3])} beside "
+                f"{call.path}, which change what it computes when they are trained; merge the "
+                "adapter first"
+            )
 
 
 def _error(block: Block, x: Tensor, y: Tensor) -> float:
@@ -320,6 +341,19 @@ def _expert_stacks(model: nn.Module) -> list[Refusal]:
         name = type(module).__name__
         found.append(Refusal(path, order, f"{path} ({name}, {', '.join(stacks)}): {reason}"))
     return found
+
+
+def _not_reached(model: nn.Module, recording: Recording) -> list[Refusal]:
+    """Blocks with linear maps of which none was called."""
+    called = {call.module for call in recording.projections}
+    maps: dict[tuple[str, int], list[bool]] = {}
+    for path, module in model.named_modules():
+        place = position(path)
+        if place is not None and is_projection(module):
+            maps.setdefault(place, []).append(module in called)
+    unreached = [f"{stack}.{i}" for (stack, i), there in maps.items() if not any(there)]
+    reason = "these inputs do not pass through it; give those that do"
+    return [Refusal(path, 1 << 62, f"{path}: {reason}") for path in unreached]
 
 
 def _without_heads(

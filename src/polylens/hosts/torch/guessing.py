@@ -1,21 +1,17 @@
 """Small inputs for a model of which nothing is known but its modules and configuration."""
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Inputs = dict[str, Any] | tuple[Any, ...]
+from polylens.hosts.batch import accepted
+
+Example = dict[str, Any] | tuple[Any, ...]
 
 
-def accepted(module: nn.Module) -> set[str]:
-    """Names of the arguments that the module's forward takes."""
-    return set(inspect.signature(module.forward).parameters)
-
-
-def guessed_inputs(model: nn.Module) -> Iterator[Inputs]:
+def guessed_inputs(model: nn.Module) -> Iterator[Example]:
     """Arguments to try in a forward pass, the likeliest first."""
     if getattr(model, "config", None) is not None:
         yield from _from_config(model)

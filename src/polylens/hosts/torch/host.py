@@ -1,17 +1,19 @@
 """Any torch module: Hugging Face models, classifiers, custom transformers."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from polylens.checks import Expert, Layer
-from polylens.errors import AttachmentError, PolylensError, UnsupportedModel
+from polylens.errors import AttachmentError, InvalidInputError, PolylensError, UnsupportedModel
 from polylens.hosts.base import (
+    TOLERANCE,
     Arrival,
     Emitter,
     Function,
@@ -20,7 +22,23 @@ from polylens.hosts.base import (
     Norm,
     Observer,
     openings,
+    relative_error,
+    without_padding,
     written,
+)
+from polylens.hosts.batch import (
+    DECODER,
+    TOKENS,
+    UNSCORED,
+    Batch,
+    Inputs,
+    accepted,
+    bare,
+    batch_of,
+    is_pretrained,
+    plain,
+    require_taken,
+    takes,
 )
 from polylens.hosts.norms import Call, norm_behind, norm_giving, norm_read
 from polylens.hosts.passage import Emitting, PolyPoint, Step, Taps, editing, observing, substituting
@@ -28,9 +46,9 @@ from polylens.hosts.quiet import quiet
 from polylens.hosts.recording import position
 from polylens.hosts.torch.copying import Place, clean_copy, place_of, require_apart
 from polylens.hosts.torch.dataflow import Block, find_blocks
-from polylens.hosts.torch.guessing import Inputs, accepted, guessed_inputs
+from polylens.hosts.torch.guessing import Example, guessed_inputs
 from polylens.hosts.torch.moe import ExpertPassage, ExpertSite, Member, find_experts
-from polylens.hosts.torch.splice import Splice
+from polylens.hosts.torch.splice import Splice, around
 
 _SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_beams": 1}
 
@@ -50,13 +68,14 @@ class TorchHost(Host):
 
     def __init__(self, model: nn.Module, example_inputs: Any = None) -> None:
         super().__init__(model, "Hugging Face" if _is_hugging_face(model) else "torch")
-        self._examples: Inputs | None = None
+        self._examples: Example | None = None
         if isinstance(example_inputs, Mapping):
             self._examples = dict(example_inputs)
         elif example_inputs is not None:
             single = isinstance(example_inputs, Tensor)
             self._examples = (example_inputs,) if single else tuple(example_inputs)
-        self._offered: list[Inputs] = []
+        self._offered: list[Example] = []
+        self._from_zero: bool | None = None
         self._blocks: dict[int, Block] = {}
         self._experts: dict[Layer, ExpertSite] = {}
         self._passages: dict[nn.Module, ExpertPassage] = {}
@@ -83,8 +102,10 @@ class TorchHost(Host):
         return found if len(found) <= (self.d_vocab or 0) else None
 
     @property
-    def is_encoder_decoder(self) -> bool:
-        return getattr(getattr(self.module, "config", None), "is_encoder_decoder", False)
+    def _has_decoder(self) -> bool:
+        """Whether a decoder beside an encoder reads tokens of its own."""
+        config = getattr(self.module, "config", None)
+        return getattr(config, "is_encoder_decoder", False) and DECODER in accepted(self.module)
 
     @property
     def d_vocab(self) -> int | None:
@@ -124,18 +145,32 @@ class TorchHost(Host):
         assert self._examples is not None
         experts, problems = find_experts(self.module, partial(self._example_run, self._examples))
         self._experts = {site.layer: site for site in experts}
+        if isinstance(self._examples, dict) and isinstance(self._examples.get(TOKENS), Tensor):
+            self._counts_from_zero(self._examples[TOKENS])  # not within somebody's hooks
         sites = sorted([*map(_site, blocks), *experts], key=_place)
         return sites, _still_refused(refused, experts, problems)
 
     def offer(self, inputs: Any) -> None:
-        if isinstance(inputs, Tensor) and inputs.dim() > 1:
+        if isinstance(inputs, Mapping):
+            some = self.given(inputs).rows(slice(0, 2))
+            self._offered = [dict(some.kwargs)]
+        elif isinstance(inputs, Tensor) and inputs.dim() > 1:
             self._offered = [(inputs[:8],)]
 
+    def _candidates(self) -> Iterator[Example]:
+        """Examples to try: guesses that are as whole as what is offered, then that itself."""
+        if self._examples is not None:
+            yield self._examples
+            return
+        offered = next((each for each in self._offered if isinstance(each, dict)), {})
+        for guess in guessed_inputs(self.module):
+            if not offered or (isinstance(guess, dict) and _main_names(offered) <= guess.keys()):
+                yield guess
+        yield from self._offered
+
     def _found(self) -> tuple[list[Block], dict[int, str]]:
-        guesses = chain(guessed_inputs(self.module), self._offered)
-        guesses = guesses if self._examples is None else [self._examples]
         problem: Exception | None = None
-        for inputs in guesses:
+        for inputs in self._candidates():
             try:
                 found = find_blocks(self.module, partial(self._example_run, inputs))
             except _ForwardFailed as failure:
@@ -150,27 +185,125 @@ class TorchHost(Host):
             "tensor"
         ) from problem
 
-    def _example_run(self, inputs: Inputs) -> None:
+    def _example_run(self, inputs: Example) -> None:
         try:
-            self._call(self.module, inputs)
+            self._call_example(self.module, inputs)
         except Exception as error:
             raise _ForwardFailed from error
 
-    def _call(self, module: nn.Module, inputs: Inputs) -> Any:
+    def _call_example(self, module: nn.Module, inputs: Example) -> Any:
+        args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+        return self._call(module, bare(args, kwargs))
+
+    def _call(self, module: nn.Module, batch: Batch) -> Any:
         floating = (p.dtype for p in module.parameters() if p.is_floating_point())
-        dtype = next(floating, torch.float32)
+        batch = batch.to(self.device, next(floating, torch.float32))
+        return module(*batch.args, **batch.kwargs)
 
-        def moved(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            return value.to(self.device, dtype if value.is_floating_point() else None)
+    def _given(self, inputs: Inputs, attention_mask: Tensor | None) -> Batch:
+        args, kwargs = (), dict[str, Any]()
+        if isinstance(inputs, Mapping):
+            kwargs = plain(inputs)
+        elif _is_hugging_face(self.module):
+            main = getattr(self.module, "main_input_name", TOKENS)
+            kwargs = {main if inputs.is_floating_point() else TOKENS: inputs}
+        else:
+            args = (inputs,)
+        if attention_mask is not None and takes(self.module, "attention_mask"):
+            kwargs["attention_mask"] = attention_mask
+        kwargs, labels = self._with_decoder_tokens(kwargs)
+        unscored = kwargs.get(UNSCORED)
+        if UNSCORED not in accepted(self.module):
+            kwargs.pop(UNSCORED, None)
+        require_taken(self.module, kwargs)
+        batch = batch_of(
+            args, kwargs, attention_mask=attention_mask, labels=labels, unscored=unscored
+        )
+        return self._with_positions(batch)
 
-        if isinstance(inputs, dict):
-            return module(**{name: moved(value) for name, value in inputs.items()})
-        return module(*(moved(value) for value in inputs))
+    def _with_decoder_tokens(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        """Without labels, which say what is scored, and what a decoder reads; and the labels.
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Any:
-        out = self._forward(self.module, tokens, attention_mask)
+        Raises:
+            InvalidInputError: neither says what the decoder reads.
+        """
+        kwargs = dict(kwargs)
+        labels = kwargs.pop("labels", None)
+        if not self._has_decoder or {DECODER, "decoder_inputs_embeds"} & kwargs.keys():
+            return kwargs, labels
+        shifted = _shifted(self.module, labels) if isinstance(labels, Tensor) else None
+        if shifted is None:
+            raise InvalidInputError(
+                f"{type(self.module).__name__} is an encoder with a decoder, and "
+                f"{', '.join(kwargs) or 'nothing'} alone does not say what the decoder reads; give "
+                f"a mapping with {DECODER} too, or with labels (what a tokenizer returns with "
+                "text_target=), or attach to model.get_encoder()"
+            )
+        return {**kwargs, DECODER: shifted}, labels
+
+    def _with_positions(self, batch: Batch) -> Batch:
+        """With the positions of sequences padded on the left, where the model counts from 0.
+
+        As `generate` of Hugging Face does. Models that find their positions themselves get the
+        same; what counts from elsewhere (RoBERTa) is left to do that, which a small pass shows.
+        """
+        stream = batch.streams.get(TOKENS)
+        ids = batch.kwargs.get(TOKENS)
+        if (
+            stream is None
+            or not isinstance(ids, Tensor)
+            or not _is_hugging_face(self.module)
+            or not takes(self.module, "position_ids")
+            or "position_ids" in batch.kwargs
+            or bool(stream.there[:, 0].all())
+            or not self._counts_from_zero(ids)
+        ):
+            return batch
+        positions = (stream.there.long().cumsum(-1) - 1).clamp(min=0)
+        return replace(batch, kwargs={**batch.kwargs, "position_ids": positions})
+
+    def _counts_from_zero(self, ids: Tensor) -> bool:
+        """Whether positions 0, 1, ... are those of tokens [1, pos] for the model itself."""
+        if self._from_zero is None:
+            self._from_zero = takes(self.module, "position_ids") and self._same_from_zero(ids)
+        return self._from_zero
+
+    def _same_from_zero(self, ids: Tensor) -> bool:
+        examples = self._examples if isinstance(self._examples, dict) else {}
+        known = examples if TOKENS in examples else {TOKENS: ids[:1]}
+        ids = known[TOKENS]
+        known = {**known, **dict.fromkeys({"use_cache"} & accepted(self.module), False)}
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        with quiet(self.module):
+            try:
+                own, same = (
+                    next(_floats(self._call(self.module, bare((), {**known, **more}))))
+                    for more in ({}, {"position_ids": positions})
+                )
+            except (RuntimeError, ValueError, TypeError, AttributeError, StopIteration):
+                return False
+        return relative_error(same, own) <= TOLERANCE[own.dtype]
+
+    def stream(self, layer: Layer) -> str:
+        """Of the innermost part of a Hugging Face model that the layer is in."""
+        inner = self.module
+        if not _is_hugging_face(inner):
+            return TOKENS
+        if isinstance(layer, Expert):
+            path = self._passage(layer).stack.path
+        else:
+            path = self._block(layer).path
+        model: Any = self.module
+        decoder = model.get_decoder() if self._has_decoder else None
+        for module in around(self.module, path):
+            if module is decoder:
+                return DECODER
+            inner = module if _is_hugging_face(module) else inner
+        main: Any = inner.main_input_name
+        return main if {main, "inputs_embeds"} & accepted(inner) else ""
+
+    def forward(self, inputs: Inputs | Batch, attention_mask: Tensor | None = None) -> Any:
+        out = self._forward(self.module, self.given(inputs, attention_mask))
         if isinstance(out, Tensor):
             return out
         named = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", None)
@@ -178,13 +311,13 @@ class TorchHost(Host):
             return out
         return out[0] if named is None else named
 
-    def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits(self, inputs: Inputs | Batch, attention_mask: Tensor | None = None) -> Tensor:
         """[batch, pos] token ids (or a float tensor, for models of images or features).
 
         Raises:
             UnsupportedModel: a model without a head, which returns hidden states.
         """
-        out = self.forward(tokens, attention_mask)
+        out = self.forward(inputs, attention_mask)
         if isinstance(out, Mapping):
             raise UnsupportedModel(
                 f"{type(self.module).__name__} has no logits, it returns {', '.join(out)}; use "
@@ -192,57 +325,33 @@ class TorchHost(Host):
             )
         return out
 
-    def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
-        self._forward(self._trunk(), tokens, attention_mask)
+    def run(self, inputs: Inputs | Batch, attention_mask: Tensor | None = None) -> None:
+        batch = self.given(inputs, attention_mask)
+        self._forward(self._trunk(batch), batch)
 
-    def _forward(self, module: nn.Module, tokens: Tensor, mask: Tensor | None) -> Any:
-        inputs = self._inputs(module, tokens, mask)
+    def _forward(self, module: nn.Module, batch: Batch) -> Any:
+        if "use_cache" in accepted(module) and _is_hugging_face(module):
+            batch = replace(batch, kwargs={"use_cache": False, **batch.kwargs})
         try:
-            return self._call(module, inputs)
+            return self._call(module, batch)
         except (AttributeError, TypeError, ValueError) as error:
-            missing = [n for n in self._examples or () if isinstance(n, str) and n not in inputs]
+            names = [n for n in self._examples or () if isinstance(n, str)]
+            missing = [n for n in names if n not in batch.kwargs]
             if isinstance(error, PolylensError) or not missing:
                 raise
             raise UnsupportedModel(
-                f"{type(module).__name__} does not run on {', '.join(inputs)} alone ({error}); "
-                f"attach to the part of it that does not read {', '.join(missing)}"
+                f"{type(module).__name__} does not run on {', '.join(batch.kwargs)} alone "
+                f"({error}); give a mapping with {', '.join(missing)} too, or attach to the part "
+                "of it that does not read that"
             ) from error
 
-    def _trunk(self) -> nn.Module:
-        """The model without its head, where every block is in it."""
-        trunk = getattr(self.module, "base_model", None) if self.name != "torch" else None
-        if not isinstance(trunk, nn.Module) or "input_ids" not in accepted(trunk):
+    def _trunk(self, batch: Batch) -> nn.Module:
+        """The model without its head, where every block is in it and it takes the same."""
+        trunk = getattr(self.module, "base_model", None) if is_pretrained(self.module) else None
+        if not isinstance(trunk, nn.Module) or not batch.kwargs.keys() <= accepted(trunk):
             return self.module
         inside = set(trunk.modules())
         return trunk if all(b.owner in inside for b in self._blocks.values()) else self.module
-
-    def _inputs(self, module: nn.Module, tokens: Tensor, mask: Tensor | None) -> Inputs:
-        if not _is_hugging_face(module):
-            return (tokens,)
-        main = getattr(module, "main_input_name", "input_ids")
-        names = accepted(module)
-        inputs: dict[str, Any] = {"input_ids" if not tokens.is_floating_point() else main: tokens}
-        if mask is not None:
-            inputs["attention_mask"] = mask
-        if "use_cache" in names:
-            inputs["use_cache"] = False
-        encoder_decoder = getattr(module.config, "is_encoder_decoder", False)
-        if encoder_decoder and "decoder_input_ids" in names:
-            inputs["decoder_input_ids"] = self._decoder_tokens(tokens)
-        return inputs
-
-    def _decoder_tokens(self, tokens: Tensor) -> Tensor:
-        """What the decoder reads beside these: the same, or the example for other inputs."""
-        known = self._examples if isinstance(self._examples, dict) else {}
-        given = known.get("decoder_input_ids")
-        if not tokens.is_floating_point():
-            return tokens
-        if given is None:
-            raise UnsupportedModel(
-                f"{type(self.module).__name__} also needs decoder_input_ids; give them in "
-                "example_inputs="
-            )
-        return given[:1].expand(len(tokens), -1)
 
     def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
         model: Any = self.module
@@ -250,14 +359,17 @@ class TorchHost(Host):
             raise UnsupportedModel(
                 f"{type(model).__name__} cannot generate text to calibrate on; give tokens="
             )
+        if self._has_decoder:
+            raise UnsupportedModel(
+                f"{type(model).__name__} writes about what its encoder reads; give that, and what "
+                f"the decoder reads: a mapping with {DECODER} or labels"
+            )
         text = model.config.get_text_config()
         bos, pad = (getattr(text, f"{name}_token_id", None) for name in ("bos", "pad"))
         seq_len = min(seq_len, getattr(text, "max_position_embeddings", None) or seq_len)
 
         def go_on(start: Tensor, n_new: int) -> Tensor:
-            # a decoder of its own begins with a token of its own
-            n = seq_len - 1 if model.config.is_encoder_decoder else n_new
-            size = {"max_new_tokens": n, "min_new_tokens": n, "pad_token_id": pad or 0}
+            size = {"max_new_tokens": n_new, "min_new_tokens": n_new, "pad_token_id": pad or 0}
             return model.generate(start, attention_mask=torch.ones_like(start), **size, **_SAMPLING)
 
         with quiet(model, seed):
@@ -337,7 +449,7 @@ class TorchHost(Host):
         """What a module like the host's returns for the example inputs, floats only."""
         assert self._examples is not None
         with quiet(module):
-            return list(_floats(self._call(module, self._examples)))
+            return list(_floats(self._call_example(module, self._examples)))
 
     def norm(self, site: MLPSite) -> Norm:
         if isinstance(site, ExpertSite):
@@ -415,7 +527,8 @@ class TorchHost(Host):
 
         def keep(module: nn.Module, args: tuple, out: Any) -> None:
             if args and isinstance(args[0], Tensor) and isinstance(out, Tensor):
-                passed.append((module, args[0].detach().clone(), out.detach().clone()))
+                before, after = (without_padding(t).detach().clone() for t in (args[0], out))
+                passed.append((module, before, after))
 
         if self._examples is None:
             self.sites()
@@ -425,7 +538,7 @@ class TorchHost(Host):
                 if "norm" in type(module).__name__.lower() or isinstance(module, nn.LayerNorm):
                     stack.callback(module.register_forward_hook(keep).remove)
             stack.enter_context(quiet(self.module))
-            self._call(self.module, self._examples)
+            self._call_example(self.module, self._examples)
         return passed
 
     @property
@@ -453,6 +566,22 @@ class _ForwardFailed(Exception):
 
 def _is_embedding(module: Any) -> TypeGuard[nn.Embedding]:
     return isinstance(module, nn.Embedding)
+
+
+def _main_names(inputs: Mapping[str, Any]) -> set[str]:
+    """What of these inputs decides through which layers they pass."""
+    return {n for n in inputs if n.endswith(("input_ids", "values", "features", "embeds"))}
+
+
+def _shifted(model: Any, labels: Tensor) -> Tensor | None:
+    """What a decoder reads to predict these labels, by the model's own rule if it has one."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    rule = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    config = model.config
+    if rule is None or config.pad_token_id is None or config.decoder_start_token_id is None:
+        return None
+    return rule(labels, config.pad_token_id, config.decoder_start_token_id)
 
 
 def _is_hugging_face(module: Any) -> bool:

@@ -25,7 +25,7 @@ class Splice(Passage):
         function: Step,
         first: bool = False,
     ) -> None:
-        self._around = _around(model, block.path) if block.flat else []
+        self._around = around(model, block.path) if block.flat else []
         self._block, self._end, self._first = block, end, first
         self._held = _holders(block.owner, (block.source.module, block.out.module))
         super().__init__(function, self._find_interior())
@@ -73,7 +73,7 @@ class Splice(Passage):
         return self._call(x, y)
 
 
-def _around(model: nn.Module, path: str) -> list[nn.Module]:
+def around(model: nn.Module, path: str) -> list[nn.Module]:
     """The model, and every module on the way to the one at this path, which is the last."""
     names = path.split(".") if path else []
     return [model.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from polylens.activations.activation import Activation
 from polylens.activations.recognition import activation
 from polylens.checks import Layer
-from polylens.errors import PolylensError, UnsupportedModel
+from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.hosts.base import (
     TOLERANCE,
     Arrival,
@@ -28,6 +28,16 @@ from polylens.hosts.base import (
     openings,
     relative_error,
     written,
+)
+from polylens.hosts.batch import (
+    TOKENS,
+    UNSCORED,
+    Batch,
+    Inputs,
+    accepted,
+    batch_of,
+    plain,
+    require_taken,
 )
 from polylens.hosts.norms import Call, matching_norm, norm_behind, norm_read
 from polylens.hosts.passage import Emitting, Step, Taps, editing, observing, substituting
@@ -78,18 +88,39 @@ class TransformerLensHost(Host):
     def unembedding(self) -> Tensor:
         return self.model.W_U
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self._forward(tokens, attention_mask, "logits")
+    def _given(self, inputs: Inputs, attention_mask: Tensor | None) -> Batch:
+        if isinstance(inputs, Mapping):
+            kwargs = plain(inputs)
+            tokens = kwargs.pop(TOKENS, None)
+            if not isinstance(tokens, Tensor):
+                raise InvalidInputError(
+                    f"a {self.name} reads {TOKENS}, got {', '.join(map(str, inputs)) or 'nothing'}"
+                )
+        else:
+            tokens, kwargs = inputs, {}
+        scored = {
+            "labels": kwargs.pop("labels", None),
+            "unscored": kwargs.pop(UNSCORED, None),
+        }
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask
+        # a bridge passes on what it does not take itself
+        inner = self.model.original_model if self.is_bridge else self.module
+        require_taken(inner, {n: v for n, v in kwargs.items() if n not in accepted(self.module)})
+        return batch_of((tokens,), kwargs, **scored)
 
-    def logits(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        return self._forward(tokens, attention_mask, "logits")
+    def forward(self, inputs: Inputs | Batch, attention_mask: Tensor | None = None) -> Tensor:
+        return self._forward(self.given(inputs, attention_mask), "logits")
 
-    def run(self, tokens: Tensor, attention_mask: Tensor | None = None) -> None:
-        self._forward(tokens, attention_mask, None)
+    def logits(self, inputs: Inputs | Batch, attention_mask: Tensor | None = None) -> Tensor:
+        return self._forward(self.given(inputs, attention_mask), "logits")
 
-    def _forward(self, tokens: Tensor, mask: Tensor | None, return_type: str | None) -> Any:
-        extra = {} if mask is None else {"attention_mask": mask.to(self.device)}
-        return self.model(tokens.to(self.device), return_type=return_type, **extra)
+    def run(self, inputs: Inputs | Batch, attention_mask: Tensor | None = None) -> None:
+        self._forward(self.given(inputs, attention_mask), None)
+
+    def _forward(self, batch: Batch, return_type: str | None) -> Any:
+        batch = batch.to(self.device)
+        return self.model(*batch.args, return_type=return_type, **batch.kwargs)
 
     def sample_tokens(self, n_seq: int, seq_len: int, seed: int) -> Tensor:
         with quiet(self.module, seed):
@@ -182,7 +213,7 @@ class TransformerLensHost(Host):
         tokens = (torch.arange(16).reshape(2, 8) * 37 + 11) % self.model.cfg.d_vocab
         with quiet(self.module, seed=0):
             try:
-                self._forward(tokens, None, return_type)
+                self._forward(self.given(tokens), return_type)
             except PolylensError:
                 raise
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
