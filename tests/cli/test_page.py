@@ -2,7 +2,10 @@
 
 import base64
 import html
+import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -16,7 +19,7 @@ from polylens.analysis.figures import shares_figure
 from polylens.cli.page import html_page
 from polylens.errors import InvalidInputError
 
-VOID = {"meta", "img"}
+VOID = {"meta", "img", "input"}
 
 
 class Balanced(HTMLParser):
@@ -30,7 +33,8 @@ class Balanced(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        self.links += [value for name, value in attrs if name in ("src", "href")]
+        found = [value for name, value in attrs if name in ("src", "href")]
+        self.links += [value for value in found if not value.startswith("#")]
         if tag not in VOID:
             self.open.append(tag)
 
@@ -60,6 +64,48 @@ def test_the_page_loads_nothing_and_every_image_is_drawn(made):
         assert kind == "data:image/svg+xml;base64"
         assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
     assert "http" not in re.sub(r'src="data:[^"]*"', "", made[2])
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None)
+# The page in a frame of this width; what is found out about it becomes the title.
+FRAME = """<!DOCTYPE html><iframe width="{width}" height="900" srcdoc="{page}"></iframe><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {{
+  const page = frame.contentDocument, found = {{}};
+  found.wide = page.documentElement.scrollWidth;
+  const table = page.querySelector("#report table"), column = [...table.tHead.rows[0].cells];
+  const kl = column.findIndex(title => title.textContent === "KL");
+  const values = () => [...table.tBodies[0].rows].map(row => row.cells[kl].textContent);
+  column[kl].click();
+  found.up = values();
+  column[kl].click();
+  found.down = values();
+  const search = page.querySelector("nav input");
+  search.value = "layer 1";
+  search.dispatchEvent(new Event("input"));
+  found.shown = [...page.querySelectorAll("details.layer:not([hidden])")].map(each => each.id);
+  document.title = JSON.stringify(found);
+}};
+</script>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [420, 1280])
+def test_in_a_browser_it_fits_sorts_and_searches(made, tmp_path, width):
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME.format(width=width, page=html.escape(made[2])), encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}"]
+    options += ["--virtual-time-budget=20000", "--window-size=1400,1000", "--dump-dom"]
+    dom = subprocess.run(
+        [BROWSER, *options, frame.as_uri()], capture_output=True, text=True, timeout=60, check=True
+    ).stdout
+    found = json.loads(html.unescape(re.findall("<title>(.*?)</title>", dom)[0]))
+    assert found["wide"] <= width
+    rows = [f"{row.kl:.4f}" for row in sorted(made[1], key=lambda row: row.kl)]
+    everything = f"{made[1].all_row.kl:.4f}"
+    assert found["up"] == [*rows, everything]
+    assert found["down"] == [*reversed(rows), everything]
+    assert found["shown"] == ["layer-1"]
 
 
 def test_the_page_has_the_figures_of_the_report_and_of_each_layer(made):

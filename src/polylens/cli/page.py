@@ -37,13 +37,60 @@ if TYPE_CHECKING:
 COMPONENTS = 64
 
 _CSS = """
-body{font:15px/1.45 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#111}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid #ccc}
-h3{font-size:1rem;margin:1.2rem 0 .2rem}
+:root{color-scheme:light dark;--ink:#111;--paper:#fff;--faint:#555;--line:#ccc;--code:#f2f2f2}
+@media(prefers-color-scheme:dark){:root{--ink:#ddd;--paper:#16181c;--faint:#a0a0a0;--line:#444;
+--code:#2a2d33}}
+*{box-sizing:border-box}
+body{font:15px/1.45 system-ui,sans-serif;max-width:64rem;margin:0 auto;padding:1rem;
+color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
+h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid var(--line)}
+h3{font-size:1rem;margin:0;display:inline}
+nav{position:sticky;top:0;background:var(--paper);border-bottom:1px solid var(--line);
+padding:.4rem 0;display:flex;flex-wrap:wrap;gap:.3rem .8rem;align-items:center;
+max-height:30vh;overflow-y:auto;z-index:1}
+nav a{color:inherit}nav input{flex:1;min-width:9rem;max-width:16rem;font:inherit}
+section,details{scroll-margin-top:6rem}details{margin:.8rem 0}summary{cursor:pointer}
 table{border-collapse:collapse;font-size:85%}td,th{padding:1px 8px;text-align:right}
-td.text,th.text{text-align:left;vertical-align:top}thead th{border-bottom:1px solid #999}
-div.wide{overflow-x:auto}img{max-width:100%;height:auto}p.note{color:#444;font-size:90%}
-code{font-size:95%;background:#f2f2f2;padding:0 2px;white-space:pre}
+th{cursor:pointer;user-select:none}th[aria-sort=ascending]::after{content:" ▲"}
+th[aria-sort=descending]::after{content:" ▼"}
+td.text,th.text{text-align:left;vertical-align:top;min-width:12rem}
+thead th{border-bottom:1px solid var(--line)}
+div.wide{overflow-x:auto;max-width:100%}img{max-width:100%;height:auto;background:#fff}
+p.note{color:var(--faint);font-size:90%}[hidden]{display:none}
+code{font-size:95%;background:var(--code);padding:0 2px;white-space:pre-wrap}
+"""
+
+# Sorts a table by a click on a title (rows of all layers stay last), and shows the layers that a
+# word is in.
+_SCRIPT = """
+const value = cell => {
+  const text = cell.textContent.trim().replace("−", "-").replace(/,/g, "");
+  const number = parseFloat(text.replace(/^>/, ""));
+  return Number.isNaN(number) ? text : number;
+};
+for (const title of document.querySelectorAll("th")) {
+  title.title = "sort";
+  title.addEventListener("click", () => {
+    const up = title.getAttribute("aria-sort") !== "ascending";
+    const at = title.cellIndex, body = title.closest("table").tBodies[0];
+    for (const other of title.parentNode.cells) other.removeAttribute("aria-sort");
+    title.setAttribute("aria-sort", up ? "ascending" : "descending");
+    const rows = [...body.rows].filter(row => !row.classList.contains("all"));
+    rows.sort((a, b) => {
+      const [x, y] = [value(a.cells[at]), value(b.cells[at])];
+      const order = typeof x === typeof y ? (x < y ? -1 : x > y) : typeof x === "number" ? -1 : 1;
+      return up ? order : -order;
+    });
+    for (const row of [...rows, ...body.querySelectorAll("tr.all")]) body.append(row);
+  });
+}
+document.querySelector("nav input").addEventListener("input", event => {
+  const word = event.target.value.toLowerCase();
+  for (const layer of document.querySelectorAll("details.layer")) {
+    layer.hidden = !layer.textContent.toLowerCase().includes(word);
+    layer.open ||= word !== "" && !layer.hidden;
+  }
+});
 """
 
 
@@ -131,15 +178,16 @@ def html_page(
     openings = [replace(opening, rows=opening.rows[:k]) for opening in openings]
     parts = [
         f"<h1>{html.escape(report.model)}</h1>",
-        report._repr_html_(),
+        _contents(openings),
+        f'<section id="report"><div class="wide">{report._repr_html_()}</div></section>',
         _image(report.plot(), "R² by layer and degree, and change of loss"),
-        "<h2>Layers and input model</h2>",
+        '<h2 id="layers">Layers and input model</h2>',
         _note(f"{report.inputs}. R² under the model is in closed form, beside what was held out."),
         _layers_table(lens, report),
     ]
     if shown := _shares(openings):
         parts += [
-            "<h2>How many components carry a layer</h2>",
+            '<h2 id="components">How many components carry a layer</h2>',
             _note(
                 "Left to right: output directions by the variance of the second-order part, "
                 "singular features of the linear part, and eigenfeatures along the first of those "
@@ -150,13 +198,14 @@ def html_page(
             _image(figures.shares_figure(shown), "cumulative shares"),
         ]
     read = _EMBEDDINGS if tokens is None else _EXAMPLES
-    parts += ["<h2>Strongest quadratic features</h2>", _note(f"{_FEATURES} {read}")]
+    parts += ['<h2 id="features">Strongest quadratic features</h2>', _note(f"{_FEATURES} {read}")]
     parts += [_opening(opening) for opening in openings]
     title = html.escape(f"polylens: {report.model}")
     page = (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{_CSS}</style></head>\n'
-        f"<body>\n{chr(10).join(parts)}\n</body></html>\n"
+        f'<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<style>{_CSS}</style></head>\n"
+        f"<body>\n{chr(10).join(parts)}\n<script>{_SCRIPT}</script></body></html>\n"
     )
     if path is not None:
         Path(path).write_text(page, encoding="utf-8")
@@ -166,7 +215,8 @@ def html_page(
 _FEATURES = (
     "Along the output direction u of most quadratic variance, a feature adds value × activation² "
     "to the output; both ends of its activation, in standard deviations from the mean, count alike."
-    " u raises and lowers the logits named, through the final norm; it has no sign of its own."
+    " u has no sign of its own; it raises and lowers the logits named: by so much for each unit "
+    "that the layer writes along u, through the final norm, before its scale divides."
 )
 _EMBEDDINGS = (
     "Tokens are those whose embedding alone activates a feature most, either way: behind the first "
@@ -216,10 +266,27 @@ def _shares(openings: Sequence[Opening]) -> dict[str, dict[Layer, list[float]]]:
     return {kind: by_layer for kind, by_layer in found.items() if by_layer}
 
 
+def _contents(openings: Sequence[Opening]) -> str:
+    places = {"report": "Report", "layers": "Layers", "features": "Features"}
+    places |= {_place(each.layer): label(each.layer) for each in openings}
+    links = "".join(f'<a href="#{place}">{title}</a>' for place, title in places.items())
+    return (
+        f'<nav>{links}<input type="search" placeholder="find in features" aria-label="find"></nav>'
+    )
+
+
+def _place(layer: Layer) -> str:
+    return f"layer-{label(layer)}"
+
+
 def _opening(opening: Opening) -> str:
-    head = f"<h3>Layer {label(opening.layer)}</h3>"
-    if opening.missing:
-        head += _note(opening.missing)
+    head = f"<summary><h3>Layer {label(opening.layer)}</h3></summary>"
+    place = _place(opening.layer)
+    return f'<details class="layer" id="{place}" open>{head}{_opened(opening)}</details>'
+
+
+def _opened(opening: Opening) -> str:
+    head = _note(opening.missing) if opening.missing else ""
     if opening.features is None:
         return head
     values, share = opening.features.values.tolist(), opening.features.share.tolist()
@@ -237,7 +304,11 @@ def _opening(opening: Opening) -> str:
         ]
         for row in opening.rows
     ]
-    return head + writes + _table(["value", "share", "one end", "other end"], cells, 2)
+    return (
+        head
+        + writes
+        + _table(["value", "share of energy", "one end [sd]", "other end [sd]"], cells, 2)
+    )
 
 
 def _layers_table(lens: Lens, report: Report) -> str:
