@@ -1,5 +1,7 @@
 """Circuits: what flows into a node flows out of it, and the target is the model's own."""
 
+import json
+
 import pytest
 import torch
 from tests.hf_models import build
@@ -391,3 +393,147 @@ def test_what_cannot_be_taken_out_is_named(lens):
     along = analysis.circuit(lens, PROMPT, torch.ones(24), layer=2, mlps=2)
     with pytest.raises(InvalidInputError, match="not measured"):
         along.ablate(along.top(2, "rest"))
+
+
+# What the published schemas ask for: Neuronpedia's graph-schema.json 1.0.0, and the fields of
+# circuit_tracer.frontend.graph_models, by JSON type.
+TEXT, NUMBER, INTEGER = (str,), (int, float), (int,)
+METADATA = {"slug": TEXT, "scan": TEXT, "prompt_tokens": (list,), "prompt": TEXT}
+METADATA |= {"transcoder_list": (list,), "node_threshold": NUMBER, "schema_version": INTEGER}
+QUERY = {"pinnedIds": (list,), "supernodes": (list,), "linkType": TEXT, "clickedId": TEXT}
+QUERY |= {"sg_pos": TEXT}
+NODE = {"node_id": TEXT, "feature": INTEGER, "layer": TEXT, "ctx_idx": INTEGER}
+NODE |= {"feature_type": TEXT, "token_prob": NUMBER, "is_target_logit": (bool,), "clerp": TEXT}
+NODE |= {"run_idx": INTEGER, "reverse_ctx_idx": INTEGER, "jsNodeId": TEXT}
+NODE |= {"influence": (*NUMBER, type(None)), "activation": (*NUMBER, type(None))}
+LINK = {"source": TEXT, "target": TEXT, "weight": NUMBER}
+TYPES = {"cross layer transcoder", "mlp reconstruction error", "embedding", "logit"}
+
+
+def require_schema(graph):
+    assert set(graph) == {"metadata", "qParams", "nodes", "links"}
+    parts = [(graph["metadata"], METADATA), (graph["qParams"], QUERY)]
+    parts += [(node, NODE) for node in graph["nodes"]] + [(e, LINK) for e in graph["links"]]
+    for part, fields in parts:
+        for name, types in fields.items():
+            assert type(part[name]) in types, (name, part[name])
+    assert {node["feature_type"] for node in graph["nodes"]} <= TYPES
+    ids = [node["node_id"] for node in graph["nodes"]]
+    assert len(set(ids)) == len(ids) == len({node["jsNodeId"] for node in graph["nodes"]})
+    assert {e[end] for e in graph["links"] for end in ("source", "target")} <= set(ids)
+    n = len(graph["metadata"]["prompt_tokens"])
+    assert all(0 <= node["ctx_idx"] < n for node in graph["nodes"])
+    assert all(-1 <= (node["influence"] or 0) <= 1 + 1e-9 for node in graph["nodes"])
+
+
+def test_the_graph_file_is_what_front_ends_read(traced, tmp_path):
+    _, circuit = traced
+    for each in (circuit, circuit.pruned()):
+        each.save_graph(tmp_path / "graph.json", "mine", "tiny")
+        graph = json.loads((tmp_path / "graph.json").read_text())
+        require_schema(graph)
+        assert graph["metadata"]["slug"] == "mine"
+        assert graph["metadata"]["scan"] == "tiny"
+        (target,) = (node for node in graph["nodes"] if node["feature_type"] == "logit")
+        assert target["is_target_logit"]
+        assert target["node_id"] == "3_11_6"
+        tokens = [node for node in graph["nodes"] if node["feature_type"] == "embedding"]
+        assert [node["ctx_idx"] for node in tokens] == list(range(7))
+        assert tokens[2]["node_id"] == f"E_{int(PROMPT[2])}_2"
+    graph["nodes"][0]["clerp"] = None
+    with pytest.raises(AssertionError):
+        require_schema(graph)
+
+
+def test_the_page_holds_what_the_circuit_does(traced, tmp_path):
+    _, circuit = traced
+    pruned = circuit.pruned()
+    pruned.save_page(tmp_path / "page.html", examples=TOKENS)
+    text = (tmp_path / "page.html").read_text()
+    assert "http" not in text.replace("http-equiv", "")  # nothing is loaded
+    line = next(each for each in text.splitlines() if each.startswith("const data = "))
+    data = json.loads(line.removeprefix("const data = ").removesuffix(";").replace("<\\/", "</"))
+    assert data == json.loads(json.dumps(pruned.to_dict(TOKENS)))
+    assert [node["name"] for node in data["nodes"]] == [node.name for node in pruned]
+    assert len(data["edges"]) == pruned.scores.edges[0]
+    features = [node for node in data["nodes"] if node["kind"] == "feature"]
+    assert features
+    assert all(node["examples"] and node["raises"] and node["pairs"] for node in features)
+    for node in features:
+        activations = [each[3] for each in node["examples"]]
+        assert activations == sorted(activations, reverse=True)
+    assert pruned.to_dict()["nodes"][1]["examples"] == []
+
+
+def test_text_that_would_end_the_script_does_not(tmp_path):
+    from polylens.analysis.circuits.documents import page
+
+    text = page({"target": "</script><b>"})
+    assert text.count("</script>") == 1
+    assert "<\\/script>" in text
+
+
+def test_it_is_drawn(traced):
+    _, circuit = traced
+    figure = circuit.pruned().plot(k=5)
+    (panel,) = figure.axes
+    assert len(panel.lines) == 5
+    assert panel.get_title().startswith("logit of")
+    assert len(panel.get_xticklabels()) == 7
+
+
+def test_a_feature_is_scaled_wherever_the_model_runs(traced):
+    lens, circuit = traced
+    host, node = lens.host, circuit.top(1, "feature")[0]
+    tokens = TOKENS[1:3, :9]
+    v = torch.nn.functional.normalize(circuit.reads[circuit.number(node) - 1], dim=0)
+    weights = lens[node.layer].weights
+    seen = {}
+
+    def expected(arrival):
+        seen["x"] = arrival.x
+        x = arrival.x.double()
+        x = x - (x @ v)[..., None] * v
+        return weights(x.to(arrival.x.dtype)).reshape(arrival.y.shape)
+
+    with torch.no_grad():
+        true = host.logits(tokens)
+        with circuit.steered(node, 1.0):
+            torch.testing.assert_close(host.logits(tokens), true)
+        with circuit.steered(node):
+            removed = host.logits(tokens)
+        with host.edit({node.layer: expected}):
+            torch.testing.assert_close(removed, host.logits(tokens), atol=1e-4, rtol=1e-4)
+        with circuit.steered({node.name: 3.0}):
+            assert not torch.allclose(host.logits(tokens), true)
+        assert torch.equal(host.logits(tokens), true)
+        assert (removed - true).abs().max() > 1e-4
+        with pytest.raises(InvalidInputError, match="scaled by finite"), circuit.steered("token@1"):
+            pass
+        with pytest.raises(InvalidInputError, match="no node"), circuit.steered("L0.f9@1"):
+            pass
+
+
+def test_features_that_recur_are_listed(lens):
+    prompts = [PROMPT, PROMPT, TOKENS[1, :5]]
+    found = analysis.circuits(lens, prompts, [11, 11, 11], mlps=3, features=2)
+    assert len(found) == 3
+    assert [len(c.names) for c in found] == [7, 7, 5]
+    recurring = found.recurring(cosine=0.999)
+    assert recurring
+    # the first two are the same prompt
+    for group in recurring:
+        numbers = [number for number, _ in group.members]
+        assert group.prompts == len(set(numbers)) >= 2
+        assert {0, 1} <= set(numbers)
+        assert (group.cosines.abs() >= 0.999).all()
+        for number, name in group.members:
+            assert found[number][name].layer == group.layer
+    own = {name for group in recurring for number, name in group.members if number == 0}
+    assert own == {node.name for node in found[0] if node.kind == "feature"}
+    assert found.recurring(cosine=0.999, least=4) == []
+    for options in (dict(prompts=[]), dict(prompts=prompts, targets=[1])):
+        with pytest.raises(InvalidInputError, match="targets for"):
+            analysis.circuits(lens, **options)
+    with pytest.raises(InvalidInputError, match="cosine must be"):
+        found.recurring(cosine=0)

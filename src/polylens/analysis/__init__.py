@@ -13,6 +13,9 @@ from polylens.analysis.circuits.ablation import Ablations as Ablations
 from polylens.analysis.circuits.graph import Circuit as Circuit
 from polylens.analysis.circuits.graph import Node as Node
 from polylens.analysis.circuits.graph import Pairs as Pairs
+from polylens.analysis.circuits.recurring import Circuits as Circuits
+from polylens.analysis.circuits.recurring import Recurring as Recurring
+from polylens.analysis.circuits.recurring import circuits as circuits
 from polylens.analysis.circuits.trace import circuit as circuit
 from polylens.analysis.comparison import Comparison as Comparison
 from polylens.analysis.comparison import FeatureChange as FeatureChange

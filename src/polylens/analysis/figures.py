@@ -352,3 +352,53 @@ def _root_scale(limit: float) -> Any:
         vmin=-limit,
         vmax=limit,
     )
+
+
+def circuit_figure(
+    places: Sequence[tuple[int, int, str]],
+    values: Sequence[float],
+    edges: Sequence[tuple[int, int, float]],
+    names: Sequence[str],
+    title: str,
+) -> "Figure":
+    """Nodes by position and layer, as large as their values, and edges between them.
+
+    Args:
+        places: (layer, position, kind) of each node, -1 the layer of embeddings.
+        values: of each node, what it contributes.
+        edges: (source, reader, weight), by number of a node.
+        names: of the positions.
+    """
+    markers = {"token": "s", "target": "s", "error": "D", "feature": "o"}
+    beside: dict[tuple[int, int], list[int]] = {}
+    for i, (row, position, _) in enumerate(places):
+        beside.setdefault((row, position), []).append(i)
+    shift = {}
+    for members in beside.values():
+        step = 0.8 / max(len(members), 6)
+        shift |= {i: step * (n - (len(members) - 1) / 2) for n, i in enumerate(members)}
+    points = [(position + shift[i], row) for i, (row, position, _) in enumerate(places)]
+    largest = max(
+        (abs(v) for v, p in zip(values, places, strict=True) if p[2] != "target"), default=1
+    )
+    most = max((abs(weight) for *_, weight in edges), default=1.0)
+    rows = sorted({row for row, _, _ in places})
+    size = (min(12.0, 1.5 + 0.5 * len(names)), min(10.0, 1.6 + 0.3 * (rows[-1] - rows[0] + 1)))
+    with figure(size) as drawn:
+        panel = drawn.subplots()
+        for i, j, weight in edges:
+            (a, b), (c, d) = points[i], points[j]
+            colour = COLOURS[1] if weight > 0 else COLOURS[0]
+            width = 0.2 + 1.8 * abs(weight) / most
+            panel.plot([a, c], [b, d], color=colour, linewidth=width, alpha=0.4, zorder=1)
+        for (x, y), (_, _, kind), value in zip(points, places, values, strict=True):
+            share = 1.0 if kind == "target" else abs(value) / max(largest, TINY)
+            colour = COLOURS[1] if value > 0 else COLOURS[0]
+            marker, area = markers.get(kind, "^"), 4 + 30 * share
+            panel.scatter([x], [y], s=area, c=colour, marker=marker, linewidths=0, zorder=2)
+        panel.set_xticks(range(len(names)), [name[:10] for name in names], rotation=60, ha="right")
+        panel.set_yticks(rows, ["tokens", *(str(row) for row in rows[1:-1]), "target"])
+        panel.set_ylabel("layer")
+        panel.set_title(title.replace("$", r"\$"))
+        panel.spines[["top", "right"]].set_visible(False)
+    return drawn

@@ -1,20 +1,36 @@
 """A circuit: what flows from the embeddings of a prompt to a target, node by node."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any
+import json
+import math
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from polylens.analysis.circuits.ablation import Ablations, gradients, measured, predicted
+from polylens.analysis.circuits.documents import attribution_graph, page
 from polylens.analysis.circuits.influence import SMALLEST, Scores, completeness, influence, keep
-from polylens.analysis.circuits.paths import Written, arriving, first_heads
+from polylens.analysis.circuits.paths import Written, arriving, behind, first_heads
 from polylens.analysis.circuits.replacement import Flow, Replacement
+from polylens.analysis.examples import examples as examples_of
+from polylens.analysis.figures import circuit_figure
+from polylens.analysis.readout import top_tokens
 from polylens.brief import Brief
+from polylens.calibration.tokens import token_names
+from polylens.checks import Layer
 from polylens.errors import InvalidInputError
+from polylens.files.whole import beside
+from polylens.hosts.base import Arrival, Function
+from polylens.hosts.frozen import linear
 from polylens.polynomials.quadratic_form import QuadraticForm
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 KINDS = ("target", "feature", "rest", "mlp", "error", "token")
 
@@ -103,7 +119,7 @@ class Circuit(Brief):
 
     Attributes:
         target: what is traced.
-        names: of the prompt's tokens.
+        names: the texts of the prompt's tokens.
         nodes: the target first, then what has edges, then the others.
         edges: [nodes with edges, nodes] float64: what each node does in another directly, through
             attention and norms only, of that one's value.
@@ -112,7 +128,8 @@ class Circuit(Brief):
         rounding: of the model's own forward pass: its target less their sum.
         missing: layers without a polynomial, whose outputs are errors as a whole.
         unsplit: share of |value| of all MLPs that is in those left whole.
-        whole: of a pruned circuit, what it was pruned from; scores: about that.
+        whole: of a pruned circuit, what it was pruned from; scores: about that; kept: the shares
+            of influence of nodes and edges that were asked for.
         cumulative: [nodes] of a pruned one, see `polylens.analysis.circuits.influence`.
     """
 
@@ -134,6 +151,7 @@ class Circuit(Brief):
     lens: Any = field(repr=False)
     whole: "Circuit | None" = field(default=None, repr=False)
     scores: Scores | None = None
+    kept: tuple[float, float] = (1.0, 1.0)
     cumulative: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -229,6 +247,7 @@ class Circuit(Brief):
             reads=self.reads[behind[1:] - 1],
             whole=self,
             scores=scores,
+            kept=(float(nodes), float(edges)),
             cumulative=kept.cumulative[chosen],
         )
 
@@ -331,6 +350,188 @@ class Circuit(Brief):
         slopes = gradients(self.lens, self.replacement, written)
         return Ablations(names, said, torch.tensor(own, dtype=torch.float64), slopes, true)
 
+    @contextmanager
+    def steered(
+        self, scales: Mapping[Node | str, float] | Node | str, scale: float = 0.0
+    ) -> Generator[None, None, None]:
+        """Within the context, features are scaled wherever the model runs, as in generation.
+
+            with circuit.steered("L11.f0@4"):  # removed; a second argument scales it
+                model.generate(tokens)
+
+        The true MLP of a feature's layer writes what it does for its input with the part along the
+        feature's reading direction times `scale`, at every position. What flows otherwise is
+        as it is.
+
+        Args:
+            scales: a feature, or several with a scale each.
+            scale: of the one.
+
+        Raises:
+            InvalidInputError: what is no feature of this circuit, a scale that is not finite.
+            AttachmentError: the lens is detached.
+        """
+        given = dict(scales) if isinstance(scales, Mapping) else {scales: scale}
+        by_layer: dict[int, list[tuple[Tensor, float]]] = {}
+        for node, by in given.items():
+            i = self.number(node)
+            if self.nodes[i].kind != "feature" or not math.isfinite(by):
+                raise InvalidInputError(
+                    f"features are scaled by finite numbers, got {self.nodes[i].name} by {by!r}"
+                )
+            v = torch.nn.functional.normalize(self.reads[i - 1], dim=0)
+            by_layer.setdefault(self.nodes[i].layer, []).append((v, by))
+        self.lens.ready(list(by_layer), None)
+        functions: dict[Layer, Function] = {
+            n: partial(_scaled, self.lens[n].weights, several) for n, several in by_layer.items()
+        }
+        with self.lens.host.edit(functions):
+            yield
+
+    def to_dict(self, examples: Any = None, n_tokens: int = 5, pairs: int = 6) -> dict[str, Any]:
+        """Plain numbers, strings, lists and dicts: all that the page shows.
+
+        Args:
+            examples: [batch, pos] token ids of a text, for where in it features are most active.
+            n_tokens: named at either end of what a node's writing raises.
+            pairs: named of each node.
+        """
+        if self.whole is None:
+            return self.pruned(1.0, 1.0).to_dict(examples, n_tokens, pairs)
+        target, frozen = self.replacement.target, self.replacement.frozen
+        raised, found, heads = self._raised(n_tokens), self._examples(examples), self.heads()
+        assert self.cumulative is not None
+        nodes: list[dict[str, Any]] = []
+        for i, node in enumerate(self.nodes):
+            own = {"name": node.name, **asdict(node), "influence": float(self.cumulative[i])}
+            own["raises"], own["lowers"] = raised[i]
+            own["bias"] = float(self.biases[i]) if i < len(self.edges) else None
+            own["examples"] = found.get(i, [])
+            known = node.kind in ("feature", "rest")
+            top = self.pairs(i, max(pairs, 1)).top(pairs) if known and pairs else []
+            own["pairs"] = [list(each) for each in top]
+            nodes.append(own)
+        edges = [
+            {
+                "source": self.nodes[j].name,
+                "target": self.nodes[i].name,
+                "weight": float(self.edges[i, j]),
+                "heads": [list(each) for each in heads[self.nodes[j].name, self.nodes[i].name][:4]],
+            }
+            for i, j in self.edges.nonzero().tolist()
+        ]
+        return {
+            "target": self.target,
+            "vocabulary_index": target.tokens[0] if target.tokens else -1,
+            "probability": target.probability,
+            "value": self.value,
+            "embeddings": self.embeddings,
+            "bias": self.bias,
+            "errors": self.errors,
+            "rounding": self.rounding,
+            "names": list(self.names),
+            "tokens": frozen.tokens.tolist(),
+            "layers": len(frozen.blocks),
+            "missing": list(self.missing),
+            "unsplit": self.unsplit,
+            "scores": None if self.scores is None else asdict(self.scores),
+            "kept": {"nodes": self.kept[0], "edges": self.kept[1]},
+            "nodes": nodes,
+            "edges": edges,
+        }
+
+    def save_page(self, path: str | os.PathLike[str], examples: Any = None) -> None:
+        """Write one HTML file to look through it: positions by layers, and what a node does.
+
+        Best of a pruned circuit.
+
+        Args:
+            examples: [batch, pos] token ids of a text, for where in it features are most active.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        self._write(path, page(self.to_dict(examples)))
+
+    def save_graph(
+        self, path: str | os.PathLike[str], slug: str = "polylens", scan: str | None = None
+    ) -> None:
+        """Write the JSON that circuit-tracer's and Neuronpedia's front ends read.
+
+        Best of a pruned circuit.
+
+        Args:
+            slug: its name there.
+            scan: the model's name there; that of the lens by default.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        graph = attribution_graph(self.to_dict(pairs=0), slug, scan or self.lens.model_name)
+        self._write(path, json.dumps(graph, ensure_ascii=False, indent=1))
+
+    @staticmethod
+    def _write(path: str | os.PathLike[str], text: str) -> None:
+        with beside(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+    def plot(self, k: int = 60) -> "Figure":
+        """Nodes by position and layer, with the k largest edges. Best of a pruned circuit."""
+        flat = self.edges.abs().flatten()
+        strongest = flat.argsort(descending=True)[:k].tolist()
+        places = [divmod(i, self.edges.shape[1]) for i in strongest if flat[i]]
+        last = len(self.replacement.frozen.blocks)
+        rows = [last if node.kind == "target" else node.layer for node in self.nodes]
+        return circuit_figure(
+            [(row, node.position, node.kind) for row, node in zip(rows, self.nodes, strict=True)],
+            [node.value for node in self.nodes],
+            [(j, i, float(self.edges[i, j])) for i, j in places],
+            self.names,
+            f"{self.target} = {self.value:.3f}",
+        )
+
+    def _raised(self, n_tokens: int) -> list[tuple[list[Any], list[Any]]]:
+        """By node the tokens that what it writes raises and lowers, with logits by which."""
+        frozen, position = self.replacement.frozen, self.replacement.target.position
+        names = token_names(self.lens.host.tokenizer)
+        found: list[tuple[list[Any], list[Any]]] = []
+        at = torch.tensor(position, device=self.writes.device)
+        for i, node in enumerate(self.nodes):
+            if node.kind == "target":
+                found.append(([], []))
+                continue
+            vector = linear(frozen.final, behind(self.replacement, self._written(i)), at)
+            logits = (vector.to(frozen.W_U.dtype) @ frozen.W_U).float()
+            logits = logits - logits.mean()
+            found.append(top_tokens(logits, min(n_tokens, len(logits)), names))
+        return found
+
+    def _examples(self, tokens: Any) -> dict[int, list[list[Any]]]:
+        """By number of a feature: texts before, at and behind where it is most active."""
+        own = [i for i, node in enumerate(self.nodes) if node.kind == "feature"]
+        if tokens is None or not own:
+            return {}
+        members: dict[Layer, list[int]] = {}
+        for i in own:
+            members.setdefault(self.nodes[i].layer, []).append(i)
+        directions: dict[Layer, Any] = {
+            n: torch.nn.functional.normalize(self.reads[[i - 1 for i in some]].T, dim=0)
+            for n, some in members.items()
+        }
+        found: dict[int, list[list[Any]]] = {}
+        for n, features in examples_of(self.lens, directions, tokens).items():
+            for i, row in zip(members[n], features.rows, strict=True):
+                sign = self._sign(i)
+                ends = row.highest if sign > 0 else row.lowest
+                found[i] = [[e.before, e.token, e.after, sign * e.activation] for e in ends]
+        return found
+
+    def _sign(self, i: int) -> float:
+        """Of the activation at the prompt along the normalised row of `reads`."""
+        node = self.nodes[i]
+        x = self.replacement.layers[node.layer].read[node.position]
+        return 1.0 if float(x @ self.reads[i - 1]) >= 0 else -1.0
+
     def _written(self, i: int) -> Written:
         node = self.nodes[i]
         return Written(node.layer, node.position, self.writes[i])
@@ -352,3 +553,12 @@ def _square(form: QuadraticForm, parts: Tensor, v: Tensor) -> Tensor:
     """[n, n]: what parts do two by two along an eigenvector v of a form."""
     along = parts @ v
     return float(v @ (form @ v)) * along[:, None] * along
+
+
+def _scaled(weights: Any, several: list[tuple[Tensor, float]], arrival: Arrival) -> Tensor:
+    """What the layer writes for its input with the parts along directions v scaled."""
+    x = arrival.x.to(weights.dtype)
+    now = x.double()
+    for v, scale in several:
+        now = now + (scale - 1) * (now @ v)[..., None] * v
+    return arrival.y + (weights(now.to(x.dtype)) - weights(x)).to(arrival.y)

@@ -44,7 +44,7 @@ def first_heads(
     rows = torch.tensor([row for row, _ in edges], device=like.device)
     below = torch.tensor([source.layer for _, source in edges], device=like.device)
     at = torch.tensor([source.position for _, source in edges], device=like.device)
-    vectors = torch.stack([_behind(replacement, source) for _, source in edges])
+    vectors = torch.stack([behind(replacement, source) for _, source in edges])
 
     def attended(n: int, covectors: Tensor) -> None:
         attention = attentions[n]
@@ -70,7 +70,7 @@ def arriving(replacement: Replacement, sources: Sequence[Written], n: int, t: in
     def enter(number: int) -> None:
         for i, source in enumerate(sources):
             if source.layer == number:
-                x[i, source.position] += _behind(replacement, source)
+                x[i, source.position] += behind(replacement, source)
 
     enter(-1)
     for number in range(n + 1):
@@ -83,10 +83,10 @@ def arriving(replacement: Replacement, sources: Sequence[Written], n: int, t: in
     raise AssertionError("no such layer")
 
 
-def _behind(replacement: Replacement, source: Written) -> Tensor:
+def behind(replacement: Replacement, source: Written) -> Tensor:
     """What of it is in the residual stream."""
     if source.layer < 0:
         return source.vector
-    behind = replacement.layers[source.layer].block.behind
+    norm = replacement.layers[source.layer].block.behind
     at = torch.tensor(source.position, device=source.vector.device)
-    return linear(behind, source.vector, at)
+    return linear(norm, source.vector, at)

@@ -12,7 +12,6 @@ from polylens.analysis.circuits.target import TargetLike, prompt_of, resolve
 from polylens.analysis.eigensolver import extreme_eigenpairs
 from polylens.analysis.features import DENSE
 from polylens.calibration.seen import require_deterministic
-from polylens.calibration.tokens import token_names
 from polylens.checks import check_at_least
 from polylens.hosts.freezing import freeze
 from polylens.polynomials.quadratic_form import QuadraticForm
@@ -112,10 +111,15 @@ def circuit(
         errors,
         float(_true(replacement)) - (embeddings + bias + errors),
         left / max(float(mlp.abs().sum()), 1e-300),
-        tuple(map(token_names(lens.host.tokenizer), ids.tolist())),
+        _texts(lens.host.tokenizer, ids),
         flows,
         lens,
     )
+
+
+def _texts(tokenizer: Any, ids: Tensor) -> tuple[str, ...]:
+    """By token; its number where there is no tokenizer."""
+    return tuple(str(i) if tokenizer is None else tokenizer.decode([i]) for i in ids.tolist())
 
 
 def _true(replacement: Replacement) -> Tensor:
