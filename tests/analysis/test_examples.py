@@ -142,6 +142,8 @@ def test_the_pass_ends_behind_the_last_layer_and_leaves_nothing(lens, model, tex
     assert len(calls) == 2  # a tiny pass for the norm, and the first of three batches
     assert torch.equal(lens.host.logits(text), before)
     assert found[1][0].value is None
+    lists = analysis.examples(lens, {1: directions.numpy()}, text, batch_size=4)
+    assert lists[1].rows == found[1].rows
     assert analysis.examples(lens, {-3: directions}, text, batch_size=4)[1].rows == found[1].rows
     with lens.replaced():  # the true model all the same
         again = analysis.examples(lens, {1: directions}, text, batch_size=4)
@@ -221,6 +223,7 @@ def test_bad_input_is_refused(lens, text):
         "directions from elsewhere": lambda: analysis.examples(
             lens, {1: torch.randn(128, 2)}, text, effects=True
         ),
+        "features must be a tensor": lambda: analysis.examples(lens, {1: "the"}, text),
         "token ids": lambda: analysis.examples(lens, {1: features}, text.float()),
     }
     for message, call in calls.items():

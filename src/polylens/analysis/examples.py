@@ -1,7 +1,7 @@
 """Features that people can read: where in a text they are most active, and what they do there."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -228,7 +228,7 @@ def examples(
         raise InvalidInputError(
             f"features must be given by layer, {{3: features}}, got {type(features).__name__}"
         )
-    features = {check_layer(lens, layer): each for layer, each in features.items()}
+    features = {check_layer(lens, layer): _given(each) for layer, each in features.items()}
     read = {layer: _Read.of(lens, layer, each) for layer, each in features.items()}
     lens.ready(list(read), None)
     check_at_least("batch_size", batch_size, 1)
@@ -244,33 +244,61 @@ def examples(
     seen = _scan(lens, read, data, k, batch_size)
     ids = [stream.ids for stream in data.streams.values() if stream.ids is not None]
     decode = decoder(lens, decode, ids[0]) if ids else str
-    found = {}
+    names, found = names_by(decode), dict[Layer, LayerFeatures]()
     for layer, each in features.items():
         stream = data.streams.get(host.stream(layer))
         shown = (None, None) if stream is None else (stream.ids, stream.there)
         text = _Text(*shown, decode, context)
+        r2 = seen[layer].token_r2()
+        meaningful = [i for i, share in enumerate(r2) if share is not None and share >= MEANINGFUL]
+        embedded = _embedded_ends(lens, layer, read[layer], meaningful, n_tokens, names)
         rows = list[FeatureRow]()
-        for i, (highest, lowest) in enumerate(seen[layer].places()):
-            high_end, low_end = (tuple(text(place) for place in end) for end in (highest, lowest))
-            r2, names = seen[layer].token_r2(i), names_by(decode)
+        for i, ends in enumerate(seen[layer].places()):
+            high, low = embedded.get(i, ([], []))
+            raises, lowers = [], []
+            if effects and ends[0]:
+                moved = _effect(lens, layer, each, i, ends[0], data, batch_size)
+                raises, lowers = top_tokens(moved, min(n_tokens, len(moved)), names)
+            highest, lowest = (tuple(text(place) for place in end) for end in ends)
             value, share = _sizes(each, i)
-            row = FeatureRow(value, share, high_end, low_end, r2, residual=_residual(each, i))
-            if r2 is not None and r2 >= MEANINGFUL:
-                vector, center = read[layer].vectors[:, i : i + 1], read[layer].center
-                scores = embedding_activations(lens, layer, vector, center)[:, 0]
-                high, low = top_tokens(scores, min(n_tokens, len(scores)), names)
-                row = replace(row, high=high, low=low)
-            if effects and not isinstance(each, Tensor):
-                there = torch.tensor([place[1:] for place in highest])
-                edit = Edit(layer, each.part(i), at=there[:, 1])
-                with lens.suspended():
-                    (effect,) = intervene(lens, data.rows(there[:, 0]), edit, batch_size=batch_size)
-                # what falls without the feature is what it raises
-                ends = top_tokens(-effect.logits, min(n_tokens, len(effect.logits)), names)
-                row = replace(row, raises=ends[0], lowers=ends[1])
-            rows.append(row)
+            row = FeatureRow(value, share, highest, lowest, r2[i], high, low, raises, lowers)
+            rows.append(replace(row, residual=_residual(each, i)))
         found[layer] = LayerFeatures(layer, _about(each), tuple(rows), each)
     return found
+
+
+def _embedded_ends(
+    lens: Any,
+    layer: Layer,
+    read: "_Read",
+    features: Sequence[int],
+    n_tokens: int,
+    names: Callable[[int], str],
+) -> dict[int, tuple[TokenScores, TokenScores]]:
+    """Of these features, the tokens whose embedding alone activates them most, either way."""
+    if not features:
+        return {}
+    scores = embedding_activations(lens, layer, read.vectors[:, list(features)], read.center)
+    each = (top_tokens(column, min(n_tokens, len(column)), names) for column in scores.T)
+    return dict(zip(features, each, strict=True))
+
+
+def _effect(
+    lens: Any,
+    layer: Layer,
+    features: Features,
+    i: int,
+    places: Sequence[Place],
+    data: Batch,
+    batch_size: int,
+) -> Tensor:
+    """[d_vocab] how much a feature raises each logit at these places, in the true model."""
+    assert not isinstance(features, Tensor)
+    there = torch.tensor([place[1:] for place in places])
+    edit = Edit(layer, features.part(i), at=there[:, 1])
+    with lens.suspended():
+        (effect,) = intervene(lens, data.rows(there[:, 0]), edit, batch_size=batch_size)
+    return -effect.logits  # what falls without the feature is what it raises
 
 
 @torch.no_grad()
@@ -336,13 +364,19 @@ def feature_rows(
     Raises:
         UnsupportedModel: as `embedding_activations`.
     """
-    center = features.metric.center()
-    scores = embedding_activations(lens, layer, features.vectors, center)
-    ends = (top_tokens(column, min(n_tokens, len(column)), names) for column in scores.T)
+    own = _Read.of(lens, layer, features)
+    ends = _embedded_ends(lens, layer, own, range(len(features)), n_tokens, names)
     return tuple(
         FeatureRow(*_sizes(features, i), high=high, low=low, residual=_residual(features, i))
-        for i, (high, low) in enumerate(ends)
+        for i, (high, low) in ends.items()
     )
+
+
+def _given(features: Any) -> Features:
+    """Features as they are, directions from elsewhere as a tensor."""
+    if isinstance(features, EigenFeatures | SingularFeatures):
+        return features
+    return as_numbers(features, "features")
 
 
 def _sizes(features: Features, i: int) -> tuple[float | None, float | None]:
@@ -376,7 +410,7 @@ class _Read(NamedTuple):
             vectors = features.vectors.to(device)
             center = features.metric.center().to(vectors)
         else:
-            vectors = as_numbers(features, "features", device).double()
+            vectors = features.to(device).double()
             center = vectors.new_zeros(d_in)
         if vectors.dim() != 2 or len(vectors) != d_in or not torch.isfinite(vectors).all():
             raise InvalidInputError(
@@ -448,7 +482,7 @@ class _Extremes:
             terms = (torch.ones_like(a), a, e, a * a, e * e, a * e)
             self._sums += torch.stack([term.sum(0) for term in terms])
 
-    def places(self) -> Iterable[tuple[list[Place], list[Place]]]:
+    def places(self) -> list[tuple[list[Place], list[Place]]]:
         """For each feature the places of either end, the most active first."""
 
         def end(i: int, side: int) -> list[Place]:
@@ -458,13 +492,14 @@ class _Extremes:
 
         return [(end(i, 0), end(i, 1)) for i in range(self._values.shape[1])]
 
-    def token_r2(self, i: int) -> float | None:
-        """Squared correlation with the activation of the token's embedding alone."""
-        n, a, e, aa, ee, ae = self._sums[:, i].tolist()
-        if self._embedded is None or not n:
-            return None
+    def token_r2(self) -> list[float | None]:
+        """Squared correlations with the activation of the token's embedding alone."""
+        count = self._sums.shape[1]
+        n, a, e, aa, ee, ae = self._sums.unbind()
+        if self._embedded is None or not n.any():
+            return [None] * count
         spread = (n * aa - a * a) * (n * ee - e * e)
-        return (n * ae - a * e) ** 2 / spread if spread > 0 else 0.0
+        return torch.where(spread > 0, (n * ae - a * e) ** 2 / spread, 0.0).tolist()
 
 
 def _scan(
