@@ -6,7 +6,7 @@ import torch
 import polylens
 from polylens import Sequential, TrueStream, analysis, demo
 from tests.hf_models import build
-from tests.host_contract import HostContract
+from tests.host_contract import HostContract, Specimen
 from tests.oracles import generator, random_layer, random_mixture
 from tests.software_device import NAME, software_device
 
@@ -114,8 +114,8 @@ class TestHost(HostContract):
     test_a_failure_at_any_step_of_attaching_leaves_nothing = None
 
     @pytest.fixture
-    def model(self, waits):
-        return build("llama").to(NAME)
+    def specimen(self, waits):
+        return Specimen("llama", lambda: build("llama").to(NAME))
 
 
 def test_analyses_of_a_lens(waits):

@@ -97,6 +97,19 @@ def _brief(value: object) -> str:
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def as_tensor(name: str, value: object, device: torch.device | None = None) -> Tensor:
+    """A tensor, an array or nested lists as a tensor; a tensor that is there already is itself.
+
+    Raises:
+        InvalidInputError: anything else.
+    """
+    try:
+        return torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = type(value).__name__
+        raise InvalidInputError(f"{name} must be a tensor, got {got}: {error}") from error
+
+
 def floating(name: str, value: object) -> Tensor:
     """A tensor, an array or nested lists as a floating-point tensor; a tensor is itself.
 
@@ -108,11 +121,7 @@ def floating(name: str, value: object) -> Tensor:
             f"{name} must be a tensor, got a {type(value).__name__}: give its weight, of an "
             "nn.Linear transposed (weight.T), since polylens computes x @ W"
         )
-    try:
-        tensor = torch.as_tensor(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        got = type(value).__name__
-        raise InvalidInputError(f"{name} must be a tensor, got {got}: {error}") from error
+    tensor = as_tensor(name, value)
     if tensor.dtype not in FLOATING or tensor.layout != torch.strided:
         raise InvalidInputError(
             f"{name} must be floating point (and dense), got {_described(tensor)}"

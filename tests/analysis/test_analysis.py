@@ -492,7 +492,7 @@ def bad_calls():
         "got int; lens": lambda: analysis.output_directions(3),
         "lens must be": lambda: analysis.logit_direction(p, 1, 5),
         "cache must be .* second of": lambda: analysis.residual_writers(LENS, (1, {}), 0, 1),
-        "u must be a tensor of numbers": lambda: analysis.eigenfeatures(p, " the"),
+        "u must be a tensor, got str": lambda: analysis.eigenfeatures(p, " the"),
         "u must be real": lambda: analysis.eigenfeatures(p, u.bool()),
         "tolerance must be": lambda: analysis.eigenfeatures(p, u, tolerance="1e-3"),
         "writers have 1 NaN": lambda: analysis.interactions(p, holed, u),

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from polylens.checks import Layer, from_the_end
+from polylens.checks import Layer, as_tensor, from_the_end
 from polylens.errors import InvalidInputError
 from polylens.installed.installation import Installation
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
@@ -56,12 +56,7 @@ def as_numbers(value: Any, name: str, device: torch.device | None = None) -> Ten
     Raises:
         InvalidInputError: anything else.
     """
-    try:
-        numbers = torch.as_tensor(value, device=device).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInputError(
-            f"{name} must be a tensor of numbers, got {type(value).__name__}"
-        ) from error
+    numbers = as_tensor(name, value, device).detach()
     if numbers.is_complex() or numbers.dtype == torch.bool:
         raise InvalidInputError(f"{name} must be real numbers, got {numbers.dtype}")
     return numbers

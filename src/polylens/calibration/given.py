@@ -10,14 +10,10 @@ from polylens.calibration.seen import naming
 from polylens.calibration.telling import progress as bar
 from polylens.checks import Layer, label
 from polylens.errors import InvalidInputError
-from polylens.fitting.fit import fit
+from polylens.fitting.fit import Inputs, fit
 from polylens.hosts.base import Host, MLPSite, Norm
 from polylens.inputs.gaussian import Gaussian
-from polylens.inputs.mixture import GaussianMixture
-from polylens.inputs.samples import Samples
 from polylens.polynomials.joint import Fitted
-
-InputModel = Gaussian | GaussianMixture | Samples
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class FromNorm:
     Cost: d_in^2 float64 of memory and one product cov @ W for each layer.
     """
 
-    def models(self, host: Host, sites: Mapping[Layer, MLPSite]) -> Mapping[Layer, InputModel]:
+    def models(self, host: Host, sites: Mapping[Layer, MLPSite]) -> Mapping[Layer, Inputs]:
         """The input model of every layer."""
         return norm_inputs(host, sites)
 
@@ -50,21 +46,21 @@ class FromInputs:
     Cost: d_in^2 float64 of memory and one product cov @ W for each layer.
     """
 
-    inputs: InputModel | Mapping[Layer, InputModel]
+    inputs: Inputs | Mapping[Layer, Inputs]
 
     def __post_init__(self) -> None:
         values: Iterable[Any] = [self.inputs]
         if isinstance(self.inputs, Mapping):
             values = self.inputs.values()
         for value in values:
-            if not isinstance(value, InputModel):
+            if not isinstance(value, Inputs):
                 raise InvalidInputError(
                     f"FromInputs takes a Gaussian, or a mapping from layer to Gaussian, got "
                     f"{value!r:.80}; Gaussian.from_samples(x) is that of activations x, and "
                     "FromNorm() the one that the model's norms imply"
                 )
 
-    def models(self, host: Host, sites: Mapping[Layer, MLPSite]) -> Mapping[Layer, InputModel]:
+    def models(self, host: Host, sites: Mapping[Layer, MLPSite]) -> Mapping[Layer, Inputs]:
         """The input model of every layer; InvalidInputError if one has none."""
         if not isinstance(self.inputs, Mapping):
             return dict.fromkeys(sites, self.inputs)
@@ -83,7 +79,7 @@ class FromInputs:
 
 
 def under_models(
-    models: Mapping[Layer, InputModel], sites: Mapping[Layer, MLPSite], degree: int, progress: bool
+    models: Mapping[Layer, Inputs], sites: Mapping[Layer, MLPSite], degree: int, progress: bool
 ) -> dict[Layer, Fitted]:
     """The polynomial of every layer under its input model."""
     found: dict[Layer, Fitted] = {}

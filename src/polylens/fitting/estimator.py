@@ -8,7 +8,7 @@ from torch import Tensor
 
 from polylens.activations.activation import MAX_DEGREE
 from polylens.errors import InvalidInputError
-from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.normal_forms.weights import GLUWeights, MLPWeights, check_weights
 from polylens.polynomials.ends import require_tails
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
@@ -85,11 +85,7 @@ def require_fit(
         remedy: what else to pass or call for another type of inputs.
     """
     require_degree(degree)
-    if not isinstance(weights, (MLPWeights, GLUWeights)):
-        raise InvalidInputError(
-            f"weights must be MLPWeights or GLUWeights, got {type(weights).__name__}; "
-            "find_mlps(model) lists the layers of a model, site.weights() are those of one"
-        )
+    check_weights(weights)
     if not isinstance(inputs, kinds):
         names = [kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
         raise InvalidInputError(

@@ -1,7 +1,7 @@
 """`fit` and `fit_joint`: the least-squares polynomial of a layer under a model of its inputs."""
 
 from functools import partial
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 import torch
 
@@ -21,6 +21,8 @@ from polylens.polynomials.ends import require_tails
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
 
+# What `fit` fits to.
+Inputs = Gaussian | GaussianMixture | Samples
 ESTIMATORS: dict[str, type[Estimator]] = {
     "gaussian": GaussianEstimator,
     "samples": SamplesEstimator,
@@ -53,7 +55,7 @@ def estimator(kind: object) -> type[Estimator]:
 @kept()
 def fit(
     weights: MLPWeights | GLUWeights,
-    inputs: Gaussian | GaussianMixture | Samples,
+    inputs: Inputs,
     degree: int = 3,
     *,
     tails: float | None = None,
@@ -91,9 +93,8 @@ def fit(
     >>> poly.truncate(1).linear()[0].squeeze()  # each input counts half
     tensor([0.5000, 0.5000, 0.5000], dtype=torch.float64)
     """
-    kinds = (Gaussian, GaussianMixture, Samples)
     remedy = "for a tensor x pass Gaussian.from_samples(x) or Samples(x)"
-    require_fit(weights, inputs, degree, kinds, remedy)
+    require_fit(weights, inputs, degree, get_args(Inputs), remedy)
     require_tails(tails)
     if isinstance(inputs, Samples):
         poly = _seen(SamplesEstimator(weights, degree, tails), inputs, torch.float64).solve()

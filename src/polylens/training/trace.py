@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from polylens.brief import Brief
-from polylens.calibration.given import InputModel
 from polylens.checks import Layer, from_json
 from polylens.errors import InvalidInputError
+from polylens.fitting.fit import Inputs
 from polylens.report.rendering import as_frame, as_html
 from polylens.training.figure import training_figure
 from polylens.training.rows import TraceRow as TraceRow
@@ -42,7 +42,7 @@ class TraceData(Brief):
     calibration: Tensor
     held_out: Tensor
     labels: Tensor | None = None
-    inputs: Mapping[str, InputModel] = field(default_factory=dict)
+    inputs: Mapping[str, Inputs] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("calibration", "held_out"):
@@ -75,7 +75,7 @@ class TraceData(Brief):
                 f"{tuple(self.calibration.shape)} and {tuple(self.held_out.shape)}"
             )
         named = self.inputs.values() if isinstance(self.inputs, Mapping) else [None]
-        if not all(isinstance(model, InputModel) for model in named):
+        if not all(isinstance(model, Inputs) for model in named):
             raise InvalidInputError(
                 "inputs must be input models by name, such as {'gaussian': "
                 f"Gaussian.from_samples(x)}}, got {self.inputs!r:.80}"
