@@ -19,3 +19,10 @@ hypothesis.settings.load_profile("few")
 @pytest.fixture(autouse=True)
 def _reproducible():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _second_device():
+    from tests.software_device import registered
+
+    registered()

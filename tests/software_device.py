@@ -49,7 +49,8 @@ def software_device() -> Iterator[Counter[tuple[str, str]]]:
     Yields:
         How often something waited for it since then, by what and by the line of polylens.
     """
-    _registered()
+    if registered() is None:
+        pytest.skip("this torch has no devices in Python")
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     waits.clear()
@@ -178,12 +179,15 @@ def _outer(value: Any) -> Any:
 
 
 @cache
-def _registered() -> Any:
-    """The backend, for the whole process; what is returned must be kept."""
+def registered() -> Any:
+    """The backend, for the whole process; what is returned must be kept, None without one.
+
+    To be called before the first backward pass: autograd counts the devices then.
+    """
     try:
         from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
     except ImportError:
-        pytest.skip("this torch has no devices in Python")
+        return None
     _setup_privateuseone_for_python_backend(NAME)
     library = torch.library.Library("aten", "IMPL")
 
