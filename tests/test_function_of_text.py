@@ -114,3 +114,36 @@ def test_in_several_threads(make):
             found = list(pool.map(logits, texts * 25))
     for one, other in zip(found, expected * 25, strict=True):
         assert (one - other).abs().max() < ROUNDING
+
+
+def gradient(model):
+    (found,) = (model.get_input_embeddings().weight.grad.clone(),)
+    model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_checkpoints_compute_again_what_they_computed(reentrant):
+    model = build("llama")
+    options = {"labels": TEXT, "use_cache": False}
+    with polylens.attach(model, TOKENS, progress=False) as lens:
+        model(TEXT, **options).loss.backward()
+        true = gradient(model)
+        with lens.replaced():
+            model(TEXT, **options).loss.backward()
+        replaced = gradient(model)
+        assert (replaced - true).norm() > 1e-3 * true.norm()
+        model.train()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        first = model(TEXT, **options).loss
+        with lens.replaced():
+            second = model(TEXT, **options).loss
+        with lens.replaced(degree=1):
+            second.backward()
+            torch.testing.assert_close(gradient(model), replaced)
+            first.backward()
+        torch.testing.assert_close(gradient(model), true)
+        with lens.replaced(), torch.no_grad():
+            model(TEXT, **options)

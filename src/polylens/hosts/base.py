@@ -175,7 +175,11 @@ class Emitter(Protocol):
     """What is installed at a site: given what arrives there, says what flows on."""
 
     point_names: tuple[str, ...]
-    replacing: int | None  # None while the true output flows on
+
+    @property
+    def replacing(self) -> int | None:
+        """The degree that flows; None while the true output does."""
+        ...
 
     def __call__(self, arrival: Arrival, tap: Tap) -> Tensor: ...
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from polylens.errors import StalePolynomialError
 from polylens.hosts.base import Arrival, MLPSite, Tap
+from polylens.installed.recomputing import Flow
 from polylens.normal_forms.fingerprint import Fingerprint, fingerprint, same_weights
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import Fitted
@@ -27,8 +28,8 @@ class SiteEmitter:
     def __init__(self, site: MLPSite, polynomial: Fitted) -> None:
         self.site = site
         self.polynomial = polynomial
-        self.replacing: int | None = None
-        self.owner: object = None
+        self._flow = Flow()
+        self.owner: Any = None
         self.point_names = (
             "in",
             "out",
@@ -43,15 +44,24 @@ class SiteEmitter:
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model gets its own emitters, but the lens stays with the original, and so
         # does what it replaces: nobody could end that in the copy.
-        return {**self.__dict__, "owner": None, "replacing": None}
+        return {**self.__dict__, "owner": None, "_flow": Flow()}
+
+    @property
+    def replacing(self) -> int | None:
+        """The degree that flows, also where gradient checkpointing computes again what ran."""
+        return self._flow.now(self.owner is not None and self.owner.host.module.training)
+
+    @replacing.setter
+    def replacing(self, degree: int | None) -> None:
+        self._flow.degree = degree
 
     def __call__(self, arrival: Arrival, tap: Tap) -> Tensor:
         x, y = arrival.x, arrival.y
-        wanted = {name for name in self.point_names if tap.wants(name)}
-        if self.replacing is None and not wanted:
+        wanted, replacing = {name for name in self.point_names if tap.wants(name)}, self.replacing
+        if replacing is None and not wanted:
             return y
         self.refresh()
-        degree = self.polynomial.degree if self.replacing is None else self.replacing
+        degree = self.polynomial.degree if replacing is None else replacing
         x = tap("in", x) if "in" in wanted else x
         if any(name.startswith("degree_") for name in wanted):
             out = self._sum_of_parts(x, degree, tap)
@@ -60,7 +70,7 @@ class SiteEmitter:
         out = tap("out", out) if "out" in wanted else out
         if "error" in wanted:
             tap("error", y - out)
-        return y if self.replacing is None else out
+        return y if replacing is None else out
 
     def takes(self, value: Tensor) -> bool:
         """Whether `neurons` can be computed of preactivations like this one."""
@@ -71,9 +81,10 @@ class SiteEmitter:
 
     def neurons(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         """What the out-projection reads while replacing, from what the host has computed."""
-        assert self.replacing is not None
+        replacing = self.replacing
+        assert replacing is not None
         self.refresh()
-        polynomial = self.truncated(self.replacing)
+        polynomial = self.truncated(replacing)
         assert isinstance(polynomial, Polynomial)
         return polynomial.neurons(y, z)
 
