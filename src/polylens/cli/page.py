@@ -42,7 +42,8 @@ _CSS = """
 --code:#2a2d33}}
 *{box-sizing:border-box}
 body{font:15px/1.45 system-ui,sans-serif;max-width:64rem;margin:0 auto;padding:1rem;
-color:var(--ink);background:var(--paper);overflow-wrap:anywhere}
+color:var(--ink);background:var(--paper)}
+h1,p,code,td.text{overflow-wrap:anywhere}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid var(--line)}
 h3{font-size:1rem;margin:0;display:inline}
 nav{position:sticky;top:0;background:var(--paper);border-bottom:1px solid var(--line);
@@ -50,10 +51,11 @@ padding:.4rem 0;display:flex;flex-wrap:wrap;gap:.3rem .8rem;align-items:center;
 max-height:30vh;overflow-y:auto;z-index:1}
 nav a{color:inherit}nav input{flex:1;min-width:9rem;max-width:16rem;font:inherit}
 section,details{scroll-margin-top:6rem}details{margin:.8rem 0}summary{cursor:pointer}
-table{border-collapse:collapse;font-size:85%}td,th{padding:1px 8px;text-align:right}
+table{border-collapse:collapse;font-size:85%}td,th{padding:1px 8px;text-align:right;white-space:nowrap}
 th{cursor:pointer;user-select:none}th[aria-sort=ascending]::after{content:" ▲"}
 th[aria-sort=descending]::after{content:" ▼"}
 td.text,th.text{text-align:left;vertical-align:top;min-width:12rem}
+td.text{white-space:normal}
 thead th{border-bottom:1px solid var(--line)}
 div.wide{overflow-x:auto;max-width:100%}img{max-width:100%;height:auto;background:#fff}
 p.note{color:var(--faint);font-size:90%}[hidden]{display:none}
