@@ -22,9 +22,9 @@ PYTHON310 = $(shell for python in python3.10 "$$(pyenv prefix 3.10 2>/dev/null)/
 
 $(VENV)/installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) torch
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e ".[dev]" "transformer-lens$(TRANSFORMER_LENS)"
+	$(BIN)/python -m pip install --quiet --no-compile --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-compile -c $(CONSTRAINTS) torch
+	$(BIN)/python -m pip install --quiet --no-compile -c $(CONSTRAINTS) -e ".[dev]" "transformer-lens$(TRANSFORMER_LENS)"
 	touch $@
 
 demo: $(VENV)/installed
