@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import polylens
-from polylens import InvalidInputError, StalePolynomialError, UnsupportedModel
+from polylens import AttachmentError, InvalidInputError, StalePolynomialError, UnsupportedModel
 from tests.hf_models import D_VOCAB, build
 
 TOKENS = torch.randint(3, D_VOCAB, (16, 24), generator=torch.Generator().manual_seed(3))
@@ -133,3 +133,64 @@ def test_compiled_after_attach_and_seen_by_what_is_compiled_before():
                     torch.testing.assert_close(compiled(x), expected)
             assert torch.equal(after(x), true)
         torch.testing.assert_close(after(x), true)
+
+
+def test_weights_that_are_variables_of_torch_func():
+    model, text = build("llama"), TOKENS[:2]
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights):
+        options = {"labels": text, "use_cache": False}
+        return torch.func.functional_call(model, weights, (text,), options).loss
+
+    with attach(model) as lens:
+        assert torch.func.grad(loss)(weights).keys() == weights.keys()
+        with pytest.raises(AttachmentError, match=r"layer 0.*torch\.func"), lens.replaced():
+            torch.func.grad(loss)(weights)
+
+
+def test_weights_that_were_offloaded_or_quantised_after_attach():
+    accelerate = pytest.importorskip("accelerate")
+    model = build("llama")
+    with attach(model) as lens:
+        accelerate.cpu_offload(model, execution_device="cpu")
+        with pytest.raises(AttachmentError, match=r"layer 0.*offloaded after attach"):
+            lens.replaced().__enter__()
+
+    class Quantised(torch.Tensor):
+        pass
+
+    model = build("llama")
+    with attach(model) as lens:
+        projection = model.model.layers[1].mlp.up_proj
+        projection.weight = nn.Parameter(projection.weight.data.as_subclass(Quantised))
+        with pytest.raises(AttachmentError, match=r"layer 1.*a Quantised .* quantised"):
+            lens.replaced().__enter__()
+
+
+class Adapted(nn.Module):
+    """As LoRA: adds nothing until it is trained."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.A = nn.Parameter(torch.randn(inner.in_features, 2))
+        self.B = nn.Parameter(torch.zeros(2, inner.out_features))
+
+    def forward(self, x):
+        return self.inner(x) + x @ self.A @ self.B
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_an_adapter_that_may_be_trained_is_refused(name):
+    model = build("llama")
+    mlp = model.model.layers[1].mlp
+    setattr(mlp, name, Adapted(getattr(mlp, name)))
+    with attach(model) as lens:
+        assert lens.layers == (0,)
+        assert "merge the adapter" in lens.refused[1]
+    mlp = model.model.layers[0].mlp
+    with attach(model):
+        setattr(mlp, name, Adapted(getattr(mlp, name)))
+        with pytest.raises(AttachmentError, match=f"{name} of a LlamaMLP was replaced"):
+            model(TOKENS[:2])

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polylens.errors import StalePolynomialError
+from polylens.checks import FLOATING
+from polylens.errors import AttachmentError, StalePolynomialError
 from polylens.hosts.base import Arrival, MLPSite, Tap
 from polylens.installed.recomputing import Flow
 from polylens.normal_forms.fingerprint import Fingerprint, fingerprint, same_weights
@@ -37,7 +38,7 @@ class SiteEmitter:
             *(f"degree_{k}" for k in range(polynomial.degree + 1)),
         )
         self._truncated: dict[int, Fitted] = {polynomial.degree: polynomial}
-        self._identity = _identity(site.tensors())
+        self._identity = _identity(site)
         self._fingerprint = fingerprint(polynomial.weights)
         self._dtype = polynomial.weights.dtype
 
@@ -96,7 +97,7 @@ class SiteEmitter:
 
     def refresh(self) -> None:
         """`verify`, but cheap unless the tensors are other objects or were written to."""
-        if _identity(self.site.tensors()) != self._identity:
+        if _identity(self.site) != self._identity:
             self.verify()
 
     def verify(self) -> Fingerprint:
@@ -110,7 +111,7 @@ class SiteEmitter:
         Raises:
             StalePolynomialError: the weights have other values than those fitted.
         """
-        identity, weights = _identity(self.site.tensors()), self.site.weights()
+        identity, weights = _identity(self.site), self.site.weights()
         now = fingerprint(weights)
         if not same_weights(self._fingerprint, now, weights, self._dtype):
             raise StalePolynomialError(
@@ -130,7 +131,17 @@ class SiteEmitter:
         return torch.stack([tap(f"degree_{k}", part) for k, part in enumerate(parts)]).sum(0)
 
 
-def _identity(tensors: dict[str, Tensor]) -> dict[str, tuple[object, ...]]:
+def _identity(site: MLPSite) -> dict[str, tuple[object, ...]]:
+    """What tells whether a site's tensors are other ones, or were written to.
+
+    Raises:
+        AttachmentError: tensors that hold no numbers of their own (which, and why).
+    """
+    tensors = site.tensors()
+    for name, tensor in tensors.items():
+        cause = _no_numbers(tensor)
+        if cause is not None:
+            raise AttachmentError(f"layer {site.layer} ({site.path}): {name} {cause}")
     return {
         # tensors made in inference_mode do not count their versions
         name: (
@@ -142,3 +153,23 @@ def _identity(tensors: dict[str, Tensor]) -> dict[str, tuple[object, ...]]:
         )
         for name, t in tensors.items()
     }
+
+
+def _no_numbers(tensor: Tensor) -> str | None:
+    """Why the weights that a polynomial was fitted to cannot be told from others; None if they can."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore
+        return (
+            "is a variable of torch.func here, of which a polynomial that was fitted to the "
+            "weights does not know; transform by other variables, or use torch.autograd"
+        )
+    if tensor.is_meta:
+        return (
+            "is on the meta device now: its module was offloaded after attach; detach, and attach "
+            "to the model in memory"
+        )
+    if type(tensor) is not Tensor or tensor.dtype not in FLOATING:
+        return (
+            f"is a {type(tensor).__name__} of {tensor.dtype} now: quantised or sharded after "
+            "attach; detach, and attach to the model with plain weights"
+        )
+    return None

@@ -27,7 +27,9 @@ class Splice(Passage):
     ) -> None:
         self._around = around(model, block.path) if block.flat else []
         self._block, self._end, self._first = block, end, first
-        self._held = _holders(block.owner, (block.source.module, block.out.module))
+        parts = (block.source, block.linear, block.out)
+        modules = tuple(part.module for part in parts if part is not None)
+        self._held = _holders(block.owner, modules)
         super().__init__(function, self._find_interior())
 
     def _register(self) -> None:
@@ -59,9 +61,9 @@ class Splice(Passage):
                     "polylens first, or undo the other change"
                 )
 
-    def _grab(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._require_in_place()
-        self._now.x = args[0] if args else next(iter(kwargs.values()))
+    def _grab(self, module: nn.Module, args: tuple, kwargs: dict | None = None) -> None:
+        self._require_in_place()  # what took the place may have got the hooks, without keywords
+        self._now.x = args[0] if args else next(iter((kwargs or {}).values()))
 
     def _at_end(self, module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
         x, self._now.x = self._now.x, None
