@@ -51,7 +51,8 @@ padding:.4rem 0;display:flex;flex-wrap:wrap;gap:.3rem .8rem;align-items:center;
 max-height:30vh;overflow-y:auto;z-index:1}
 nav a{color:inherit}nav input{flex:1;min-width:9rem;max-width:16rem;font:inherit}
 section,details{scroll-margin-top:6rem}details{margin:.8rem 0}summary{cursor:pointer}
-table{border-collapse:collapse;font-size:85%}td,th{padding:1px 8px;text-align:right;white-space:nowrap}
+table{border-collapse:collapse;font-size:85%}
+td,th{padding:1px 8px;text-align:right;white-space:nowrap}
 th{cursor:pointer;user-select:none}th[aria-sort=ascending]::after{content:" ▲"}
 th[aria-sort=descending]::after{content:" ▼"}
 td.text,th.text{text-align:left;vertical-align:top;min-width:12rem}
