@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from polylens.checks import block
-from polylens.drawing import COLOURS, MARKERS, depth, depth_bar, figure, style_of, tidy
+from polylens.drawing import COLOURS, GREY, MARKERS, depth, depth_bar, figure, style_of, tidy
 from polylens.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def distances_figure(layers: Sequence[str], by_degree: Sequence[Sequence[float]]
         places = range(len(layers))
         panel.plot(places, [sum(parts) for parts in by_degree], color="black", label="all")
         for k in range(max(map(len, by_degree))):
-            colour, marker = style_of(k)
+            colour, marker = style_of(k) if k else (GREY, "")
             parts = [each[k] if k < len(each) else 0.0 for each in by_degree]
             panel.plot(
                 places, parts, color=colour, marker=marker, markersize=3, linewidth=1, label=f"{k}"
@@ -163,6 +163,7 @@ def distances_figure(layers: Sequence[str], by_degree: Sequence[Sequence[float]]
         panel.set_xticks(list(places)[::step], list(layers)[::step])
         panel.set_xlabel("layer")
         panel.set_ylabel("E|f − g|² / Var f")
+        panel.set_title("Distance of the polynomials f and g of two lenses")
         panel.set_ylim(bottom=0)
         panel.legend(frameon=False, fontsize=6.5, title="degree", title_fontsize=6.5)
         tidy(panel)

@@ -61,12 +61,15 @@ def training_figure(rows: Sequence[TraceRow], failed: Collection[int] = ()) -> "
         for panel in panels[-1]:
             panel.set_xlabel("training step")
         scale_r2(panels[0, 0])  # all panels share it
-        panels[0, 0].set_ylabel("R²")
+        panels[0, 0].set_ylabel("held-out R²")
+        drawn.suptitle("R² over training", fontsize=9, fontweight="bold")
+        if any(1 - value < CLOSE for row in rows for value in (row.r2 or ())[1:]):
+            drawn.supxlabel(f"flat tops: R² within {CLOSE:g} of 1, drawn there", fontsize=6.5)
         if deep:
             depth_bar(drawn, list(panels[0]), sorted({block(layer) for layer in layers}))
         else:
             handles, names = panels[0, 0].get_legend_handles_labels()
-            drawn.legend(handles, names, frameon=False, fontsize=6.5, loc="outside right upper")
+            drawn.legend(handles, names, frameon=False, fontsize=6.5, loc="outside right center")
         if losses:
             panels[1, 0].set_ylabel("loss [nats]")
     return drawn
