@@ -156,7 +156,7 @@ def _identity(site: MLPSite) -> dict[str, tuple[object, ...]]:
 
 
 def _no_numbers(tensor: Tensor) -> str | None:
-    """Why the weights that a polynomial was fitted to cannot be told from others; None if they can."""
+    """Why weights that were fitted to cannot be told from others; None if they can."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore
         return (
             "is a variable of torch.func here, of which a polynomial that was fitted to the "
