@@ -2,7 +2,8 @@
 
 import html
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ from polylens.checks import Layer, Layers, check_degree, label, renamed
 from polylens.errors import AttachmentError
 from polylens.hosts.base import Host
 from polylens.hosts.batch import Inputs
+from polylens.installed.around import Around
 from polylens.installed.installation import Installation
 from polylens.polynomials.factored import Polynomial
 from polylens.report.measure import measure
@@ -167,6 +169,51 @@ class Lens(Installation):
         about = html.escape(repr(self))
         table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         return f"<details><summary>{about}</summary>{table}</details>"
+
+    @contextmanager
+    def replaced_around(
+        self,
+        tokens: Inputs,
+        *,
+        degree: int | None = None,
+        layers: Layers | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Generator["Lens", None, None]:
+        """`replaced`, with the errors that the polynomials make on these inputs added.
+
+        An MLP's output is f(x) + (y_0 - f(x_0)), x_0 and y_0 being those of the true model on
+        these inputs: on them the model computes what the true one does, and what an intervention
+        changes, it changes through the polynomials alone. So its effect is judged around the true
+        output, not around that of the replaced model. Passes read the same inputs, in one batch.
+
+        Args:
+            tokens, attention_mask: as in `run_with_cache`.
+            degree, layers: as in `replaced`.
+
+        Raises:
+            InvalidInputError, StalePolynomialError: as `replaced`; inputs of another shape.
+            UnsupportedModel: a layer that is used several times in a pass.
+
+        Cost: one forward pass of the true model; an error [batch, pos, d_out] for each layer.
+
+        >>> import polylens
+        >>> model = polylens.demo.load_model()
+        >>> tokens = polylens.demo.batches(polylens.demo.texts()[1], 2, 32)
+        >>> with polylens.attach(model, tokens, degree=2, progress=False) as lens:
+        ...     with lens.replaced_around(tokens):
+        ...         around = model(tokens).logits
+        ...     bool((around - model(tokens).logits).abs().max() < 1e-3)
+        True
+        """
+        chosen, degree = self.ready(layers, degree)
+        inputs, mask = opened(tokens, attention_mask)
+        batch = self.host.given(inputs, mask)
+        functions = {n: Around(n, self[n].truncate(degree)) for n in chosen}
+        with self.suspended(), torch.no_grad():
+            with self.host.observe({n: each.record for n, each in functions.items()}):
+                self.host.run(batch)
+        with self.host.substitute(functions):
+            yield self
 
     def __getattr__(self, name: str) -> Any:
         hint = f"; use {_GONE[name]}" if name in _GONE else ""
