@@ -9,6 +9,7 @@ from tests.models import HOSTS, hooked
 
 import polylens
 from polylens import InvalidInputError, UnsupportedModel, analysis
+from polylens.analysis.circuits.documents import page, rounded
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
 
@@ -453,7 +454,8 @@ def test_the_page_holds_what_the_circuit_does(traced, tmp_path):
     assert "http" not in text.replace("http-equiv", "")  # nothing is loaded
     line = next(each for each in text.splitlines() if each.startswith("const data = "))
     data = json.loads(line.removeprefix("const data = ").removesuffix(";").replace("<\\/", "</"))
-    assert data == json.loads(json.dumps(pruned.to_dict(TOKENS)))
+    assert data == json.loads(json.dumps(rounded(pruned.to_dict(TOKENS))))
+    assert data["value"] == pytest.approx(circuit.value, rel=1e-4)
     assert [node["name"] for node in data["nodes"]] == [node.name for node in pruned]
     assert len(data["edges"]) == pruned.scores.edges[0]
     features = [node for node in data["nodes"] if node["kind"] == "feature"]
@@ -466,8 +468,6 @@ def test_the_page_holds_what_the_circuit_does(traced, tmp_path):
 
 
 def test_text_that_would_end_the_script_does_not(tmp_path):
-    from polylens.analysis.circuits.documents import page
-
     text = page({"target": "</script><b>"})
     assert text.count("</script>") == 1
     assert "<\\/script>" in text
@@ -537,3 +537,13 @@ def test_features_that_recur_are_listed(lens):
             analysis.circuits(lens, **options)
     with pytest.raises(InvalidInputError, match="cosine must be"):
         found.recurring(cosine=0)
+
+
+def test_attribution_patching_is_the_gradient_of_the_true_model(traced):
+    lens, circuit = traced
+    last = [n for n in circuit if n.position == 6 and n.kind in ("feature", "rest", "error")][:4]
+    found = circuit.ablate(last)
+    for node, value in zip(last, found.gradient, strict=True):
+        slope = analysis.logit_gradient(lens, PROMPT[None], node.layer, 11, 4)[0]
+        expected = -float(slope @ circuit.writes[circuit.number(node)])
+        assert float(value) == pytest.approx(expected, abs=1e-6)

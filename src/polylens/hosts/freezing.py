@@ -126,6 +126,14 @@ class _Seen:
             self.attentions.append(call)
         if path in self.block_paths:
             self.blocks[path] = call.x, call.y
+            # of what was inside, only what attention layers consist of is looked at again
+            kept = tuple(each.path + "." for each in self.attentions)
+            inside = path + "."
+            self.projections = [
+                each
+                for each in self.projections
+                if not each.path.startswith(inside) or each.path.startswith(kept)
+            ]
 
     def model(self, tokens: Tensor, logits: Tensor) -> FrozenModel:
         n, name = len(tokens), type(self.host.module).__name__

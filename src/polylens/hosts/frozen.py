@@ -214,7 +214,8 @@ class FrozenModel(Brief):
         """(direction [d_model], constant): logits @ weights [d_vocab] at a position, of the stream
         behind the last block."""
         g = self.embedding.new_zeros(self.embedding.shape)
-        read = self.W_U.double() @ weights
+        some = weights.nonzero()[:, 0]
+        read = self.W_U[:, some].double() @ weights[some]
         g[position] = read
         constant = 0.0 if self.b_U is None else float(self.b_U.double() @ weights)
         if self.final is not None and self.final.bias is not None:

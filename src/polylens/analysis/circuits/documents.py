@@ -17,8 +17,18 @@ def page(document: dict[str, Any]) -> str:
     """One HTML file that needs nothing else."""
     template = (files("polylens.analysis.circuits") / "page.html").read_text(encoding="utf-8")
     # what closes a script would end it in a string, too
-    data = json.dumps(document, ensure_ascii=False).replace("</", "<\\/")
+    short = json.dumps(rounded(document), ensure_ascii=False, separators=(",", ":"))
+    data = short.replace("</", "<\\/")
     return template.replace("/*DATA*/null", data)
+
+
+def rounded(value: Any) -> Any:
+    """With all numbers to five digits, as many as the page can show."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def attribution_graph(document: dict[str, Any], slug: str, scan: str) -> dict[str, Any]:
