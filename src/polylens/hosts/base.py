@@ -15,6 +15,7 @@ from polylens.activations.activation import Activation
 from polylens.checks import Layer
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.hosts.batch import TOKENS, Batch, Inputs
+from polylens.hosts.offloaded import execution_device
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.factored import Polynomial
 
@@ -220,8 +221,7 @@ class Host(ABC):
 
     @property
     def device(self) -> torch.device:
-        parameter = next(self.module.parameters(), None)
-        return torch.device("cpu") if parameter is None else parameter.device
+        return execution_device(self.module)
 
     @property
     def model_name(self) -> str:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import MLPSite, Norm
+from polylens.hosts.offloaded import parameter
 
 Call = tuple[nn.Module, Tensor, Tensor]
 
@@ -53,7 +54,8 @@ def matching_norm(module: nn.Module, before: Tensor, after: Tensor) -> Norm | No
     """
     before, after = _rows(before), _rows(after)
     original = getattr(module, "original_component", None) or module
-    found = {name: p.detach() for name, p in original.named_parameters(recurse=False)}
+    named = original.named_parameters(recurse=False)
+    found = {name: parameter(original, name) for name, _ in named}
     weight, bias = found.get("weight", found.get("w")), found.get("bias", found.get("b"))
     scales = [None] if weight is None else [None, weight, 1 + weight]
     best, chosen = inf, None

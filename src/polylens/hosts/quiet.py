@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from polylens.errors import UnsupportedModel
+from polylens.hosts.offloaded import without_values
 
 
 @contextmanager
@@ -22,8 +23,11 @@ def quiet(model: nn.Module, seed: int | None = None) -> Iterator[None]:
         UnsupportedModel: weights on the meta device.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    if any(t.is_meta for t in tensors):
-        raise UnsupportedModel("the model's weights are on the meta device; load them first")
+    if nowhere := without_values(model):
+        raise UnsupportedModel(
+            f"the model's weights are on the meta device ({nowhere[0]} and {len(nowhere) - 1} "
+            "more); load them first"
+        )
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     training = [(m, m.training) for m in model.modules()]
     with torch.random.fork_rng(devices), torch.no_grad():

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from polylens.errors import UnsupportedModel
 from polylens.hosts.base import TOLERANCE, like_nested, without_padding
+from polylens.hosts.offloaded import parameter
 from polylens.hosts.quiet import quiet
 
 _NOT_ACTIVATIONS = (
@@ -40,16 +41,24 @@ class Projection:
     out_first: bool
     part: int = 0
 
-    def weight(self) -> Tensor:
-        """[d_in, d_out], a view of the module's own matrix."""
-        matrix: Any = self.module.weight
-        weight = matrix.detach()
+    def weight(self, *, as_it_is: bool = False) -> Tensor:
+        """[d_in, d_out], a view of the module's own matrix.
+
+        Args:
+            as_it_is: without values where it is offloaded; by default these are fetched.
+        """
+        weight = self._own("weight", as_it_is)
         return half(weight.T if self.out_first else weight, self.part)
 
-    def bias(self) -> Tensor | None:
+    def bias(self, *, as_it_is: bool = False) -> Tensor | None:
         """[d_out] or None."""
-        bias = getattr(self.module, "bias", None)
-        return half(bias.detach(), self.part) if isinstance(bias, Tensor) else None
+        if not isinstance(getattr(self.module, "bias", None), Tensor):
+            return None
+        return half(self._own("bias", as_it_is), self.part)
+
+    def _own(self, name: str, as_it_is: bool) -> Tensor:
+        value: Any = getattr(self.module, name)
+        return value.detach() if as_it_is else parameter(self.module, name)
 
 
 @dataclass(eq=False)

@@ -78,7 +78,7 @@ class SiteEmitter:
         polynomial = self.polynomial
         if not isinstance(polynomial, Polynomial):
             return False
-        return value.dtype == polynomial.W_in.dtype and value.device == polynomial.W_in.device
+        return value.dtype == polynomial.dtype and value.device == polynomial.device
 
     def neurons(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         """What the out-projection reads while replacing, from what the host has computed."""

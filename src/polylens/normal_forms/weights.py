@@ -1,5 +1,6 @@
 """The two normal forms that polylens fits, and nothing else."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -83,12 +84,8 @@ class _Weights(_Declared):
                     f"{self.W_in.device}; give all weights one dtype and one device"
                 )
 
-        tensors = self.tensors()
-        if self.device.type == "meta" or _finite(*tensors.values()):
-            return
-        for name, tensor in tensors.items():
-            if bad := int((~torch.isfinite(tensor)).sum()):
-                raise InvalidInputError(f"{name} has {bad} NaN or infinite entries")
+        if self.device.type != "meta":
+            require_finite(self.tensors())
 
     @classmethod
     def trusted(cls: type[_W], act: Activation, **tensors: Tensor | None) -> _W:
@@ -145,6 +142,15 @@ class _Weights(_Declared):
             f"{type(self).__name__}(d_in={self.d_in}, d_mlp={self.d_mlp}, d_out={self.d_out}, "
             f"act={self.act.name!r}, {self.dtype}, {self.device})"
         )
+
+
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """InvalidInputError for weights of these names that are not finite."""
+    if _finite(*tensors.values()):
+        return
+    for name, tensor in tensors.items():
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise InvalidInputError(f"{name} has {bad} NaN or infinite entries")
 
 
 def _finite(*tensors: Tensor) -> bool:

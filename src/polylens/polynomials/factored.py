@@ -17,6 +17,7 @@ from polylens.errors import ArtifactError, InvalidInputError
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.model import InputModel
+from polylens.normal_forms.fetched import Source, fetched, is_fetched, resident
 from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights, Sized
 from polylens.polynomials.base import Approximation, kept
 from polylens.polynomials.ends import Ends
@@ -81,7 +82,11 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
     Q: Tensor | None
     ends: Tensor | None
 
-    def __init__(
+    def __new__(cls, weights: Any = None, *_args: Any, **_kwargs: Any) -> "Polynomial":
+        elsewhere = cls is Polynomial and is_fetched(weights)
+        return object.__new__(_Elsewhere if elsewhere else cls)
+
+    def __init__(  # pyright: ignore[reportInconsistentConstructor]
         self,
         weights: MLPWeights | GLUWeights,
         m: Tensor,
@@ -97,8 +102,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         self.weights_type = type(weights)
         self.act = weights.act
         self.inputs, self.ridge, self.asymptotes = inputs, ridge, asymptotes
-        roles = {name: getattr(weights, name, None) for name in ROLES}
-        tensors = {name: None if t is None else t.detach() for name, t in roles.items()}
+        tensors = self._held_of(weights)
         for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q, ends), strict=True):
             tensors[name] = None if tensor is None else tensor.contiguous()
         self._hold(tensors)
@@ -107,6 +111,15 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
     @property
     def degree(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.P.shape[0] - 1
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return self.W_in.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.m.device
 
     @property
     def weights(  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -308,7 +321,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
             InvalidInputError: u of another size or not finite, fitted degree below 2.
         """
         self._require_degree(2, "quadratic_form(u)")
-        u = self._direction(u, self.W_out.device)
+        u = self._direction(u, self.device)
         W, _, V, _ = self._activated_first()
         powers, z_powers = self._monomials(2)
         readout = self.W_out.double() @ u
@@ -317,8 +330,8 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         return QuadraticForm(W, powers[2] * readout, V, z_powers[1] * readout)
 
     def piece(self, x: Tensor, u: Tensor) -> Piece:
-        x = self._one_input(x, self.d_in, self.W_out.device)
-        u = self._direction(u, self.W_out.device)
+        x = self._one_input(x, self.d_in, self.device)
+        u = self._direction(u, self.device)
         powers, z_powers = self._monomials(self.degree, self._dtype)
         readout = self.W_out.double() @ u
         constant = 0.0 if self.b_out is None else float(self.b_out.double() @ u)
@@ -346,7 +359,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
 
     @torch.no_grad()
     def shares(self, x: Tensor) -> Shares:
-        x = self._inputs(x, self.d_in, self.W_out.device)
+        x = self._inputs(x, self.d_in, self.device)
         powers, z_powers = self._monomials(self.degree, self._dtype)
         constant = self.m.new_zeros(self.d_out) if self.b_out is None else self.b_out.double()
         gates = [(powers, z_powers, 1.0, self.W_out)]
@@ -408,14 +421,18 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
             tensors[0] = tensors[0] + self.b_out.double()
         return tensors
 
+    def _held_of(self, weights: MLPWeights | GLUWeights) -> dict[str, Tensor | None]:
+        """The buffers that weights become."""
+        roles = {name: getattr(weights, name, None) for name in ROLES}
+        return {name: None if t is None else t.detach() for name, t in roles.items()}
+
     def _like(self, **changes: Any) -> "Polynomial":
         """The same with other attributes; tensors are shared, weights not checked again."""
-        poly = Polynomial.__new__(Polynomial)
+        poly = Polynomial.__new__(type(self))
         nn.Module.__init__(poly)
         for name in ("weights_type", "act", "inputs", "ridge", "asymptotes"):
             setattr(poly, name, changes.get(name, getattr(self, name)))
-        names = (*ROLES, *_COEFFICIENTS)
-        poly._hold({name: changes.get(name, self._buffers[name]) for name in names})
+        poly._hold(self._buffers | {n: t for n, t in changes.items() if n in self._buffers})
         poly._horner_cache = {}
         return poly
 
@@ -472,8 +489,8 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
     @property
     def _dtype(self) -> torch.dtype:
         """That of the elementwise part of evaluation."""
-        half = self.W_in.dtype in (torch.float16, torch.bfloat16)
-        return torch.float32 if half else self.W_in.dtype
+        half = self.dtype in (torch.float16, torch.bfloat16)
+        return torch.float32 if half else self.dtype
 
     def _horner(self, degree: int) -> _Horner:
         dtype = self._dtype
@@ -521,9 +538,9 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
             raise InvalidInputError(
                 f"x must be a tensor [..., {self.d_in}], got {type(x).__name__}"
             )
-        if x.shape[-1:] != (self.d_in,) or x.dtype != self.W_in.dtype:
+        if x.shape[-1:] != (self.d_in,) or x.dtype != self.dtype:
             raise InvalidInputError(
-                f"x must be [..., {self.d_in}] of {self.W_in.dtype}, got {tuple(x.shape)} of "
+                f"x must be [..., {self.d_in}] of {self.dtype}, got {tuple(x.shape)} of "
                 f"{x.dtype}; cast x, or the polynomial with .to(dtype)"
             )
 
@@ -567,7 +584,61 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         return evaluate(own.tables, v, z, mean, reuse) if fused is None else fused
 
     def _project(self, h: Tensor) -> Tensor:
-        return _affine(h.to(self.W_out.dtype), self.W_out, self.b_out)
+        return _affine(h.to(self.dtype), self.W_out, self.b_out)
+
+
+class _Elsewhere(Polynomial):
+    """One over weights that are fetched whenever they are read; the same in all else."""
+
+    source: Source
+    W_in = fetched("W_in")
+    W_out = fetched("W_out")
+    W_gate = fetched("W_gate")
+    b_gate = fetched("b_gate")
+    b_in = fetched("b_in")
+    b_out = fetched("b_out")
+
+    def _held_of(self, weights: Any) -> dict[str, Tensor | None]:
+        self.source = weights.source
+        return {}
+
+    @property
+    def weights(self) -> MLPWeights | GLUWeights:
+        return self.weights_type(self.act, self.source)  # type: ignore[arg-type]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    @property
+    def d_in(self) -> int:
+        return self.source.like["W_in"].shape[0]
+
+    @property
+    def d_mlp(self) -> int:
+        return self.source.like["W_in"].shape[1]
+
+    @property
+    def d_out(self) -> int:
+        return self.source.like["W_out"].shape[1]
+
+    def own_weights(self) -> Polynomial:
+        """In memory, from now on with a copy of the weights."""
+        return self.over(resident(self.weights))
+
+    def _like(self, **changes: Any) -> Polynomial:
+        if changes.keys() & set(ROLES):
+            return self.own_weights()._like(**changes)
+        poly = super()._like(**changes)
+        assert isinstance(poly, _Elsewhere)
+        poly.source = self.source
+        return poly
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Polynomial:
+        raise InvalidInputError(
+            "the weights under this polynomial are offloaded and are read where the model keeps "
+            "them; own_weights() has them in memory, and can be moved"
+        )
 
 
 def _affine(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:

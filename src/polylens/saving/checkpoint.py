@@ -13,6 +13,7 @@ from polylens.errors import ArtifactError
 from polylens.files import format as storage
 from polylens.hosts.base import MLPSite
 from polylens.hosts.batch import TOKENS
+from polylens.hosts.offloaded import state
 from polylens.polynomials.joint import Fitted
 from polylens.saving import lens_file as artifact
 
@@ -91,13 +92,11 @@ def identity(
     there = [step.streams[step.about].there.long() for step in steps if step.about in step.streams]
     padded = any(bool((each == 0).any()) for each in there)
     others = sorted(inputs[0].keys() - {main, "attention_mask"})
-    state = host.module.state_dict().items()
     return {
         "host": host.name,
         "weights": {
             name: storage.sha256([(f"{tensor.dtype} {list(tensor.shape)}", tensor)])
-            for name, tensor in state
-            if isinstance(tensor, Tensor) and tensor.device.type != "meta"
+            for name, tensor in state(host.module)
         },
         "tokens": _data([each[main] for each in inputs]),
         "attention_mask": _data(there) if padded else None,

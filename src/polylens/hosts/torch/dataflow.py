@@ -10,6 +10,7 @@ from polylens.activations.activation import Activation
 from polylens.activations.recognition import activation
 from polylens.errors import PolylensError, UnsupportedActivation, UnsupportedModel
 from polylens.hosts.base import TOLERANCE, Weights, relative_error
+from polylens.hosts.offloaded import execution_device, is_offloaded
 from polylens.hosts.recording import (
     Call,
     Projection,
@@ -25,7 +26,8 @@ from polylens.hosts.recording import (
     within,
 )
 from polylens.hosts.torch.functional import functional_matches
-from polylens.normal_forms.weights import GLUWeights, MLPWeights
+from polylens.normal_forms.fetched import Source, from_source
+from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,19 +69,21 @@ class Block:
 
     def tensors(self) -> dict[str, Tensor]:
         """The current parameters by role, as views in x @ W orientation."""
-        first = self.source if self.linear is None else self.linear
-        found = {
-            "W_in": first.weight(),
-            "W_out": self.out.weight(),
-            "b_in": first.bias(),
-            "b_out": self.out.bias(),
-        }
-        if self.linear is not None:
-            found |= {"W_gate": self.source.weight(), "b_gate": self.source.bias()}
-        return {name: t for name, t in found.items() if t is not None}
+        found = {role: self._read(role, as_it_is=True) for role in ROLES}
+        return {role: t for role, t in found.items() if t is not None}
+
+    def _read(self, role: str, *, as_it_is: bool = False) -> Tensor | None:
+        kind, _, part = role.partition("_")
+        if part == "gate" and self.linear is None:
+            return None
+        of = {"in": self.linear or self.source, "gate": self.source, "out": self.out}[part]
+        return of.weight(as_it_is=as_it_is) if kind == "W" else of.bias(as_it_is=as_it_is)
 
     def weights(self) -> Weights:
-        """The validated normal form over `tensors()`."""
+        """The validated normal form over `tensors()`; fetched at every use where offloaded."""
+        if is_offloaded(self.out.module):
+            source = Source(self._read, self.tensors(), execution_device(self.out.module))
+            return from_source(self.activation, source)
         kind = MLPWeights if self.linear is None else GLUWeights
         return kind(act=self.activation, **self.tensors())  # type: ignore[arg-type]
 

@@ -41,6 +41,7 @@ from polylens.hosts.batch import (
     takes,
 )
 from polylens.hosts.norms import Call, norm_behind, norm_giving, norm_read
+from polylens.hosts.offloaded import is_dispatched, parameter
 from polylens.hosts.passage import Emitting, PolyPoint, Step, Taps, editing, observing, substituting
 from polylens.hosts.quiet import quiet
 from polylens.hosts.recording import position
@@ -435,6 +436,12 @@ class TorchHost(Host):
         Raises:
             AttachmentError: experts, or what `place_of` and `require_apart` refuse.
         """
+        if is_dispatched(self.module):
+            raise AttachmentError(
+                "a model that accelerate has spread over devices, or offloaded, is not copied for "
+                "an export; lens.save(path), load the model in one place (without device_map=), "
+                "polylens.load(path, model) and export there"
+            )
         if self._passages:
             raise AttachmentError(
                 "a model with a lens on its experts cannot be exported; attach with layers= of "
@@ -546,11 +553,11 @@ class TorchHost(Host):
         table = self._embedding()
         if table is None:
             raise self._nameless()
-        return table.weight.detach()
+        return parameter(table, "weight")
 
     @property
     def unembedding(self) -> Tensor:
-        return self._head().weight.detach().T
+        return parameter(self._head(), "weight").T
 
     def _head(self) -> nn.Linear:
         module: Any = self.module
