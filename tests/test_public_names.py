@@ -1,7 +1,9 @@
 """What `import polylens` offers, and what it says of names that are gone."""
 
 import inspect
+import re
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,3 +77,14 @@ def test_what_is_public_has_a_short_repr():
         assert text.startswith(type(each).__name__)
         assert len(text) <= 300, text
         assert "tensor(" not in text
+
+
+def test_the_site_has_every_public_name():
+    pages = "".join(
+        path.read_text() for path in (Path(__file__).parent.parent / "docs" / "api").glob("*.md")
+    )
+    shown = set(re.findall(r"^::: polylens\.([\w.]+)$", pages, re.MULTILINE))
+    names = set(polylens.__all__) - {"analysis", "demo"}
+    modules = {name for name, value in vars(polylens.analysis).items() if inspect.ismodule(value)}
+    analyses = {name for name in vars(polylens.analysis) if not name.startswith("_")} - modules
+    assert names | {f"analysis.{name}" for name in analyses} == shown
