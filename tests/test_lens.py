@@ -161,6 +161,16 @@ def test_tokens_come_as_tokenizers_give_them(model):
         attach(model, batchsize=4)
 
 
+def test_what_is_not_in_the_cache_is_named(model):
+    with attach(model, layers=[0, 2]) as lens:
+        _, cache = lens.run_with_cache(TOKENS[:1], names=["in", "out"])
+    assert cache["out", -1] is cache["out", 2]
+    for wrong in ("poly_out", ("poly_out", 2), ("out", 1), ("out", -3), ("out", 2, "mlp")):
+        with pytest.raises(KeyError, match=r"one of in, out and layer one of \[0, 2\]"):
+            cache[wrong]
+    assert cache.get("poly_out") is None
+
+
 def test_a_token_is_named_by_its_text(model):
     assert model.tokenizer.decode(polylens.tokenize("schön", model, 6)[0].tolist()) == "schön"
     with attach(model, layers=[1, 3]) as lens:

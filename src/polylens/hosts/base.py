@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from polylens.activations.activation import Activation
-from polylens.checks import Layer
+from polylens.checks import Layer, from_the_end
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.hosts.batch import TOKENS, Batch, Inputs
 from polylens.hosts.offloaded import execution_device
@@ -196,6 +196,22 @@ class Emitter(Protocol):
         ...
 
 
+class Values(dict[tuple[str, Layer], Tensor]):
+    """What flowed through hook points, by (name, layer); -1 is the last layer."""
+
+    def __missing__(self, key: object) -> Tensor:
+        names = list(dict.fromkeys(name for name, _ in self))
+        layers = list(dict.fromkeys(layer for _, layer in self))
+        if isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], int):
+            counted = (key[0], from_the_end(key[1], layers))
+            if counted != key and counted in self:
+                return self[counted]
+        raise KeyError(
+            f"{key!r}: keys are (name, layer), with name one of {', '.join(map(str, names))} and "
+            f"layer one of {layers}"
+        )
+
+
 class Host(ABC):
     """One model in one framework. x is [..., d_in], y is [..., d_out] throughout.
 
@@ -337,7 +353,7 @@ class Host(ABC):
         Raises:
             InvalidInputError: a layer that is not installed, or an unknown name.
         """
-        values: dict[tuple[str, Layer], Tensor] = {}
+        values = Values()
         wanted = [names] if isinstance(names, str) else names if names is None else list(names)
         with ExitStack() as stack:
             for layer in layers:
