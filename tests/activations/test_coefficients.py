@@ -197,3 +197,56 @@ def test_bad_moments():
     ):
         with pytest.raises(InvalidInputError, match=message):
             act.hermite_coefficients(m, s, degree)
+
+
+@pytest.mark.parametrize("name", ["tanh", "silu", "gelu_new", "softplus", "mish", "elu", "gelu"])
+def test_of_narrow_gaussians_every_coefficient_keeps_its_digits(name):
+    """c_k / s^k is E[act^(k)], however narrow; quadrature leaves 1e-16 / s^k of it."""
+    mpmath = pytest.importorskip("mpmath")
+    mp = mpmath.mp
+    functions = {
+        "tanh": mp.tanh,
+        "silu": lambda y: y / (1 + mp.exp(-y)),
+        "gelu_new": lambda y: (
+            y / (1 + mp.exp(-mp.sqrt(8 / mp.pi) * y * (1 + mp.mpf(0.044715) * y * y)))
+        ),
+        "softplus": lambda y: mp.log(1 + mp.exp(y)),
+        "mish": lambda y: y * mp.tanh(mp.log(1 + mp.exp(y))),
+        "elu": lambda y: y if y > 0 else mp.exp(y) - 1,
+        "gelu": lambda y: y * mp.erfc(-y / mp.sqrt(2)) / 2,
+    }
+    with mpmath.workdps(50):
+        for m in (-3.0, -0.3, 0.7, 3.0):
+            taylor = mp.taylor(functions[name], mp.mpf(m), 7)
+            for s in (1e-3, 1e-5, 1e-7):
+                got = activation(name).hermite_coefficients(
+                    *torch.tensor([[m], [s]], dtype=torch.float64), 3
+                )
+                for k in range(4):
+                    # E[f^(k)(m + s xi)] / k!, to s^4
+                    true = float(
+                        sum(
+                            taylor[k + 2 * j]
+                            * mp.binomial(k + 2 * j, k)
+                            * mp.fac2(2 * j - 1)
+                            * mp.mpf(s) ** (2 * j)
+                            for j in range(3)
+                        )
+                    )
+                    value = float(got[k]) / float(mp.mpf(s) ** k * mp.factorial(k))
+                    assert value == pytest.approx(true, rel=1e-8, abs=1e-12), (m, s, k)
+
+
+def test_a_kink_beside_a_narrow_gaussian_is_seen():
+    """SELU's second derivative jumps at 0: a window of one side must not reach over it."""
+    act = activation("selu")
+    s = torch.tensor([1e-6], dtype=torch.float64)
+    for ratio in (-30.0, -12.0, -3.0, 0.0, 3.0, 12.0, 30.0):
+        m = ratio * s
+        own = leaky_relu(0.0).hermite_coefficients(m, s, 4)
+        below = leaky_relu(0.0).hermite_coefficients(-m, s, 4)
+        scale, alpha = 1.0507009873554805, 1.6732632423543772
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0, 1.0], dtype=torch.float64)[:, None]
+        lines = scale * own - scale * alpha * signs * below  # e^y - 1 = y to 1e-6
+        got = act.hermite_coefficients(m, s, 4)
+        assert float((got - lines).norm() / lines.norm()) < 1e-4

@@ -191,7 +191,7 @@ def _asymptote(
     slope = round(steps[1], 6)
     if slopes is not None:
         given = float(slopes[(side + 1) // 2])
-        if not abs(given - steps[1]) <= 1e-2 * (1 + abs(given)):
+        if not abs(given - steps[1]) <= 1e-3 * (1 + abs(given)):
             raise UnsupportedActivation(
                 f"{name!r} has slope {steps[1]:.6g} towards {side * math.inf}, not {given:g}"
             )

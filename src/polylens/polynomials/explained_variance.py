@@ -38,6 +38,8 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights, check_weights
 
 # Panels on which GELU, whose coefficients need none, is smooth.
 GELU_PANELS = (-12.0, -3.0, 3.0, 12.0)
+# Neurons that are integrated at a time.
+STEP = 4096
 # Hermite polynomials He_k of the fit, in those of a component, He_j.
 _IN_BASIS = "degree k neuron, k j neuron -> degree j neuron"
 # The weights and components of a mixture, on the layer's device.
@@ -239,35 +241,44 @@ class _Series(NamedTuple):
 def _series(weights: MLPWeights | GLUWeights, moments: Preactivations) -> _Series:
     m, s, z_mean, a, r_variance = moments
     c = weights.act.hermite_coefficients(m, s, MAX_DEGREE + 1)
-    q = _square_coefficients(weights.act, m, s)
-    if isinstance(weights, GLUWeights):
-        e = times_linear(c, z_mean, a)
+    glu = isinstance(weights, GLUWeights)
+    # beyond degree 12 a constant has nothing, but its square would take the digits of what varies
+    varying = torch.cat([torch.zeros_like(c[:1]), c[1:]])
+    q = _square_coefficients(weights.act, m, s, c[0])
+    own = times_linear(varying, z_mean, a) if glu else varying[:-1]
+    mean_square = q[0]
+    if glu:
         mean_square = (z_mean.square() + a.square() + r_variance) * q[0]
         mean_square = mean_square + 2 * z_mean * a * q[1] + a.square() * q[2]
-    else:
-        e, mean_square = c[:-1], q[0]
     factorial = factorials(MAX_DEGREE + 1, c)
-    summed = (e.square() / factorial).sum(0)
+    summed = (own.square() / factorial).sum(0)
     # r_i He_{k-1}(t_i) c_{k-1} / (k-1)! of degree k <= 12
-    summed = summed + r_variance * (c[:MAX_DEGREE].square() / factorial[:MAX_DEGREE]).sum(0)
+    summed = summed + r_variance * (varying[:MAX_DEGREE].square() / factorial[:MAX_DEGREE]).sum(0)
     tail = mean_square - summed
+    e = times_linear(c, z_mean, a) if glu else c[:-1]
     return _Series(e, c[:-1], torch.where(tail > 1e-13 * mean_square, tail, 0.0))
 
 
-def _square_coefficients(act: Activation, m: Tensor, s: Tensor) -> Tensor:
-    """E[act(y)^2 He_k(t)] for k = 0, 1, 2, by quadrature between the edges of act's panels."""
+def _square_coefficients(act: Activation, m: Tensor, s: Tensor, mean: Tensor) -> Tensor:
+    """E[(act(y) - mean)^2 He_k(t)], k = 0, 1, 2, by quadrature between the edges of act's panels.
+
+    0 of a constant, whose mean is its value.
+    """
     inner = GELU_PANELS if act.closed_form is not None else ()
     edges = sorted({-math.inf, *inner, *act.edges, *act.kinks, act.split, math.inf})
-    constant = s == 0
-    safe = torch.where(constant, 1.0, s)
-    out = sum(
-        quadrature_coefficients(lambda y: act(y).square(), m, safe, lower, upper, 2)
-        for lower, upper in pairwise(edges)
-    )
-    if constant.any():
-        out[:, constant] = 0.0  # type: ignore[index]
-        out[0, constant] = act(m[constant]).square()  # type: ignore[index]
-    return out  # type: ignore[return-value]
+    safe, parts = torch.where(s > 0, s, 1.0), list[Tensor]()
+    for i in range(0, len(m), STEP):
+        chunk = slice(i, i + STEP)
+
+        def varying(y: Tensor, own: Tensor = mean[chunk, None]) -> Tensor:
+            return (act(y) - own).square()
+
+        panels = [
+            quadrature_coefficients(varying, m[chunk], safe[chunk], lower, upper, 2)
+            for lower, upper in pairwise(edges)
+        ]
+        parts.append(torch.stack(panels).sum(0))
+    return torch.where(s > 0, torch.cat(parts, 1), 0.0)
 
 
 def _sum_over_pairs(
