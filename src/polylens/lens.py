@@ -281,14 +281,23 @@ class Lens(Installation):
         export.require_equal(host.example_outputs(model), expected)
         return model
 
-    def save(self, path: str | os.PathLike[str], report: Report | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        report: Report | None = None,
+        *,
+        moments: bool = False,
+    ) -> None:
         """Write the polynomials to one file, for `polylens.load(path, model)`.
 
-        Coefficients and fingerprints of the weights are kept, not the weights and not the input
-        models: about 8 (degree + 1)^2 bytes for each neuron of a GLU. A crash leaves the old
-        file or the new one, nothing in between.
+        What replaces each layer, the optima, how good they are, and fingerprints of the weights
+        are kept, not the weights: about 16 (degree + 1)^2 bytes for each neuron of a GLU. What a
+        loaded lens is asked for has the numbers that it had, or is refused by name. A crash
+        leaves the old file or the new one, nothing in between.
 
         Args:
+            moments: also keep mean and covariance of each layer's inputs, 8 d_in^2 bytes for each
+                layer, which features in their metric need.
             report: is kept with them, text around its worst tokens included (none with
                 `report(worst=0)`), as `saved_report` of the lens that is loaded.
 
@@ -297,7 +306,7 @@ class Lens(Installation):
             ArtifactError, OSError: the file cannot be written.
         """
         checked = self.verify(self.layers).items()
-        entries = [artifact.entry(self.sites[n], self[n], sums) for n, sums in checked]
+        entries = [artifact.entry(self.sites[n], self[n], sums, moments) for n, sums in checked]
         artifact.write(path, self.header(report), entries)
 
     def header(self, report: Report | None = None) -> dict[str, Any]:

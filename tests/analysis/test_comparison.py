@@ -125,7 +125,7 @@ def test_lenses_are_compared_layer_by_layer(models, tmp_path):
         assert found[1].distance > 0.05
         assert found[0].count("kept") == 6
         inputs = input_moments(a, 1)
-        f, g = (lens[1].without_ends().double() for lens in (a, b))
+        f, g = (lens[1].optimum().double() for lens in (a, b))
         x = inputs.sample(100_000, generator(1))
         expected = float((f(x) - g(x)).square().sum(1).mean() / f(x).var(0).sum())
         assert found[1].distance == pytest.approx(expected, rel=0.03)

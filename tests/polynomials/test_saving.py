@@ -211,7 +211,7 @@ FORGED = {
     "no degree": lambda meta, t: meta.update(degree="three"),
     "no layer": lambda meta, t: meta.update(layer=None),
     "a layer of another size": lambda meta, t: t.update({"layer.W_in": t["layer.W_in"][:, 1:]}),
-    "swapped ends": lambda meta, t: t.update(ends=t["ends"].flip(0)),
+    "swapped ends": lambda meta, t: t.update(ends=t["ends"].flip(-2)),
     "a ridge of text": lambda meta, t: meta.update(ridge="0"),
     "no metadata": lambda meta, t: meta.clear(),
     "r2 of another degree": lambda meta, t: t.update(r2=torch.ones(2).double()),

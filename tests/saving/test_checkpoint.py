@@ -91,17 +91,17 @@ def test_finished_layers_are_not_fitted_again_on_any_host(make, tmp_path, monkey
     model, fits, solve = make(small()), [], NeuronGram.solve
     monkeypatch.setattr(NeuronGram, "solve", lambda self, **o: fits.append(1) or solve(self, **o))
     with attach(model, None) as lens:
-        expected = tables(lens)
+        expected, of_one = tables(lens), len(fits) // len(lens)
     interrupted(monkeypatch, model, tmp_path / "x", 2)
     fits.clear()
     with attach(model, tmp_path / "x", offload=tmp_path) as lens:
         assert_same_bits(tables(lens), expected)
-    assert len(fits) == 1
+    assert len(fits) == of_one
     contents = (tmp_path / "x").read_bytes()
     with attach(model, tmp_path / "x") as lens:
         assert_same_bits(tables(lens), expected)
         summary = lens.inputs_summary
-    assert len(fits) == 1
+    assert len(fits) == of_one
     assert (tmp_path / "x").read_bytes() == contents
     with polylens.load(tmp_path / "x", model) as lens:
         assert_same_bits(tables(lens), expected)

@@ -16,6 +16,7 @@ from torch import nn
 
 import polylens
 from polylens import DensePolynomial, JointPolynomial, Polynomial
+from polylens.errors import InvalidInputError
 from polylens.files.format import within
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*was written when the first position:UserWarning")
@@ -112,6 +113,11 @@ def test_polynomials(path, tmp_path):
         exact = {"rtol": 1e-12, "atol": 1e-12}
         torch.testing.assert_close(poly.all_degrees(then["x"]), then["all degrees"], **exact)
         torch.testing.assert_close(poly.r2, then["r2"], **exact)
+        if not poly.has_optimum:  # of the layer as a whole nothing true was in the file
+            assert poly.ends is not None
+            with pytest.raises(InvalidInputError, match="attach"):
+                poly.linear()
+            continue
         torch.testing.assert_close(poly.linear()[0], then["beta"], **exact)
         gamma = poly.quadratic_form(then["u"]).to_dense()
         torch.testing.assert_close(gamma, then["gamma"], **exact)

@@ -91,7 +91,7 @@ def test_only_coefficients_are_stored(tmp_path):
     model = llama(intermediate_size=4096)
     with attach(model) as lens:
         lens.save(tmp_path / "lens")
-        numbers = sum(site.d_mlp for site in lens.sites.values()) * (10 + 6 + 2 + 2)
+        numbers = sum(site.d_mlp for site in lens.sites.values()) * (2 * (10 + 6) + 2 * 5 + 2)
     assert (tmp_path / "lens").stat().st_size < 8 * numbers + 8192
 
 

@@ -299,7 +299,7 @@ def _changes_of(
 
 
 def _per_neuron(first: Any, second: Any) -> tuple[Polynomial, Polynomial]:
-    """Both without ends."""
+    """The optima of both."""
     pair = list[Polynomial]()
     for each in (first, second):
         check_polynomial(each)
@@ -308,7 +308,7 @@ def _per_neuron(first: Any, second: Any) -> tuple[Polynomial, Polynomial]:
                 f"a {each.kind} has no neurons that could be compared; fit per neuron, by the "
                 'estimators "samples" or "gaussian"'
             )
-        pair.append(each.without_ends())
+        pair.append(each.optimum())
     f, g = pair
     a, b = f.weights, g.weights
     if type(a) is not type(b) or (f.d_in, f.d_out) != (g.d_in, g.d_out):

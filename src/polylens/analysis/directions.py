@@ -9,7 +9,7 @@ from torch import Tensor
 
 from polylens.activations.hermite import times_linear
 from polylens.analysis.arguments import check_polynomial
-from polylens.analysis.metric import check_count, linalg
+from polylens.analysis.metric import check_count, gaussian_of, linalg
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
@@ -72,6 +72,7 @@ def degree_energy(polynomial: Any, degree: int = 2) -> Tensor:
     check_polynomial(polynomial)
     gaussian = polynomial.inputs
     if not isinstance(gaussian, Gaussian):
+        gaussian_of(gaussian)  # refuses one that was left out of a file, and says how to have it
         raise InvalidInputError(
             "energies by degree need a polynomial fitted to Gaussian inputs, where parts of "
             f"different degree are orthogonal; this one has {type(gaussian).__name__}"

@@ -317,7 +317,7 @@ def second_order(polynomial: Any, u: Tensor) -> tuple[float, Tensor, QuadraticFo
     In float64 whatever the dtype of the weights, and without the clipping of preactivations.
     """
     form = polynomial.quadratic_form(u)
-    exact = polynomial.truncate(2).without_ends().double()
+    exact = polynomial.optimum(2).double()
     with torch.enable_grad():
         origin = u.new_zeros(polynomial.d_in).requires_grad_()
         value = exact(origin[None])[0] @ u

@@ -82,10 +82,10 @@ def embedding_activations(
 def input_moments(lens: Any, layer: Layer) -> Gaussian:
     """Mean and covariance of a layer's inputs, under what its polynomial was fitted to.
 
-    A fit to samples has kept no moments, nor has a loaded lens: then those that the norm in front
-    of the layer implies.
+    An input model without moments: those that the norm in front of the layer implies.
 
     Raises:
+        InvalidInputError: a lens loaded from a file without moments.
         UnsupportedModel: neither; the layer does not read a norm's output.
     """
     own = gaussian_of(lens[layer].inputs)

@@ -27,13 +27,18 @@ class Metric:
     Attributes:
         L: [d_in, rank], a diagonal [d_in], or None for the plain inner product.
         d_in: size of the inputs.
-        gaussian: mean and covariance of the inputs, from which activations are measured; None
-            where nothing is known of them.
+        inputs: whose mean and covariance activations are measured from; None where nothing is
+            known of them.
     """
 
     L: Tensor | None
     d_in: int
-    gaussian: Gaussian | None = None
+    inputs: InputModel | None = None
+
+    @property
+    def gaussian(self) -> Gaussian | None:
+        """Mean and covariance of the inputs, if there are any."""
+        return gaussian_of(self.inputs)
 
     @property
     def rank(self) -> int:
@@ -44,16 +49,19 @@ class Metric:
 
     def center(self) -> Tensor:
         """[d_in] mean of the inputs, zero where nothing is known of them."""
-        if self.gaussian is not None:
-            return self.gaussian.mean
+        gaussian = self.gaussian
+        if gaussian is not None:
+            return gaussian.mean
         device = None if self.L is None else self.L.device
         return torch.zeros(self.d_in, dtype=torch.float64, device=device)
 
     def variance(self, vectors: Tensor) -> Tensor:
         """[k] of x . vectors [d_in, k]; zero where nothing is known of the inputs."""
-        if self.gaussian is None:
+        gaussian = self.gaussian
+        if gaussian is None:
             return torch.zeros_like(vectors[0])
-        return linalg.vecdot(vectors, self.gaussian.cov_matmul(vectors), dim=0)
+        cov_vectors = gaussian.to(vectors.device).cov_matmul(vectors)
+        return linalg.vecdot(vectors, cov_vectors, dim=0)
 
     def out_of(self, z: Tensor) -> Tensor:
         """L z for z [rank, n]: from white coordinates to input space."""
@@ -86,8 +94,7 @@ def metric_of(polynomial: Any, metric: MetricLike) -> Metric:
             metric, or one that is zero.
     """
     d_in, device = polynomial.d_in, _device(polynomial)
-    own = gaussian_of(polynomial.inputs)
-    own = None if own is None else own.to(device)
+    own = polynomial.inputs
     if metric is None:
         return Metric(None, d_in, own)
     if isinstance(metric, str):
@@ -96,7 +103,7 @@ def metric_of(polynomial: Any, metric: MetricLike) -> Metric:
                 f"metric={metric!r} is unknown; None, 'covariance', an input model or a tensor "
                 f"[{d_in}, {d_in}] are possible"
             )
-        gaussian = own
+        gaussian = gaussian_of(own)
         if gaussian is None:
             raise InvalidInputError(
                 "metric='covariance' needs an input model with a covariance, this polynomial has "

@@ -26,7 +26,7 @@ from polylens.checks import Layer, Layers, check_layers, label
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.fitting.fit import fit
 from polylens.inputs.gaussian import Gaussian
-from polylens.inputs.seen import Seen
+from polylens.inputs.seen import LeftOut, Seen
 from polylens.lens import Lens
 from polylens.report.columns import BY_NAME, MISSING
 from polylens.report.report import Report
@@ -326,7 +326,8 @@ def _layers_table(lens: Lens, report: Report) -> str:
         site, polynomial = lens.sites[row.layer], lens[row.layer]
         held_out = r2.form(None if row.r2 is None else row.r2[top])
         moments, model_r2 = [MISSING] * 3, MISSING
-        gaussian = gaussian_of(polynomial.inputs)
+        left_out = isinstance(polynomial.inputs, LeftOut)
+        gaussian = None if left_out else gaussian_of(polynomial.inputs)
         if gaussian is not None:
             cov = gaussian.cov
             trace = cov.diagonal().sum() if cov.dim() == 2 else cov.sum()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from polylens.devices import numbers
 from polylens.errors import InvalidInputError
+from polylens.fitting.estimator import Batch
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.fitting.samples import SampleEstimator
 from polylens.inputs.samples import Flaws, joined, shaped
@@ -51,7 +52,9 @@ class JointEstimator(SampleEstimator):
                 "by neuron or a lower degree"
             )
 
-    def _begun(self, seen: PreactivationRange | None) -> "JointGram":
+    def _begun(self, seen: PreactivationRange | None, deciding: Batch | None) -> "JointGram":
+        if seen is not None and seen.inner is not None:
+            seen.inner = seen.inner[-1]
         return JointGram(self.weights, self.degree, seen)
 
 
@@ -83,6 +86,7 @@ class JointGram:
         self._weights, self._degree = weights.to(self.dtype), degree
         self._neurons = NeuronGram(weights, degree, seen=seen, linear=True)
         self._ends = None if seen is None else seen.inner
+        self._free = None if self._ends is None else NeuronGram(weights, degree)
         self._small, self._flaws = 0, Flaws()
         self._frame: tuple[Polynomial, Tensor, Tensor] | None = None
         self._train, self._test = (_Sums(size, weights.d_out, weights.device) for _ in range(2))
@@ -120,7 +124,7 @@ class JointGram:
         if self._frame is None:
             self._frame = self._standardised(x[:ROWS].to(self._weights.device, self.dtype))
         base, center, z_mean = self._frame
-        self._neurons.update(x, w)
+        self._neurons.update(x, w, beside=self._free)
         for i in range(0, len(x), ROWS):
             block = x[i : i + ROWS].to(self._weights.device, self.dtype)
             phi, beyond = features(base, center, z_mean, block, self._degree)
@@ -133,6 +137,8 @@ class JointGram:
         moments = NeuronMoments(self._weights)
         moments.update(x)
         m, s, _, _ = self._neurons.standardise = moments.standardise(fallback=1.0)
+        if self._free is not None:
+            self._free.standardise = self._neurons.standardise
         P = m.new_zeros(self._degree + 1, self._degree + 1, len(m))
         center, z_mean = x.double().mean(0), torch.zeros_like(m)
         _, _, V, b_V = branches(self._weights)
@@ -140,7 +146,8 @@ class JointGram:
             z_mean = center @ V.double()
             z_mean = z_mean if b_V is None else z_mean + b_V.double()
         Q = None if V is None else P[:, : self._degree]
-        return Polynomial(self._weights, m, s, P, Q, self._ends), center, z_mean
+        frame = Polynomial(self._weights, m, s, P, Q)
+        return frame if self._ends is None else frame.with_ends(self._ends), center, z_mean
 
     @torch.no_grad()
     def solve(self) -> JointPolynomial:
@@ -165,6 +172,8 @@ class JointGram:
             _System(own, every, _scale(*every)).correction(strength)
             for own, strength in zip(readouts, ridge, strict=True)
         ]
+        if self._free is not None:  # the readouts above are those of neurons without ends
+            base = self._free.solve(warn=False).with_replacement(base.P, base.Q)
         return JointPolynomial(base, center, z_mean, corrections, ridge, held_out)
 
 

@@ -67,6 +67,7 @@ class NeuronGram:
         self._flaws = Flaws()
         self._seen, self._linear = seen, linear
         inner = None if seen is None else seen.inner
+        inner = inner if inner is None or inner.dim() == 2 else inner[degree]
         self._ends = None if inner is None else Ends(weights.act, inner)
         self._glu = isinstance(weights, GLUWeights)
         self.size = (2 * degree if self._glu else degree) + 2
@@ -80,11 +81,19 @@ class NeuronGram:
         return float(self._gram[0, 0, 0])
 
     @torch.no_grad()
-    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+    def update(
+        self,
+        x: Tensor,
+        sample_weights: Tensor | None = None,
+        beside: "NeuronGram | None" = None,
+    ) -> None:
         """Add inputs x [..., d_in] of the layer, optionally weighted [...].
 
         Preactivations are computed in the wider dtype of x and the weights, as the layer does,
         the sums in float64. Cost: O(d_mlp (d_in + degree^2)) per sample.
+
+        Args:
+            beside: other sums that get the same preactivations; they must be standardised.
         """
         x, sample_weights = shaped(x, sample_weights, self.weights.d_in)
         if not len(x):
@@ -92,17 +101,21 @@ class NeuronGram:
         self._flaws.note(x, sample_weights)
         some = len(x) if sample_weights is None else (sample_weights > 0).sum()
         self._rows = self._rows + some
+        if beside is not None:
+            beside._rows, beside._flaws = self._rows, self._flaws
         for y, z, w in blocks(self.weights, x, sample_weights):
-            self._add(y, z, w)
+            target = self.weights.act(y)
+            self._add(y, z, w, target)
+            if beside is not None:
+                beside._add(y, z, w, target)
 
-    def _add(self, y: Tensor, z: Tensor | None, w: Tensor | None) -> None:
+    def _add(self, y: Tensor, z: Tensor | None, w: Tensor | None, target: Tensor) -> None:
         if self.standardise is None:
             moments = NeuronMoments(self.weights)
             moments.add(y, z, None)
             self.standardise = moments.standardise(fallback=1.0)
         if self._seen is not None:
             self._seen.add(y)
-        target = self.weights.act(y)
         own = self.standardise, self._ends, self.degree, self._linear
         if add_fused(self._gram, y, z, target, w, *own):
             return
@@ -152,12 +165,12 @@ class NeuronGram:
         return out
 
     @torch.no_grad()
-    def solve(self, degree: int | None = None) -> Polynomial:
+    def solve(self, degree: int | None = None, *, warn: bool = True) -> Polynomial:
         """The least-squares Polynomial of the samples so far, for every degree up to `degree`.
 
         Where features are collinear (fewer samples than features, a linear branch that is a
         function of the gate), a ridge of 1e-10 of their mean square makes the solution unique;
-        it is recorded as `ridge` on the result, with a NumericalWarning.
+        it is recorded as `ridge` on the result, and warned of by a NumericalWarning.
 
         Raises:
             InvalidInputError: no samples, a degree above the one that sums were kept for.
@@ -179,7 +192,7 @@ class NeuronGram:
                 "overflow float64 in powers; fit a lower degree or inspect the inputs"
             )
         solutions, collinear = _solve(gram, right, n, self._glu, few=int(self._rows) < size)
-        if collinear:
+        if collinear and warn:
             warnings.warn(
                 f"the features of {collinear} of {len(solutions[0])} neurons are collinear in "
                 f"these samples; a ridge of {RIDGE:g} of their mean square was added to make the "

@@ -22,6 +22,8 @@ from polylens.polynomials.joint import JointPolynomial
 TAILS = 0.05
 # Inputs that decide where the tails begin.
 FIRST = 1200
+# Inputs that are kept, to say how good the fit is.
+MEASURED = 512
 
 
 class Gram(Protocol):
@@ -48,17 +50,26 @@ class SampleEstimator(Estimator):
         self._range = None if tails is None else PreactivationRange(weights)
         self._first: list[Batch] = []
         self._gram: Gram | None = None
-        self._moments = Moments()
+        self._moments, self._some = Moments(), list[Batch]()
 
     @abstractmethod
-    def _begun(self, seen: PreactivationRange | None) -> Gram:
-        """Sums of no inputs yet; `seen` gets the range of their preactivations."""
+    def _begun(self, seen: PreactivationRange | None, deciding: Batch | None) -> Gram:
+        """Sums of no inputs yet.
+
+        Args:
+            seen: gets the range of their preactivations.
+            deciding: those that said where the tails begin.
+        """
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
         self.count += len(x)
         self._moments.update(x, sample_weights)
+        left = MEASURED - sum(len(x) for x, _ in self._some)
+        if left > 0:
+            w = None if sample_weights is None else sample_weights[:left].clone()
+            self._some.append((x[:left].clone(), w))
         if self._gram is None and not self.tails:
-            self._gram = self._begun(self._range)
+            self._gram = self._begun(self._range, None)
         if self._gram is not None:
             self._gram.update(x, sample_weights)
             return
@@ -80,23 +91,23 @@ class SampleEstimator(Estimator):
         assert self._gram is not None
         fitted = self._gram.solve()
         own = fitted.base if isinstance(fitted, JointPolynomial) else fitted
-        own.inputs = Seen.of(self._moments)
-        ends = None if self._range is None else self._range.ends
-        return fitted if ends is None else fitted.with_ends(ends)
+        own.inputs = Seen.of(self._moments, self._some)
+        ends, seen = (None, None) if self._range is None else (self._range.ends, self._range.seen)
+        return fitted if ends is None else fitted.with_ends(ends).having_seen(seen)
 
     def _decide(self, x: Tensor, w: Tensor | None) -> None:
         """Let these inputs, which are not added, say where the tails begin."""
         assert self._range is not None
         assert self.tails is not None
         self._range.inner = best_tails(self.weights, x, w, self.degree, self.tails)
-        self._gram = self._begun(self._range)
+        self._gram = self._begun(self._range, (x, w))
 
     def _decide_by_first(self) -> None:
         first, self._first = self._first, []
         if first:
             x, w = joined(first)
             self._decide(x[:FIRST], None if w is None else w[:FIRST])
-        gram = self._gram = self._gram or self._begun(self._range)
+        gram = self._gram = self._gram or self._begun(self._range, None)
         for x, w in first:
             gram.update(x, w)
 
@@ -117,8 +128,53 @@ class SamplesEstimator(SampleEstimator):
         if drawn is not None:
             self._decide(drawn.x, drawn.w)
 
-    def _begun(self, seen: PreactivationRange | None) -> NeuronGram:
-        return NeuronGram(self.weights, self.degree, self._standardise, seen)
+    def _begun(self, seen: PreactivationRange | None, deciding: Batch | None) -> Gram:
+        if seen is None or deciding is None:
+            return NeuronGram(self.weights, self.degree, self._standardise, seen)
+        return _Both(self.weights, self.degree, self._standardise, seen, deciding)
+
+
+class _Both:
+    """Normal equations of what replaces a layer, with ends, and of the optima, without.
+
+    Replacements of a lower degree, which have ends of their own, are fitted to the inputs that
+    decided these alone: their part is not worth as many sums again.
+    """
+
+    def __init__(
+        self,
+        weights: MLPWeights | GLUWeights,
+        degree: int,
+        standardise: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+        seen: PreactivationRange,
+        deciding: Batch,
+    ) -> None:
+        if standardise is None:
+            moments = NeuronMoments(weights)
+            moments.update(*deciding)
+            standardise = moments.standardise(fallback=1.0)
+        self._optima = NeuronGram(weights, degree, standardise)
+        self._replacing = NeuronGram(weights, degree, standardise, seen)
+        self._lower: list[NeuronGram] = []
+        assert seen.inner is not None
+        for k in range(1, degree):
+            inner = PreactivationRange(weights, seen.inner[k])
+            self._lower.append(NeuronGram(weights, k, standardise, inner))
+            self._lower[-1].update(*deciding)
+
+    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
+        self._replacing.update(x, sample_weights, beside=self._optima)
+
+    def solve(self) -> Polynomial:
+        top, optima = self._replacing.solve(), self._optima.solve(warn=False)
+        P, Q = top.P, top.Q
+        for k, gram in enumerate(self._lower, 1):
+            own = gram.solve(warn=False)
+            P[k, : k + 1] = own.P[k]
+            if Q is not None and own.Q is not None:
+                Q[k, :k] = own.Q[k]
+        optima.ridge = top.ridge
+        return optima.with_replacement(P, Q)
 
 
 class _Drawn:

@@ -40,7 +40,7 @@ def best_tails(
     degree: int,
     share: float,
 ) -> Tensor:
-    """[2, d_mlp] float64: ends beyond which y follows an asymptote.
+    """[degree + 1, 2, d_mlp] float64: ends beyond which y follows an asymptote, of each degree.
 
     Far from zero SiLU and GELU are 0 or y, and a polynomial that follows them there bends
     everywhere else. Of all preactivations of the layer on inputs x [n, d_in] no more than `share`
@@ -55,12 +55,12 @@ def best_tails(
     where the inputs are too few to tell, and at degree 0.
 
     Cost: about one fit to x: the normal equations of every pair are sums over the same segments
-    of sorted preactivations.
+    of sorted preactivations, and those of a lower degree their leading blocks.
     """
     size = (2 if isinstance(weights, GLUWeights) else 1) * degree + 1
     most = min(0.99, 1 - REMAINING * size / max(1, len(x)))
     infinite = torch.tensor([-torch.inf, torch.inf], dtype=torch.float64, device=weights.device)
-    ends = infinite[:, None].repeat(1, weights.d_mlp)
+    ends = infinite[:, None].repeat(degree + 1, 1, weights.d_mlp)
     small = (min(SMALL[0], share / 4), *SMALL[1:])
     few = [pair for pair in itertools.product(small, small) if sum(pair) <= most]
     sides = (LARGE, small), (small, LARGE)
@@ -70,25 +70,26 @@ def best_tails(
     sums = _Sums(weights, *checked(x, sample_weights, weights.d_in), degree)
     found = sums.choices(torch.arange(weights.d_mlp, device=weights.device), few)
     if many:
-        best = found.errors.amin(0)
+        best = found.errors[-1].amin(0)
         largest = best.topk(min(len(best), max(FEW, len(best) // LARGEST))).indices
         found = found.extended(largest, sums.choices(largest, many))
-    # The least price at which the whole share is not spent.
-    high = found.errors[0].sum() / SMALL[1]
+    # The least price at which the whole share is not spent, of each degree.
+    high = found.errors[:, 0].sum(1) / SMALL[1]
     low = torch.zeros_like(high)
     for _ in range(40):  # on the layer's device, which nothing waits for
         middle = torch.where(low > 0, (low * high).sqrt(), high * 1e-15)
-        too_much = found.spent[found.cheapest(middle)].mean() > share
+        too_much = found.spent[found.cheapest(middle)].mean((1, 2)) > share
         low, high = torch.where(too_much, middle, low), torch.where(too_much, high, middle)
-    choice = found.cheapest(high)
-    return found.ends.gather(0, choice.expand(1, 2, -1))[0]
+    for k, choice in enumerate(found.cheapest(high), 1):
+        ends[k] = found.ends.gather(0, choice.expand(1, 2, -1))[0]
+    return ends
 
 
 class _Choices(NamedTuple):
     """What pairs of shares lead to.
 
     Attributes:
-        errors: [pairs, d_mlp].
+        errors: [degrees, pairs, d_mlp].
         ends: [pairs, 2, d_mlp].
         spent: [pairs, 1] share beyond the ends.
     """
@@ -98,17 +99,21 @@ class _Choices(NamedTuple):
     spent: Tensor
 
     def cheapest(self, price: Tensor) -> Tensor:
-        """[d_mlp] index of the pair of least error + price * share."""
-        return (self.errors + price * self.spent).min(0).indices
+        """[degrees, d_mlp] index of the pair of least error + price [degrees] * share."""
+        return (self.errors + price[:, None, None] * self.spent).min(1).indices
 
     def extended(self, neurons: Tensor, more: "_Choices") -> "_Choices":
         """With further pairs, of some neurons only."""
-        errors = self.errors.new_full((len(more.errors), self.errors.shape[1]), torch.inf)
-        errors[:, neurons] = more.errors
-        ends = self.ends[:1].repeat(len(errors), 1, 1)
+        degrees, _, d_mlp = self.errors.shape
+        errors = self.errors.new_full((degrees, len(more.spent), d_mlp), torch.inf)
+        errors[:, :, neurons] = more.errors
+        ends = self.ends[:1].repeat(len(more.spent), 1, 1)
         ends[:, :, neurons] = more.ends
-        joined = zip(self, (errors, ends, more.spent), strict=True)
-        return _Choices(*(torch.cat(pair) for pair in joined))
+        return _Choices(
+            torch.cat([self.errors, errors], 1),
+            torch.cat([self.ends, ends]),
+            torch.cat([self.spent, more.spent]),
+        )
 
 
 class _Sums:
@@ -155,7 +160,9 @@ class _Sums:
         grams += below[[lower.index(i) for i in begins]]
         grams += above[[upper.index(i) for i in stops]]
         ends = torch.stack([lowest[begins], highest[[i - 1 for i in stops]]], 1)
-        errors = _least_squares(grams)
+        by = 1 if self._z is None else 2
+        sizes = [by * k + 1 for k in range(1, self._gram.degree + 1)]
+        errors = _least_squares(grams, sizes)
         errors *= self._weights.W_out[neurons].double().square().sum(1)
         spent = errors.new_tensor([[(p + q) / n] for p, q in counts])
         return _Choices(errors, ends, spent)
@@ -210,8 +217,12 @@ def _sorted(y: Tensor) -> Tensor:
     return torch.from_numpy(order)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _least_squares(grams: Tensor) -> Tensor:
-    """Least sums of squares, from Gram matrices [..., n, n] of features and, last, a target."""
+def _least_squares(grams: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Least sums of squares [sizes, ...] by the first features.
+
+    Args:
+        grams: Gram matrices [..., n, n] of features and, last, a target.
+    """
     diagonal = grams.diagonal(dim1=-2, dim2=-1)
     scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt()
     system = grams * scale[..., :, None] * scale[..., None, :]
@@ -219,6 +230,7 @@ def _least_squares(grams: Tensor) -> Tensor:
     system = system[..., :-1, :-1]
     own = torch.where(diagonal > 0, RIDGE, 1.0)[..., :-1]
     L, info = linalg.cholesky_ex(system + torch.diag_embed(own))
-    explained = linalg.solve_triangular(L, right, upper=False).square().sum((-2, -1))
+    squares = linalg.solve_triangular(L, right, upper=False).square().squeeze(-1)
+    explained = torch.stack([squares[..., :size].sum(-1) for size in sizes])
     errors = (1 - explained).clamp(min=0) * diagonal[..., -1]
     return torch.where((info == 0) & errors.isfinite(), errors, torch.inf)

@@ -1,6 +1,7 @@
 """What every model of a layer's inputs knows, whatever it consists of."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -41,6 +42,9 @@ class InputModel(ABC):
     """
 
     models: ClassVar[dict[str, type["InputModel"]]] = {}
+    # Whether figures are averages over inputs, and whether over few enough to take them any time.
+    measured: bool = False
+    quick: bool = False
 
     def __init_subclass__(cls) -> None:
         InputModel.models[cls.__name__] = cls
@@ -53,6 +57,10 @@ class InputModel(ABC):
     @abstractmethod
     def r2(self, polynomial: Fitted) -> Tensor:
         """[degree + 1] share of the layer's variance that the polynomial explains under this."""
+
+    def average(self, of: Callable[[Tensor], Tensor], layer: Layer) -> Tensor:
+        """Mean over inputs of of(x [n, d_in]) [..., n], where it is `measured`."""
+        raise InvalidInputError(f"a {type(self).__name__} has no inputs to take averages over")
 
     def mean_and_cov(self) -> tuple[Tensor, Tensor] | None:
         """Mean [d_in] and covariance [d_in, d_in] or its diagonal; None where they are not kept."""
@@ -78,6 +86,8 @@ def from_record(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> InputMo
     Raises:
         ArtifactError: a model that is unknown here, or tensors that it cannot have.
     """
+    if "left_out" in metadata:
+        return InputModel.models["LeftOut"](str(metadata["left_out"]))  # pyright: ignore
     name = metadata.get("model")
     if name is None:
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 from polylens.checks import floating
 from polylens.devices import numbers
 from polylens.errors import InvalidInputError
-from polylens.inputs.model import Fitted, InputModel
+from polylens.inputs.model import Fitted, InputModel, Layer
 from polylens.inputs.residuals import ResidualSums
 
 linalg: Any = torch.linalg  # without types
@@ -40,6 +40,8 @@ class Samples(InputModel):
     >>> polylens.fit(layer, polylens.Samples(x), 2)(x).round().squeeze()  # three points, a parabola
     tensor([1., 1., 5.])
     """
+
+    measured = True
 
     def __init__(
         self,
@@ -95,6 +97,14 @@ class Samples(InputModel):
                 yield x[i : i + size].to(device, dtype), w
         if empty:
             raise InvalidInputError("no samples: the iterator is empty, nothing to fit to")
+
+    @torch.no_grad()
+    def average(self, of: Callable[[Tensor], Tensor], layer: Layer) -> Tensor:
+        total, weight = torch.zeros((), device=layer.device), 0.0
+        for x, sample_weights in self.batches(layer.dtype, layer.device):
+            w = x.new_ones(len(x)) if sample_weights is None else sample_weights
+            total, weight = total + of(x).double() @ w.double(), weight + float(w.sum())
+        return total / weight
 
     @torch.no_grad()
     def r2(self, polynomial: Fitted) -> Tensor:

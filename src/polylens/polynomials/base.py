@@ -20,6 +20,9 @@ from polylens.polynomials.shares import Shares
 
 Self = TypeVar("Self", bound="Approximation")
 
+# What is known of how good a polynomial is, by degree, and kept in files.
+FIGURES = ("r2", "replacement_r2", "beyond")
+
 
 class Approximation(nn.Module):
     """A polynomial that approximates a layer under a model of its inputs.
@@ -33,17 +36,20 @@ class Approximation(nn.Module):
     d_out: int
     weights: MLPWeights | GLUWeights | None
     inputs: InputModel | None
+    # Whether the optima are known beside what replaces the layer: not in every file of before.
+    has_optimum: bool = True
     _r2: Tensor | None = None
+    _replacement_r2: Tensor | None = None
+    _beyond: Tensor | None = None
 
     @property
     def r2(self) -> Tensor:
         """[degree + 1] float64, share of the layer's variance explained by each degree's optimum.
 
         Under the input model of the fit: closed form under a Gaussian (see
-        `explained_variance` for its bounds) or a mixture, over the samples under Samples. Of a
-        constant output it is 1 if the polynomial reproduces it, else 0. Where there are ends, over
-        the samples it is that of what is evaluated, and in closed form that of the optimum
-        without them. Computed once,
+        `explained_variance` for its bounds) or a mixture, over the samples under Samples; in a
+        lens that was fitted to tokens, over some hundred of the inputs that were seen. Of a
+        constant output it is 1 if the polynomial reproduces it, else 0. Computed once,
         O(d_mlp^2 (d_in + d_out)), and saved with the polynomial if it was.
 
         Raises:
@@ -51,14 +57,112 @@ class Approximation(nn.Module):
                 loaded from a file, where samples are not kept.
         """
         if self._r2 is None:
-            if self.weights is None or not isinstance(self.inputs, InputModel):
-                raise InvalidInputError(
-                    "R2 needs the layer and the input model that the polynomial was fitted to, and "
-                    "this one has none: a part has none, and samples are not saved (read r2 before "
-                    "you save, then it is). Fit again, or measure R2 on data"
-                )
-            self._r2 = self.inputs.r2(cast("Fitted", self))
+            self._r2 = self._model("R2").r2(cast("Fitted", self.optimum()))
         return self._r2
+
+    @property
+    def replacement_r2(self) -> Tensor:
+        """[degree + 1] as `r2`, of what replaces the layer at each degree, with its ends.
+
+        Raises:
+            InvalidInputError: as `r2`; ends under a Gaussian or a mixture, without closed form.
+        """
+        if self._replacement_r2 is None:
+            if self.ends is None:
+                return self.r2
+            self._replacement_r2 = self._measurable("R2 of a polynomial with ends").r2(
+                cast("Fitted", self)
+            )
+        return self._replacement_r2
+
+    @property
+    def beyond(self) -> Tensor:
+        """[degree + 1] share of the layer's preactivations that lie beyond the ends of each degree.
+
+        Raises:
+            InvalidInputError: as `replacement_r2`.
+        """
+        if self._beyond is None:
+            if self.ends is None:
+                return torch.zeros(self.degree + 1, dtype=torch.float64)
+            model = self._measurable("a share beyond ends")
+            assert self.weights is not None
+            self._beyond = model.average(self._outside, self.weights)
+        return self._beyond
+
+    @property
+    def ends(self) -> Tensor | None:
+        """Lowest and highest preactivations where what is evaluated ends; None without ends."""
+        return None
+
+    def outside(self, y: Tensor) -> Tensor:
+        """[degree + 1, ...] share of the neurons of preactivations y [..., d_mlp] beyond ends."""
+        raise NotImplementedError
+
+    def _outside(self, x: Tensor) -> Tensor:
+        """`outside` at inputs x [n, d_in]."""
+        assert self.weights is not None
+        return self.outside(self.weights.neurons(x)["y"])
+
+    def _model(self, what: str) -> InputModel:
+        if self.weights is None or not isinstance(self.inputs, InputModel):
+            raise InvalidInputError(
+                f"{what} needs the layer and the input model that the polynomial was fitted to, "
+                "and this one has none: a part has none, samples are not saved (read r2 before you "
+                "save, then it is), and a lens file has input models only with save(path, "
+                "moments=True). Fit again, or measure R2 on data"
+            )
+        return self.inputs
+
+    def _measurable(self, what: str) -> InputModel:
+        model = self._model(what)
+        if not model.measured:
+            raise InvalidInputError(
+                f"{what} has no closed form under a {type(model).__name__}; measure it on data "
+                "with lens.report(tokens), or fit(weights, Samples(x))"
+            )
+        return model
+
+    def figures(self) -> dict[str, Tensor]:
+        """What files keep of how good it is: what was read, and what is cheap to measure now."""
+        if self.weights is not None and isinstance(self.inputs, InputModel) and self.inputs.quick:
+            _ = self.r2, self.replacement_r2, self.beyond
+        return self._known_figures()
+
+    def _known_figures(self) -> dict[str, Tensor]:
+        own = {name: getattr(self, f"_{name}") for name in FIGURES}
+        return {name: value for name, value in own.items() if value is not None}
+
+    def take_figures(self, tensors: Mapping[str, Tensor]) -> None:
+        """Those that a file has."""
+        there = {name: (self.degree + 1,) for name in FIGURES if name in tensors}
+        for name, value in zip(there, checked(tensors, there), strict=True):
+            setattr(self, f"_{name}", value)
+
+    def _take_figures(self, other: "Approximation", degree: int | None = None) -> None:
+        """Those of another one, up to a degree."""
+        for name in FIGURES:
+            value = getattr(other, f"_{name}")
+            stop = None if degree is None else degree + 1
+            setattr(self, f"_{name}", None if value is None else value[:stop])
+
+    def how_good(self) -> str:
+        """R2 of optima and replacement where they are known, and the share beyond ends."""
+        try:
+            figures = self.figures()
+        except InvalidInputError:
+            return ""
+        if "r2" not in figures:
+            return "" if self.ends is None else ", with ends"
+        optima = ", ".join(f"{r2:.4f}" for r2 in map(float, figures["r2"][1:]))
+        optima = f"optima of degree 1 ... {self.degree}: R² {optima}" if optima else ""
+        if "replacement_r2" not in figures or "beyond" not in figures:
+            return f", {optima}" * bool(optima)
+        r2, beyond = (float(figures[name][-1]) for name in ("replacement_r2", "beyond"))
+        return (
+            f"\n  replacement (with ends): R² {r2:.4f}, {beyond:.2%} of preactivations beyond ends"
+            f"\n  {optima} (without ends)"
+        )
 
     def optimum_r2(self, gaussian: Gaussian) -> Tensor:
         """`r2` of the optimum of every degree under a Gaussian, in closed form."""
@@ -68,9 +172,13 @@ class Approximation(nn.Module):
         """`r2` under a mixture of these (weight, component), in closed form."""
         raise InvalidInputError(f"a {self.kind} has no closed form of R2 under a mixture")
 
-    def without_ends(self: Self) -> Self:
-        """The polynomial that the coefficients are of, everywhere."""
-        return self
+    def optimum(self, degree: int | None = None) -> "Approximation":
+        """The polynomial, without ends, that explains most of all of this form and degree."""
+        return self if degree is None else self.truncate(degree)
+
+    def truncate(self, degree: int) -> "Approximation":
+        """The fit of a lower degree."""
+        raise NotImplementedError
 
     def piece(self, x: Tensor, u: Tensor) -> Piece:
         """The ordinary polynomial that this is around one input x [d_in], along u [d_out].
@@ -117,9 +225,7 @@ class Approximation(nn.Module):
         """
         metadata, tensors = self.record()
         context, beside = context_record(self.weights, self.inputs)
-        if self._r2 is not None:
-            beside["r2"] = self._r2
-        storage.write(path, self.kind, metadata | context, tensors | beside)
+        storage.write(path, self.kind, metadata | context, tensors | beside | self.figures())
 
     @classmethod
     def load(cls: type[Self], path: str | os.PathLike[str]) -> Self:
@@ -135,8 +241,7 @@ class Approximation(nn.Module):
         with reading(path):
             weights, inputs = context_of(metadata, tensors)
             loaded = cls.of_record(weights, metadata, tensors, inputs)
-            if "r2" in tensors:
-                (loaded._r2,) = checked(tensors, {"r2": (loaded.degree + 1,)})
+            loaded.take_figures(tensors)
         return loaded
 
     def record(self) -> Record:
@@ -160,7 +265,7 @@ class Approximation(nn.Module):
 
     def _forget(self) -> None:
         """Let go of what was derived from tensors that are others now."""
-        self._r2 = None
+        self._r2 = self._replacement_r2 = self._beyond = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         # what is loaded would be written to tensors that the layer, or another degree, may share

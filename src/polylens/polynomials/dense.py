@@ -148,7 +148,7 @@ class DensePolynomial(Approximation):
             residual=self.residual if degree == self.degree else None,
             dtype=self.dtype,
         )
-        lower._r2 = None if self._r2 is None else self._r2[: degree + 1]
+        lower._take_figures(self, degree)
         return lower
 
     def linear(self) -> tuple[Tensor, Tensor]:

@@ -135,20 +135,24 @@ class PreactivationRange:
 
     Args:
         weights: the layer.
-        inner: [2, d_mlp], ends that lie further inside, as of `best_tails`.
+        inner: [2, d_mlp] or of each degree [degree + 1, 2, d_mlp], ends that lie further inside,
+            as of `best_tails`.
+
+    Attributes:
+        seen: [2, d_mlp] in float64; None before the first input.
     """
 
     def __init__(self, weights: MLPWeights | GLUWeights, inner: Tensor | None = None) -> None:
         self.weights, self.inner = weights, inner
-        self._seen: Tensor | None = None
+        self.seen: Tensor | None = None
 
     @property
     def ends(self) -> Tensor | None:
-        """[2, d_mlp] in float64; None before the first input."""
-        if self._seen is None or self.inner is None:
-            return self._seen
-        low, high = self.inner
-        return torch.stack([self._seen[0].maximum(low), self._seen[1].minimum(high)])
+        """As `inner`, or `seen` without it; None before the first input."""
+        if self.seen is None or self.inner is None:
+            return self.seen
+        low, high = self.inner.unbind(-2)
+        return torch.stack([self.seen[0].maximum(low), self.seen[1].minimum(high)], -2)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -162,9 +166,9 @@ class PreactivationRange:
             return
         # aminmax along rows takes ten times as long on CPUs
         low, high = y.amin(1).double(), y.amax(1).double()
-        if self._seen is not None:
-            low, high = low.minimum(self._seen[0]), high.maximum(self._seen[1])
-        self._seen = torch.stack([low, high])
+        if self.seen is not None:
+            low, high = low.minimum(self.seen[0]), high.maximum(self.seen[1])
+        self.seen = torch.stack([low, high])
 
 
 def _constant_where(there: Tensor, powers: Tensor, v: Tensor) -> Tensor:

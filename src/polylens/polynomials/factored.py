@@ -32,7 +32,7 @@ from polylens.polynomials.shares import Shares, Term
 
 # Share of the largest number of a dtype that coefficients may have: Horner's rule multiplies.
 HEADROOM = 1e-4
-_COEFFICIENTS = ("m", "s", "P", "Q", "ends")
+_COEFFICIENTS = ("m", "s", "P", "Q", "E", "optimum_P", "optimum_Q", "seen")
 
 
 class _Horner(NamedTuple):
@@ -51,20 +51,28 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
     """h_i = P_i(t_i) + z_i Q_i(t_i) per neuron, f(x) = h W_out + b_out.
 
     t = (y - m) / s standardises the activated preactivation y; z is a GLU's linear branch and
-    Q is None for an MLP. The optimum of every degree up to `degree` is stored, so `truncate`
+    Q is None for an MLP. The fit of every degree up to `degree` is stored, so `truncate`
     costs nothing. The weights are those that it was made over: `fit` gives it a copy, in a lens
     they are the model's own. A torch module like any other: any batch axes, autograd, `.to`,
     state_dict; coefficients stay in float64, evaluation runs in the weights' dtype (elementwise
     part in float32 for half precision).
 
+    With ends it holds two objects for every degree. The *replacement* is what it evaluates: where
+    a neuron's y lies beyond an end, its activation's asymptote goes on in place of the polynomial
+    (`with_ends`), so around every input it is another polynomial (`piece`, `shares`). The
+    *optimum* is one polynomial everywhere, the one that explains most of the layer under the
+    inputs: `optimum(k)`, and what is said about the layer as a whole (`linear`, `quadratic_form`,
+    `to_dense`, `part`, `r2`) is about it. Without ends they are the same.
+
     Attributes:
         m, s: [d_mlp] mean and standard deviation of the preactivation, float64.
-        P: [degree + 1, degree + 1, d_mlp]; P[n, k] multiplies He_k(t) in the optimum of degree n.
+        P: [degree + 1, degree + 1, d_mlp]; P[n, k] multiplies He_k(t) in the fit of degree n.
         Q: [degree + 1, degree, d_mlp], the same for the factor of z, or None.
-        ends: [2, d_mlp] lowest and highest y, float64, beyond which it is no polynomial (see
-            `with_ends`); None where it is one everywhere. What is said about coefficients
-            (`linear`, `quadratic_form`, `to_dense`) holds between them.
-        asymptotes: whether what the activation gains beyond them is added.
+        E: [degree + 1, 2, d_mlp] lowest and highest y, float64, where the fit of each degree
+            ends; None where it is a polynomial everywhere.
+        optimum_P, optimum_Q: as P and Q, of the optima; None where P and Q are theirs.
+        seen: [2, d_mlp] lowest and highest y over the inputs of the fit, or None.
+        asymptotes: whether what the activation gains beyond the ends is added.
         inputs: the input model that it was fitted to; None where there is none.
         ridge: relative ridge that a fit to collinear samples needed, else 0.
     """
@@ -80,7 +88,10 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
     s: Tensor
     P: Tensor
     Q: Tensor | None
-    ends: Tensor | None
+    E: Tensor | None
+    optimum_P: Tensor | None
+    optimum_Q: Tensor | None
+    seen: Tensor | None
 
     def __new__(cls, weights: Any = None, *_args: Any, **_kwargs: Any) -> "Polynomial":
         elsewhere = cls is Polynomial and is_fetched(weights)
@@ -93,7 +104,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         s: Tensor,
         P: Tensor,
         Q: Tensor | None,
-        ends: Tensor | None = None,
+        E: Tensor | None = None,
         inputs: Any = None,
         ridge: float = 0.0,
         asymptotes: bool = True,
@@ -102,8 +113,11 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         self.weights_type = type(weights)
         self.act = weights.act
         self.inputs, self.ridge, self.asymptotes = inputs, ridge, asymptotes
+        self.has_optimum = True
         tensors = self._held_of(weights)
-        for name, tensor in zip(_COEFFICIENTS, (m, s, P, Q, ends), strict=True):
+        given = dict(zip(_COEFFICIENTS, (m, s, P, Q, E), strict=False))
+        for name in _COEFFICIENTS:
+            tensor = given.get(name)
             tensors[name] = None if tensor is None else tensor.contiguous()
         self._hold(tensors)
         self._horner_cache: dict[tuple[int, torch.dtype], _Horner] = {}
@@ -122,6 +136,11 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         return self.m.device
 
     @property
+    def ends(self) -> Tensor | None:
+        """[2, d_mlp] lowest and highest y where what is evaluated ends; None without ends."""
+        return None if self.E is None else self.E[-1]
+
+    @property
     def weights(  # pyright: ignore[reportIncompatibleVariableOverride]
         self,
     ) -> MLPWeights | GLUWeights:
@@ -134,6 +153,12 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
     def optimum_r2(self, gaussian: Gaussian) -> Tensor:
         return explained_variance(self.weights, gaussian, self.degree).r2
 
+    def outside(self, y: Tensor) -> Tensor:
+        """[degree + 1, ...] share of the neurons of preactivations y [..., d_mlp] beyond ends."""
+        if self.E is None:
+            return y.new_zeros(self.degree + 1, *y.shape[:-1], dtype=torch.float64)
+        return torch.stack([((y < low) | (y > high)).double().mean(-1) for low, high in self.E])
+
     def r2_under(self, components: list[tuple[float, Gaussian]]) -> Tensor:
         return r2_under(self.weights, components, Coefficients(self.m, self.s, self.P, self.Q))
 
@@ -141,12 +166,19 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         """m, s and the coefficients that are not zero by definition, in float64.
 
         They are (degree + 1)(degree + 2) / 2 + degree (degree + 1) / 2 + 2 numbers for a neuron of
-        a GLU, two more with ends.
+        a GLU; with ends twice as many, and 2 (degree + 2) more.
         """
         metadata = {"degree": self.degree, "ridge": self.ridge, "asymptotes": self.asymptotes}
+        metadata["optimum"] = self.has_optimum
         tensors = {"m": self.m, "s": self.s, "P": packed(self.P, 1)}
-        tensors |= {} if self.Q is None else {"Q": packed(self.Q, 0)}
-        return metadata, tensors | ({} if self.ends is None else {"ends": self.ends})
+        for name, table, extra in (
+            ("Q", self.Q, 0),
+            ("optimum.P", self.optimum_P, 1),
+            ("optimum.Q", self.optimum_Q, 0),
+        ):
+            tensors |= {} if table is None else {name: packed(table, extra)}
+        own = {"ends": self.E, "seen": self.seen}
+        return metadata, tensors | {name: t for name, t in own.items() if t is not None}
 
     @classmethod
     def of_record(
@@ -162,26 +194,41 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         n = metadata.get("degree", len(tensors["P"]) - 1)
         if type(n) is not int or not 0 <= n <= MAX_DEGREE:
             raise ArtifactError(f"the degree is {n!r}")
-        own = {"m": tensors["m"], "s": tensors["s"], "P": unpacked(tensors["P"], n, 1)}
-        shapes = {"m": (d,), "s": (d,), "P": (n + 1, n + 1, d)}
-        if glu:
-            own["Q"], shapes["Q"] = unpacked(tensors["Q"], n, 0), (n + 1, n, d)
-        m, s, P, *Q = (tensor.to(weights.device) for tensor in checked(own, shapes))
-        if (s < 0).any():
+        own = {"m": tensors["m"], "s": tensors["s"]}
+        shapes: dict[str, tuple[int, ...]] = {"m": (d,), "s": (d,)}
+        for prefix in ("", "optimum."):
+            for name, extra in (("P", 1), ("Q", 0)) if glu else (("P", 1),):
+                if prefix + name in tensors or not prefix:
+                    own[prefix + name] = unpacked(tensors[prefix + name], n, extra)
+                    shapes[prefix + name] = (n + 1, n + extra, d)
+        found = checked(own, shapes)
+        held = {name: t.to(weights.device) for name, t in zip(shapes, found, strict=True)}
+        if (held["s"] < 0).any():
             raise ArtifactError("s has negative entries")
         ridge, asymptotes = metadata["ridge"], metadata.get("asymptotes", False)
         if not isinstance(ridge, (int, float)) or not isinstance(asymptotes, bool):
             raise ArtifactError(f"ridge={ridge!r} or asymptotes={asymptotes!r} cannot be")
-        poly = cls(weights, m, s, P, Q[0] if glu else None, None, inputs, ridge, asymptotes)
+        m, s, P, Q = (held.get(name) for name in ("m", "s", "P", "Q"))
+        assert m is not None and s is not None and P is not None  # noqa: PT018
+        poly = cls(weights, m, s, P, Q, None, inputs, ridge, asymptotes)
         ends = tensors.get("ends", tensors.get("y_range"))  # the latter in files of 0.1
-        return poly if ends is None else poly.with_ends(ends, asymptotes)
+        if ends is None:
+            return poly
+        poly = poly.with_ends(ends, asymptotes)
+        optima = {f"optimum_{name}": held.get(f"optimum.{name}") for name in ("P", "Q")}
+        poly._hold(optima | {"seen": poly.in_order(tensors["seen"]) if "seen" in tensors else None})
+        # Of files before there were optima: ends without asymptotes lay at what was seen, so that
+        # the coefficients are the optimum's.
+        poly.has_optimum = metadata.get("optimum", not asymptotes) is True
+        return poly
 
     def extra_repr(self) -> str:
         kind = "mlp" if self.Q is None else "glu"
-        return (
+        sizes = (
             f"degree={self.degree}, {kind}, d_in={self.d_in}, d_mlp={self.d_mlp}, "
             f"d_out={self.d_out}, act={self.act.name!r}"
         )
+        return sizes + self.how_good()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Polynomial":
         kept = {name: getattr(self, name) for name in _COEFFICIENTS}
@@ -192,12 +239,12 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., d_in] -> [..., d_out], the optimum of the highest fitted degree."""
+        """[..., d_in] -> [..., d_out], the fit of the highest degree, with its ends."""
         v, z = self._branches(x)
         return self._project(self._neurons(v, z, self.degree, reuse=True))
 
     def all_degrees(self, x: Tensor) -> Tensor:
-        """[..., d_in] -> [degree + 1, ..., d_out]: the optimum of every degree at once."""
+        """[..., d_in] -> [degree + 1, ..., d_out]: what `truncate(k)` is, for every k at once."""
         v, z = self._branches(x)
         return torch.stack(
             [self._project(self._neurons(v, z, k, reuse=False)) for k in range(self.degree + 1)]
@@ -217,14 +264,44 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
 
     def over(self, weights: MLPWeights | GLUWeights) -> "Polynomial":
         """The same coefficients over the same weights, wherever and in whatever dtype they are."""
-        coefficients = (getattr(self, name) for name in _COEFFICIENTS)
-        moved = (None if t is None else t.to(weights.device) for t in coefficients)
-        poly = Polynomial(weights, *moved, self.inputs, self.ridge, self.asymptotes)  # type: ignore
-        poly._r2 = self._r2
+        own = {name: getattr(self, name) for name in _COEFFICIENTS}
+        moved = {n: None if t is None else t.to(weights.device) for n, t in own.items()}
+        first = (moved.pop(name) for name in ("m", "s", "P", "Q", "E"))
+        poly = Polynomial(weights, *first, self.inputs, self.ridge, self.asymptotes)  # type: ignore
+        poly._hold(moved)
+        poly.has_optimum = self.has_optimum
+        poly._take_figures(self)
         return poly
 
-    def without_ends(self) -> "Polynomial":
-        return self if self.ends is None else self._ended(None, self.asymptotes)
+    def optimum(self, degree: int | None = None) -> "Polynomial":
+        """The one polynomial of this degree, without ends, that explains most under the inputs.
+
+        Among those of its form, neuron by neuron; under a Gaussian among all of its degree.
+
+        Args:
+            degree: 0 ... self.degree (default).
+
+        Raises:
+            InvalidInputError: a degree that there is not; a fit with ends from a file of an earlier
+                version, which kept none.
+        """
+        if not self.has_optimum:
+            raise InvalidInputError(
+                "this file is of a version that kept only what replaces the layer, whose "
+                "coefficients hold between ends and are no statement about the layer as a whole; "
+                "fit again with attach(model, tokens)"
+            )
+        own = self
+        if self.E is not None or self.optimum_P is not None:
+            stored = self.optimum_P is not None
+            P, Q = (self.optimum_P, self.optimum_Q) if stored else (self.P, self.Q)
+            own = self._like(P=P, Q=Q, E=None, optimum_P=None, optimum_Q=None)
+            own._r2 = self._r2
+        return own if degree is None else own.truncate(degree)
+
+    def with_replacement(self, P: Tensor, Q: Tensor | None) -> "Polynomial":
+        """With these tables for between ends, which it needs then; its own are of the optimum."""
+        return self._like(P=P, Q=Q, optimum_P=self.P, optimum_Q=self.Q)
 
     def with_ends(self, ends: Tensor, asymptotes: bool = True) -> "Polynomial":
         """The same polynomial, which ends where y leaves this range.
@@ -233,60 +310,84 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         does not: one such neuron can decide what a replaced layer writes. Beyond the range it
         is P_i(c) + z Q_i(c) + z (A(y) - A(c)), of an MLP without the z, where c is the end and A
         the polynomial that the activation approaches on that side: nothing is gained below SiLU,
-        y - c above it. The optimum of every degree, that of 0 included, goes on in this way.
+        y - c above it. The fit of every degree, that of 0 included, goes on in this way, and the
+        optima stay what they are.
 
         Args:
-            ends: [2, d_mlp] lowest and highest y of each neuron, infinite for no end.
+            ends: [2, d_mlp] lowest and highest y of each neuron, infinite for no end; of each
+                degree [degree + 1, 2, d_mlp].
             asymptotes: False for the value at the end everywhere beyond it.
 
         Raises:
             InvalidInputError: of another shape, NaN, or lowest above highest.
         """
+        E = self.in_order(ends)
+        if E.dim() == 2:
+            E = E.expand(self.degree + 1, -1, -1)
+        if len(E) != self.degree + 1:
+            raise InvalidInputError(
+                f"ends of {len(E)} degrees were given, the polynomial has {self.degree + 1}"
+            )
+        return self._like(E=E.contiguous(), asymptotes=asymptotes)
+
+    def having_seen(self, y: Tensor | None) -> "Polynomial":
+        """With `seen`, lowest and highest y [2, d_mlp] over the inputs of the fit."""
+        return self._like(seen=y)
+
+    def in_order(self, ends: Tensor) -> Tensor:
+        """In float64, if they are lowest and highest y; InvalidInputError if they cannot be."""
         if not isinstance(ends, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise InvalidInputError(
                 f"ends must be a tensor [2, {self.d_mlp}], got {type(ends).__name__}; "
-                "without_ends() takes them off"
+                "optimum() has none"
             )
         ends = ends.to(self.m)
-        if ends.shape != (2, self.d_mlp) or not (ends[0] <= ends[1]).all():
+        fits = ends.dim() in (2, 3) and ends.shape[-2:] == (2, self.d_mlp)
+        if not fits or not (ends[..., 0, :] <= ends[..., 1, :]).all():
             raise InvalidInputError(
                 f"ends must be [2, {self.d_mlp}], lowest and highest y of each neuron; got "
                 f"{list(ends.shape)}, or a lowest that is not below the highest"
             )
-        return self._ended(ends, asymptotes)
-
-    def _ended(self, ends: Tensor | None, asymptotes: bool) -> "Polynomial":
-        return self._like(ends=ends, asymptotes=asymptotes)
+        return ends
 
     def truncate(self, degree: int) -> "Polynomial":
-        """The optimum of a lower degree; equal to fitting again at that degree.
+        """The fit of a lower degree: without ends the optimum, equal to fitting it again.
+
+        With ends it is what replaces the layer at that degree, with ends of its own.
 
         Raises:
             InvalidInputError: a degree outside 0 ... self.degree.
         """
         n = check_degree(degree, self.degree, "fit")
-        Q = None if self.Q is None else self.Q[: n + 1, :n]
-        lower = self._like(P=self.P[: n + 1, : n + 1], Q=Q)
-        lower._r2 = None if self._r2 is None else self._r2[: n + 1]
+        own = {name: getattr(self, name) for name in ("P", "Q", "E", "optimum_P", "optimum_Q")}
+        for name, table in own.items():
+            if table is not None:
+                columns = slice(None) if name == "E" else slice(n + ("P" in name))
+                own[name] = table[: n + 1, columns]
+        lower = self._like(**own)
+        lower._take_figures(self, n)
         return lower
 
     def part(self, degree: int) -> "Polynomial":
         """What this degree adds: optimum of `degree` minus optimum of `degree - 1`.
 
         The parts of degree 0 ... n sum to the optimum of degree n; part 0 is a constant and
-        holds b_out (and what is gained beyond ends, see `with_ends`). Under a Gaussian, parts
-        of different degree are uncorrelated.
+        holds b_out. With ends, they sum to what goes on there as `with_ends` says: beyond an end
+        a part has its value at the end, and part 0 what is gained. Under a Gaussian, parts of
+        different degree are uncorrelated.
         """
         n = check_degree(degree, self.degree, "fit")
+        own = self.optimum()
+        E = None if self.E is None else self.E[-1:].expand(n + 1, -1, -1).contiguous()
         if n == 0:
-            return self.truncate(0)
-        P = torch.zeros_like(self.P[: n + 1, : n + 1])
-        P[n] = self.P[n, : n + 1] - self.P[n - 1, : n + 1]
-        Q = None if self.Q is None else torch.zeros_like(self.Q[: n + 1, :n])
-        if Q is not None and self.Q is not None:
-            Q[n] = self.Q[n, :n] - self.Q[n - 1, :n]
+            return own.truncate(0)._like(E=E)
+        P = torch.zeros_like(own.P[: n + 1, : n + 1])
+        P[n] = own.P[n, : n + 1] - own.P[n - 1, : n + 1]
+        Q = None if own.Q is None else torch.zeros_like(own.Q[: n + 1, :n])
+        if Q is not None and own.Q is not None:
+            Q[n] = own.Q[n, :n] - own.Q[n - 1, :n]
         # no optimum, so it has no R2
-        return self._like(P=P, Q=Q, b_out=None, inputs=None, asymptotes=False)
+        return own._like(P=P, Q=Q, E=E, b_out=None, inputs=None, asymptotes=False)
 
     def linear(self) -> tuple[Tensor, Tensor]:
         """(beta [d_in, d_out], alpha [d_out]) in float64: the degree 1 optimum is x beta + alpha.
@@ -296,7 +397,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         self._require_degree(1, "linear()")
         W, b, V, b_V = self._activated_first()
         shift = b - self.m
-        powers, z_powers = self._monomials(1)
+        powers, z_powers = self.optimum()._monomials(1)
         gate = powers[1]
         W_out = self.W_out.double()
         beta = (W.double() * gate) @ W_out
@@ -323,7 +424,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         self._require_degree(2, "quadratic_form(u)")
         u = self._direction(u, self.device)
         W, _, V, _ = self._activated_first()
-        powers, z_powers = self._monomials(2)
+        powers, z_powers = self.optimum()._monomials(2)
         readout = self.W_out.double() @ u
         if V is None or z_powers is None:
             return QuadraticForm(W, powers[2] * readout, None, None)
@@ -388,7 +489,8 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
     def to_dense(self, max_bytes: int = 1 << 30) -> list[Tensor]:
         """Symmetric coefficient tensors T_k [d_out, d_in, ..., d_in] in float64, k = 0 ... degree.
 
-        f(x) = sum_k T_k(x, ..., x). Only for small layers: sizes grow as d_out d_in^k.
+        The optimum is f(x) = sum_k T_k(x, ..., x). Only for small layers: sizes grow as
+        d_out d_in^k.
 
         Raises:
             InvalidInputError: the tensors would take more than max_bytes.
@@ -402,7 +504,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
             )
         gate, b, V, b_V = self._activated_first()
         W = gate.double()
-        powers, z_powers = self._monomials(self.degree)
+        powers, z_powers = self.optimum()._monomials(self.degree)
         raw = expanded_about(powers, b - self.m)
         raw_z = None if z_powers is None else expanded_about(z_powers, b - self.m)
         if raw_z is not None:
@@ -430,7 +532,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         """The same with other attributes; tensors are shared, weights not checked again."""
         poly = Polynomial.__new__(type(self))
         nn.Module.__init__(poly)
-        for name in ("weights_type", "act", "inputs", "ridge", "asymptotes"):
+        for name in ("weights_type", "act", "inputs", "ridge", "asymptotes", "has_optimum"):
             setattr(poly, name, changes.get(name, getattr(self, name)))
         poly._hold(self._buffers | {n: t for n, t in changes.items() if n in self._buffers})
         poly._horner_cache = {}
@@ -509,8 +611,8 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         tables: dict[str, Rows] = {"P": powers.to(dtype).unbind()}
         if z_powers is not None:
             tables["Q"] = z_powers.to(dtype).unbind()
-        if self.ends is not None:
-            tables.update(Ends(self.act, self.ends, self.asymptotes).tables(self.m, dtype))
+        if self.E is not None:
+            tables.update(Ends(self.act, self.E[degree], self.asymptotes).tables(self.m, dtype))
         stacked = torch.stack(
             [*(row for rows in tables.values() for row in rows), self.m.to(dtype)]
         )

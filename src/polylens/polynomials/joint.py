@@ -36,7 +36,8 @@ class JointPolynomial(Approximation):
     Phi_n [features] @ [features, d_out] evaluates both: at degree 2 as many multiplications as
     4/3 of a GLU, at degree 3 twice a GLU. Beyond ends (see `Polynomial.with_ends`)
     t in He_k with k >= 2 and in He_{k-1}(t) zeta is that of the end, and what a neuron gains is
-    written along its row of W_out, for a third of a GLU more.
+    written along its row of W_out, for a third of a GLU more. Every degree has the ends that suit
+    the highest; what is said of the layer as a whole is said of the base's optimum then.
 
     Attributes:
         base: the per-neuron Polynomial.
@@ -145,19 +146,44 @@ class JointPolynomial(Approximation):
         own = [t.to(weights.device) for t in (self.center, self.z_mean, *self.corrections)]
         base = self.base.over(weights)
         like = JointPolynomial(base, own[0], own[1], own[2:], self.ridge, self.held_out)
-        like._r2 = self._r2
+        like._take_figures(self)
         return like
 
     @property
-    def ends(self) -> Tensor | None:
+    def ends(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.base.ends
+
+    @property
+    def has_optimum(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.base.has_optimum
+
+    def extra_repr(self) -> str:
+        return self.how_good().lstrip(", \n")
+
+    @property
+    def seen(self) -> Tensor | None:
+        return self.base.seen
+
+    def outside(self, y: Tensor) -> Tensor:
+        return self.base.outside(y)
 
     def with_ends(self, ends: Tensor, asymptotes: bool = True) -> "JointPolynomial":
         """`Polynomial.with_ends`, of what is not linear in x."""
         return self._with(self.base.with_ends(ends, asymptotes))
 
-    def without_ends(self) -> "JointPolynomial":
-        return self._with(self.base.without_ends())
+    def having_seen(self, y: Tensor | None) -> "JointPolynomial":
+        """`Polynomial.having_seen`."""
+        return self._with(self.base.having_seen(y))
+
+    def optimum(self, degree: int | None = None) -> "Polynomial | JointPolynomial":
+        """The polynomial, without ends, that explains most: with ends that of its own neurons.
+
+        A joint fit with ends has no joint optimum beside it, which would cost as much again.
+        """
+        if self.base.optimum_P is not None or not self.base.has_optimum:
+            return self.base.optimum(degree)
+        own = self if self.ends is None else self._with(self.base.optimum())
+        return own if degree is None else own.truncate(degree)
 
     def _with(self, base: Polynomial) -> "JointPolynomial":
         own = self.center, self.z_mean, self.corrections, self.ridge, self.held_out
@@ -174,18 +200,24 @@ class JointPolynomial(Approximation):
             self.ridge[: degree + 1],
             self.held_out[: degree + 1],
         )
-        lower._r2 = None if self._r2 is None else self._r2[: degree + 1]
+        lower._take_figures(self, degree)
         return lower
 
     def linear(self) -> tuple[Tensor, Tensor]:
-        """(beta [d_in, d_out], alpha [d_out]) in float64: the degree 1 fit is x beta + alpha."""
+        """(beta [d_in, d_out], alpha [d_out]) in float64: the linear optimum is x beta + alpha."""
         self._require_degree(1, "linear()")
+        own = self.optimum()
+        if isinstance(own, Polynomial):
+            return own.linear()
         E = self._readout(1)
         return E[1:], E[0] - self.center @ E[1:]
 
     def quadratic_form(self, u: Tensor) -> QuadraticForm:
-        """Gamma_u with x Gamma_u x^T the second-order term of the degree 2 fit along u [d_out]."""
+        """Gamma_u, x Gamma_u x^T being the second-order term of the degree 2 optimum along u."""
         self._require_degree(2, "quadratic_form(u)")
+        own = self.optimum()
+        if isinstance(own, Polynomial):
+            return own.quadratic_form(u)
         readout = self._readout(2)[1 + self.d_in :] @ self._direction(u, self.center.device)
         inverse = torch.where(self.base.s > 0, 1 / self.base.s, 0.0)
         W, _, V, _ = self.base._activated_first()

@@ -13,6 +13,8 @@ from polylens.checks import Layer, label, labelled
 from polylens.errors import ArtifactError
 from polylens.files import format as storage
 from polylens.hosts.base import MLPSite, Weights
+from polylens.inputs.model import from_record
+from polylens.inputs.seen import without_moments
 from polylens.normal_forms.fingerprint import Fingerprint, fingerprint, same_weights
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import Fitted, JointPolynomial
@@ -24,18 +26,31 @@ KINDS: dict[str, type[Fitted]] = {cls.kind: cls for cls in (Polynomial, JointPol
 Entry = tuple[dict[str, Any], dict[str, Tensor]]
 
 
-def entry(site: MLPSite, polynomial: Fitted, sums: Fingerprint | None = None) -> Entry:
+def entry(
+    site: MLPSite,
+    polynomial: Fitted,
+    sums: Fingerprint | None = None,
+    moments: bool = False,
+) -> Entry:
     """What a file keeps of one layer: the coefficients, and what identifies the weights.
 
-    Of the polynomial its own `record`, of the weights a SHA-256 of their values and three sums.
+    Of the polynomial its own `record` and `figures`, of the weights a SHA-256 of their values and
+    three sums.
 
     Args:
         sums: the fingerprint of the polynomial's weights, where it is known.
+        moments: also keep the input model.
     """
     weights, name = polynomial.weights, label(site.layer)
     sums = fingerprint(weights) if sums is None else sums
     act, values = activation_record(weights.act)
     metadata, tensors = polynomial.record()
+    tensors |= polynomial.figures()
+    inputs = polynomial.inputs
+    if inputs is not None:
+        kept, numbers = (inputs if moments else without_moments(inputs)).record()
+        metadata["inputs"] = kept
+        tensors |= storage.prefixed(numbers, "inputs.")
     record = {
         "layer": name,
         "path": site.path,
@@ -148,7 +163,11 @@ def _polynomial(
         own = {**record, "kind": (JointPolynomial if "center" in tensors else Polynomial).kind}
     if own["kind"] not in KINDS:
         raise ArtifactError(f"a {own['kind']!r} is not known here")
-    return KINDS[own["kind"]].of_record(weights, own, tensors)
+    inputs = own.get("inputs", {"model": None, "left_out": "input model"})  # as of 0.1
+    model = from_record(inputs, storage.within(tensors, "inputs."))
+    found = KINDS[own["kind"]].of_record(weights, own, tensors, model)
+    found.take_figures(tensors)
+    return found
 
 
 def _require_same_weights(weights: Weights, record: Mapping[str, Any]) -> None:
