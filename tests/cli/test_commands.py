@@ -39,7 +39,7 @@ def model_dir(tmp_path_factory):
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="<s>"
     ).save_pretrained(path)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         LlamaForCausalLM(
             LlamaConfig(
@@ -304,21 +304,24 @@ def test_features_of_the_embedded_model(tmp_path):
     # The same from the library.
     model = demo.load_bridge()
     method = polylens.TrueStream(estimator="gaussian")
-    with polylens.attach(model, degree=2, layers=2, method=method, progress=False) as lens:
+    tokens = polylens.tokenize(demo.texts()[0][: 32 * 128], model)
+    options = {"degree": 2, "layers": 2, "method": method, "progress": False}
+    with polylens.attach(model, tokens, **options) as lens:
         norm = lens.host.final_norm()
         u = analysis.token_direction(
             model.W_U, ord("e"), ord("a"), centred=norm.centred, weight=norm.weight
         )
         features = analysis.eigenfeatures(lens[2], u, 3, metric="covariance")
+        with torch.no_grad():
+            inputs = lens.run_with_cache(tokens, names="in")[1]["in", 2]
     assert [row["value"] for row in found["rows"]] == pytest.approx(features.values.tolist())
     assert sum(row["share"] for row in found["rows"]) == pytest.approx(float(features.share[-1]))
-    name, score = found["rows"][0]["low"][0]
-    assert repr(chr(ord(name[1]))) == name
-    # The activation of that token's embedding alone, by hand.
-    block = model.original_model.transformer.h[2]
-    with torch.no_grad():
-        x = block.ln_2(model.W_E[ord(name[1])]).double() - lens[2].inputs.mean
-    assert float(x @ features.vectors[:, 0]) == pytest.approx(score, rel=1e-3)
+    # The activation where it is highest in the text, by hand.
+    most = found["rows"][0]["highest"][0]
+    place = most["sequence"], most["position"]
+    assert chr(tokens[place]) == most["token"].replace("⏎", "\n")
+    activations = (inputs.double() - lens[2].inputs.mean) @ features.vectors[:, 0]
+    assert float(activations[place]) == pytest.approx(most["activation"], rel=1e-3)
 
 
 def test_final_norm_is_that_of_the_model():

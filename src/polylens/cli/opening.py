@@ -217,7 +217,7 @@ def _texts(
     other = None
     if measures is not None and measures.heldout_text is not None:
         other = read_text(measures.heldout_text)
-    if model == DEMO and content is None and measures is not None:
+    if model == DEMO and content is None:
         from polylens import demo
 
         training, heldout = demo.texts()
