@@ -99,3 +99,16 @@ def test_a_saved_activation_is_compared_far_away_too():
 def test_forged_records_are_refused(metadata, values):
     with pytest.raises(ArtifactError):
         activation_of(metadata, {"values": values})
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda y: torch.relu(y) + torch.exp(-((y - 18) ** 2)),
+        lambda y: torch.relu(y) + torch.exp(-(((y - 0.025) / 0.003) ** 2)),
+        lambda y: torch.relu(y).clamp(max=100),
+    ],
+)
+def test_a_function_that_differs_somewhere_is_not_the_known_one(fn):
+    with pytest.raises(UnsupportedActivation):
+        activation(fn)

@@ -476,7 +476,9 @@ def bad_calls():
         "integers in 0 ... 3": lambda: analysis.linear_attack(p, x, labels + 4, 1.0),
         "target must be": lambda: analysis.linear_attack(p, x, labels, 1.0, target=9),
         "norm must be": lambda: analysis.linear_attack(p, x, labels, -1.0),
-        "k must be an integer in 1 ... 3": lambda: analysis.singular_attack(p, x, labels, 1.0, 3),
+        "index must be an integer in 0 ... 2": lambda: analysis.singular_attack(
+            p, x, labels, 1.0, 3
+        ),
         "attacks must be some": lambda: analysis.evaluate_attacks(
             p, p, x, labels, [1.0], attacks=["magic"]
         ),

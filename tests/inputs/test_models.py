@@ -75,3 +75,11 @@ def test_a_joint_fit_has_no_closed_form():
         assert isinstance(inputs, Gaussian | GaussianMixture)
         with pytest.raises(InvalidInputError, match="a joint polynomial has no closed form"):
             inputs.r2(joint)
+
+
+def test_draws_have_the_covariance_in_features_of_any_unit():
+    units = torch.tensor([1.0, 1e-9, 1e6], dtype=torch.float64)
+    correlation = torch.tensor([[1.0, 0.5, 0.2], [0.5, 1.0, -0.3], [0.2, -0.3, 1.0]]).double()
+    gaussian = Gaussian(torch.zeros(3), units[:, None] * correlation * units)
+    x = gaussian.sample(20_000, torch.Generator().manual_seed(0)) / units
+    torch.testing.assert_close(x.T @ x / len(x), correlation, rtol=0, atol=0.04)

@@ -26,6 +26,10 @@ NEAR = torch.cat([torch.linspace(-12, 12, 481), torch.tensor([-60.0, -25.0, 25.0
 # And those that tell apart what agrees there: between the points of the grid, and far away.
 _BETWEEN = (torch.arange(1, 510).double() * 0.6180339887498949 % 1).float() * 24 - 12
 PROBE = torch.cat([NEAR, _BETWEEN, torch.tensor([-1e4, -1e3, -100.0, 100.0, 1e3, 1e4])])
+# Where nothing but the candidate itself agrees everywhere: a spike of any width that matters.
+_STEPS = torch.arange(1, 1 << 15).double() * 0.6180339887498949 % 1
+_FAR = 10 ** (_STEPS[::16] * 3 + 2)
+DENSE = torch.cat([_STEPS * 24 - 12, _STEPS * 240 - 120, _FAR, -_FAR]).float()
 # What libraries differ by on it, relative to a value or to one.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-6}
 # The points of it whose values are saved, everywhere and few.
@@ -124,13 +128,35 @@ def _recognised(source: Callable[[Tensor], Tensor]) -> Activation:
                 f"{tuple(getattr(values, 'shape', ()))} out"
             )
         for candidate in [*_suggested(source), *TABLE.values()]:
-            expected = candidate.fn(probe)
-            error = (values.to(dtype) - expected).abs() / expected.abs().clamp(min=1.0)
-            if bool((error <= tolerance).all()):
+            if bool(_same(values, candidate, probe, tolerance).all()):
+                _require_same_everywhere(label, source, candidate, probe, tolerance)
                 return candidate
     raise UnsupportedActivation(
         f"{label} computes none of the known activations ({', '.join(sorted(TABLE))})"
     )
+
+
+def _same(values: Tensor, candidate: Activation, y: Tensor, tolerance: float) -> Tensor:
+    expected = candidate.fn(y)
+    return (values.to(y.dtype) - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)
+
+
+def _require_same_everywhere(
+    label: str,
+    source: Callable[[Tensor], Tensor],
+    candidate: Activation,
+    probe: Tensor,
+    tolerance: float,
+) -> None:
+    """UnsupportedActivation for what is not the candidate between the points of PROBE."""
+    dense = DENSE.to(probe)
+    other = ~_same(source(dense.clone()), candidate, dense, tolerance)
+    if other.any():
+        raise UnsupportedActivation(
+            f"{label} is nearly {candidate.name!r}, and another function at {int(other.sum())} of "
+            f"{len(dense)} values, such as {float(dense[other][0]):.6g}; register it with "
+            "polylens.register_activation(name, fn)"
+        )
 
 
 def _suggested(source: Any) -> Iterator[Activation]:

@@ -10,7 +10,6 @@ from torch import Tensor
 from polylens.analysis.arguments import as_numbers, check_functions, check_polynomial
 from polylens.analysis.figures import attacks_figure
 from polylens.analysis.linear import singular_features
-from polylens.analysis.metric import check_count
 from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 
@@ -152,7 +151,11 @@ def singular_attack(
     beta, _ = polynomial.linear()
     Q, values, outputs = torch.linalg.svd(beta - beta.mean(1, keepdim=True), full_matrices=False)
     rank = int((values > values[0] * 1e-12).sum())
-    check_count(index + 1, rank, "index + 1 at most the rank of the centred linear part")
+    if type(index) is not int or not 0 <= index < rank:
+        raise InvalidInputError(
+            f"index must be an integer in 0 ... {rank - 1}, below the rank of the centred linear "
+            f"part; got {index!r}"
+        )
     signs = -torch.sign(outputs[index][labels])
     signs[signs == 0] = 1
     return (norm * signs[:, None] * Q[:, index]).to(x.dtype)
@@ -311,8 +314,10 @@ def _checked(
         )
     if labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
         raise InvalidInputError(f"labels must be integers in 0 ... {classes - 1}")
-    if target is not None and target not in range(classes):
+    if not torch.isfinite(x).all():
+        raise InvalidInputError(f"x has {int((~torch.isfinite(x)).sum())} NaN or infinite entries")
+    if target is not None and (type(target) is not int or target not in range(classes)):
         raise InvalidInputError(f"target must be a class in 0 ... {classes - 1}, got {target!r}")
-    if not isinstance(norm, int | float) or not 0 <= norm < float("inf"):
+    if type(norm) not in (int, float) or not 0 <= norm < float("inf"):
         raise InvalidInputError(f"norm must be finite and >= 0, got {norm!r}")
     return x, labels

@@ -96,7 +96,7 @@ class FeatureRow:
     residual: float | None = None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerFeatures(Brief):
     """Features of one layer, with what they read and do.
 

@@ -40,7 +40,7 @@ NEURONS = 256
 ZERO = 1e-12
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RestrictedQuadratic(Brief):
     """g(x) = constant + x . linear + sum_i values_i ((x - center) . vectors_i)^2, in float64.
 
@@ -91,7 +91,7 @@ class RestrictedQuadratic(Brief):
         return 1 - float((value - wanted).square().sum() / spread)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EigenFeatures(Brief):
     """The largest eigenpairs of L^T Gamma_u L, L L^T the metric (L = 1 for the plain one).
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Interactions(Brief):
     """f(x) . u = constant + sum_a linear_a + sum_ab pairs_ab for the input x = sum_a writers_a.
 

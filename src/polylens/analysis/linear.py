@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SingularFeatures(Brief):
     """L^T beta = sum_i values_i q_i outputs_i^T, L L^T the metric on inputs.
 

@@ -12,7 +12,7 @@ from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.model import InputModel
 
-# Eigenvalues of a covariance below this share of the largest are rounding.
+# A covariance of unit diagonal with smaller pivots may be singular.
 RANK_TOLERANCE = 1e-12
 
 linalg: Any = torch.linalg  # without types
@@ -124,7 +124,7 @@ def metric_of(polynomial: Any, metric: MetricLike) -> Metric:
             got = type(metric).__name__ if gaussian is None else f"{gaussian.d_in} features"
             raise InvalidInputError(f"metric must be an input model of {d_in} features, got {got}")
     gaussian = gaussian.to(device)
-    return Metric(_factor(gaussian.cov), d_in, own if isinstance(metric, Tensor) else gaussian)
+    return Metric(_factor(gaussian), d_in, own if isinstance(metric, Tensor) else gaussian)
 
 
 def direction(u: object, size: int, device: torch.device, name: str = "u") -> Tensor:
@@ -185,14 +185,15 @@ def _device(polynomial: Any) -> torch.device:
     return next(iter(polynomial.buffers())).device
 
 
-def _factor(cov: Tensor) -> Tensor:
+def _factor(gaussian: Gaussian) -> Tensor:
+    cov = gaussian.cov
     if not cov.any():
         raise InvalidInputError("the metric is zero: no direction has any variance under it")
     if cov.dim() == 1:
         return cov.sqrt()
-    L, info = linalg.cholesky_ex(cov)
-    if not info and L.diagonal().min() ** 2 > RANK_TOLERANCE * L.diagonal().max() ** 2:
-        return L
-    values, vectors = linalg.eigh(cov)
-    kept = values > RANK_TOLERANCE * values[-1]
-    return vectors[:, kept] * values[kept].sqrt()
+    # in units of the deviations, so that a feature of small ones is not taken for rounding
+    deviations = gaussian.variances().clamp(min=torch.finfo(cov.dtype).tiny).sqrt()
+    L, info = linalg.cholesky_ex(cov / deviations / deviations[:, None])
+    if not info and L.diagonal().min() ** 2 > RANK_TOLERANCE:
+        return deviations[:, None] * L
+    return gaussian.root().T

@@ -16,7 +16,7 @@ from torch import Tensor
 from polylens.brief import Brief
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FrozenNorm(Brief):
     """x -> (x - mean(x)) / scale * weight + bias with the scales [pos, 1] of a prompt.
 
@@ -72,7 +72,7 @@ def biased(norm: FrozenNorm | None, x: Tensor) -> Tensor:
     return linear(norm, x) if norm is None or norm.bias is None else norm.linear(x) + norm.bias
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FrozenAttention(Brief):
     """What an attention layer writes: sum over heads of pattern (norm(x) W_V + b_V) W_O, and b_O.
 
@@ -137,7 +137,7 @@ class FrozenAttention(Brief):
         return einsum(z, self.W_O.double(), "... h query head, h head model -> ... query model")
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FrozenBlock(Brief):
     """stream -> stream + attention(stream) + MLP(norm(stream [+ attention])).
 
@@ -167,7 +167,7 @@ class FrozenBlock(Brief):
         return g if self.attention is None else g + self.attention.adjoint(g)
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FrozenModel(Brief):
     """A decoder at one prompt.
 

@@ -14,6 +14,9 @@ from polylens.files.format import Record
 from polylens.inputs.model import Fitted, InputModel
 
 linalg: Any = torch.linalg  # without types
+# Of d correlated features, directions with less than d times this share of the largest
+# variance are the rounding of their covariance.
+ROUNDING = 10 * torch.finfo(torch.float64).eps
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -107,6 +110,18 @@ class Gaussian(InputModel):
         """The diagonal of cov, [d_in]."""
         return self.cov if self.cov.dim() == 1 else self.cov.diagonal()
 
+    def root(self) -> Tensor:
+        """F [rank, d_in] with cov = F^T F, to the rounding of every feature in its own units."""
+        if self.cov.dim() == 1:
+            return torch.diag(self.cov.sqrt())[self.cov > 0]
+        deviations = self.variances().clamp(min=0).sqrt()
+        inverse = torch.where(deviations > 0, 1 / deviations, 0.0)
+        # rounding may be beyond what a covariance can be
+        correlations = (inverse[:, None] * self.cov * inverse).clamp(-1, 1)
+        values, vectors = linalg.eigh(correlations)
+        kept = values > ROUNDING * len(self.cov) * values[-1].clamp(min=0)
+        return (values[kept].sqrt() * vectors[:, kept]).T * deviations
+
     def to(self, device: torch.device | str) -> "Gaussian":
         if torch.device(device) == self.device:
             return self
@@ -134,8 +149,8 @@ class Gaussian(InputModel):
         )
         if self.cov.dim() == 1:
             return self.mean + noise * self.cov.sqrt()
-        values, vectors = linalg.eigh(self.cov)
-        return self.mean + noise * values.clamp(min=0).sqrt() @ vectors.T
+        root = self.root()
+        return self.mean + noise[:, : len(root)] @ root
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Gaussian":
         return self  # immutable, and d_in^2 large

@@ -1,5 +1,6 @@
 """Samples as the model of a layer's inputs."""
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
@@ -116,7 +117,7 @@ class Samples(InputModel):
 
     def _raw(self) -> Iterable[Batch]:
         if not isinstance(self._x, Tensor):
-            batches = self._x() if callable(self._x) else self._x
+            batches = _called(self._x) if callable(self._x) else self._x
             _require_batches(batches)
             return batches
         return [self._x if self._weights is None else (self._x, self._weights)]
@@ -137,6 +138,18 @@ def _require_batches(batches: object) -> None:
             "samples are a tensor, an iterable of batches, or a callable that returns one; got "
             f"{got.__name__}"
         )
+
+
+def _called(source: Callable[[], Iterable[Batch]]) -> Iterable[Batch]:
+    try:
+        inspect.signature(source).bind()
+    except TypeError as error:
+        raise InvalidInputError(
+            f"samples as a callable are called without arguments, and this one has {error}"
+        ) from error
+    except ValueError:  # it has no signature to be read
+        pass
+    return source()
 
 
 def _parts(batch: object) -> tuple[object, object]:

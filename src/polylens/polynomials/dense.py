@@ -117,9 +117,11 @@ class DensePolynomial(Approximation):
             raise InvalidInputError(
                 f"x must be a tensor [..., {self.d_in}], got {type(x).__name__}"
             )
-        if x.shape[-1:] != (self.d_in,) or not x.is_floating_point():
+        device = self.center.device
+        if x.shape[-1:] != (self.d_in,) or not x.is_floating_point() or x.device != device:
             raise InvalidInputError(
-                f"x must be floating point [..., {self.d_in}], got {x.dtype} {tuple(x.shape)}"
+                f"x must be floating point [..., {self.d_in}] on {device}, got {x.dtype} "
+                f"{tuple(x.shape)} on {x.device}"
             )
         dtype = torch.promote_types(x.dtype, torch.float32)
         flat = x.reshape(-1, self.d_in).to(dtype)

@@ -122,7 +122,7 @@ def _on_their_sides(act: Activation, low: Tensor, high: Tensor) -> tuple[Tensor,
 
 def require_tails(tails: float | None) -> None:
     """InvalidInputError unless tails is None, 0.0 or a share below 0.5."""
-    if tails is not None and not (isinstance(tails, float) and 0 <= tails < 0.5):
+    if tails is not None and not (type(tails) in (float, int) and 0 <= tails < 0.5):
         raise InvalidInputError(
             f"tails={tails!r}: give None (polynomials everywhere), 0.0 (ends at the lowest and "
             "highest preactivation seen), or the share of preactivations, below 0.5, that may "

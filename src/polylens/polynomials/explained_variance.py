@@ -46,7 +46,7 @@ _IN_BASIS = "degree k neuron, k j neuron -> degree j neuron"
 Components = list[tuple[float, Gaussian]]
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ExplainedVariance(Brief):
     """Variance of a layer's output, summed over output directions, and how it is explained.
 

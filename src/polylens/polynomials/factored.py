@@ -355,6 +355,10 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
 
         With ends it is what replaces the layer at that degree, with ends of its own.
 
+        Ends stay where they are. Those of `tails=0.0` are the same for every degree; a share of
+        tails put them where it helps the degree of the fit most, and fitting again at a lower one
+        would put them elsewhere.
+
         Raises:
             InvalidInputError: a degree outside 0 ... self.degree.
         """
@@ -640,10 +644,11 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
             raise InvalidInputError(
                 f"x must be a tensor [..., {self.d_in}], got {type(x).__name__}"
             )
-        if x.shape[-1:] != (self.d_in,) or x.dtype != self.dtype:
+        device = self.m.device
+        if x.shape[-1:] != (self.d_in,) or x.dtype != self.dtype or x.device != device:
             raise InvalidInputError(
-                f"x must be [..., {self.d_in}] of {self.dtype}, got {tuple(x.shape)} of "
-                f"{x.dtype}; cast x, or the polynomial with .to(dtype)"
+                f"x must be [..., {self.d_in}] of {self.dtype} on {device}, got {tuple(x.shape)} "
+                f"of {x.dtype} on {x.device}; cast x, or the polynomial with .to"
             )
 
     def neurons(self, y: Tensor, z: Tensor | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from polylens.polynomials.monomials import expanded_about
 CAST = 1 << 24
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Piece(Brief):
     """f(x) . u = constant + x . linear + sum_i P_i(v_i) + z_i Q_i(v_i), v = x W + b, z = x V + c.
 

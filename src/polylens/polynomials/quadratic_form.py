@@ -10,7 +10,7 @@ from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuadraticForm(Brief):
     """Gamma = W diag(p) W^T + (W diag(q) V^T + V diag(q) W^T) / 2, symmetric [d_in, d_in].
 

@@ -68,7 +68,7 @@ class _Slopes(NamedTuple):
     readout: Tensor
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Shares(Brief):
     """A layer's polynomial at inputs x [n, d_in], shared to order two, in float64.
 

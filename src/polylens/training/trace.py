@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TraceData(Brief):
     """What every checkpoint is measured on.
 

@@ -15,7 +15,7 @@ from polylens.hosts.base import Arrival, Function
 from polylens.hosts.frozen import biased, following
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Ablations(Brief):
     """How much the target changes when nodes are taken out, by three predictions and in truth.
 

@@ -73,7 +73,7 @@ class Node:
         )
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Pairs(Brief):
     """What two nodes do together in a third: parts of its value that need both.
 
@@ -108,7 +108,7 @@ def starts(nodes: Sequence[Node], reads: Tensor) -> dict[int, tuple[Tensor, Tens
     return found
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Circuit(Brief):
     """The direct effects of nodes on each other, in units of the target.
 

@@ -11,7 +11,7 @@ from polylens.brief import Brief
 from polylens.hosts.frozen import linear
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Written(Brief):
     """A vector that is written at a layer (-1: the embedding) and a position.
 

@@ -14,7 +14,7 @@ from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Recurring(Brief):
     """A feature that several prompts have, told by the direction that it reads.
 

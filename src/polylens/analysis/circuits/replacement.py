@@ -17,7 +17,7 @@ from polylens.polynomials.shares import Shares
 ROWS = 128
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Layer(Brief):
     """The MLP of one block at the prompt.
 
@@ -43,7 +43,7 @@ class Layer(Brief):
         return self.block.written - self.error - self.constant
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Flow(Brief):
     """What flows back from the target through one MLP, by all paths.
 

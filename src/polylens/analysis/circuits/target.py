@@ -16,7 +16,7 @@ from polylens.hosts.frozen import FrozenModel
 TargetLike = int | str | tuple[int | str, int | str] | Tensor | None
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Target(Brief):
     """A number that is linear in the residual stream at one position.
 

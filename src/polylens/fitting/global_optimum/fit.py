@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from polylens.checks import renamed
+from polylens.checks import floating, renamed
 from polylens.errors import ConvergenceError, InvalidInputError
 from polylens.fitting.estimator import require_fit
 from polylens.fitting.global_optimum import conjugate_gradients, least_squares
@@ -74,8 +74,10 @@ def fit_global(
     """
     remedy = "under a Gaussian fit() is the optimum, for samples there is fit_joint()"
     require_fit(weights, mixture, degree, GaussianMixture, remedy)
-    if not tolerance > 0:
-        raise InvalidInputError(f"tolerance must be positive, got {tolerance}")
+    if type(tolerance) not in (float, int) or not 0 < tolerance < 1:
+        raise InvalidInputError(
+            f"tolerance must be a number between 0 and 1, the relative residual; got {tolerance!r}"
+        )
     layer = _along(weights.to(torch.float64, copy=True), outputs)
     try:
         white = coordinates(mixture.to(layer.device))
@@ -160,7 +162,7 @@ def _along(layer: MLPWeights | GLUWeights, outputs: Tensor | None) -> MLPWeights
     """The layer read out along the columns of outputs."""
     if outputs is None:
         return layer
-    U = torch.as_tensor(outputs, device=layer.device).detach().double()
+    U = floating("outputs", outputs).detach().to(layer.device, torch.float64)
     if U.dim() != 2 or len(U) != layer.d_out or not U.shape[1] or not torch.isfinite(U).all():
         raise InvalidInputError(
             f"outputs must be finite columns [{layer.d_out}, k], got {tuple(U.shape)}"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from polylens.errors import NumericalWarning
-from polylens.fitting.global_optimum.parts import EPSILON, Coordinates, Part, expansion
+from polylens.fitting.global_optimum.parts import Coordinates, Part, expansion
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 
 linalg: Any = torch.linalg  # without types
@@ -32,6 +32,7 @@ ROWS = 4
 DEPENDENT = 1e-12
 # Norm of the inverse of what is left, features of length one, up to which none is missing.
 PLAIN = 1e4
+EPSILON = torch.finfo(torch.float64).eps
 # Rounding of what is left, in units of EPSILON; and the share of the outputs that it may cost
 # without a word.
 ROUNDING, SILENT = 10, 1e-7

@@ -12,10 +12,6 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights
 
 linalg: Any = torch.linalg  # without types
 
-EPSILON = torch.finfo(torch.float64).eps
-# Of d correlated features, directions with less than d times this share of the largest
-# variance are the rounding of their covariance.
-ROUNDING = 10 * EPSILON
 # Directions with less than this share of the largest deviation are not part of the support:
 # above it, components' factors are exact enough to agree on what the support is.
 SUPPORT = 1e-8
@@ -65,7 +61,7 @@ def coordinates(mixture: GaussianMixture) -> Coordinates:
     for weight, gaussian in mixture.weighted_components():
         key = gaussian.cov.data_ptr()
         if key not in covs:
-            covs[key] = _factor(gaussian.cov)
+            covs[key] = gaussian.root()
         parts.append(Part(weight, gaussian.mean, covs[key]))
     shares = mixture.weights.new_tensor([part.weight for part in parts])
     means = torch.stack([part.mean for part in parts])
@@ -90,21 +86,6 @@ def coordinates(mixture: GaussianMixture) -> Coordinates:
 def _mapped(parts: list[Part], center: Tensor | float, V: Tensor) -> list[Part]:
     factors = {id(part.factor): part.factor @ V for part in parts}
     return [Part(p.weight, (p.mean - center) @ V, factors[id(p.factor)]) for p in parts]
-
-
-def _factor(cov: Tensor) -> Tensor:
-    """F [rank, d] with cov = F^T F, to the rounding of every feature in its own units."""
-    if cov.dim() == 1:
-        return torch.diag(cov.sqrt())[cov > 0]
-    deviations = cov.diagonal().clamp(min=0).sqrt()
-    inverse = torch.where(deviations > 0, 1 / deviations, 0.0)
-    # rounding may be beyond what a covariance can be
-    correlations = (inverse[:, None] * cov * inverse).clamp(-1, 1)
-    values: Tensor
-    vectors: Tensor
-    values, vectors = linalg.eigh(correlations)
-    kept = values > ROUNDING * len(cov) * values[-1].clamp(min=0)
-    return (values[kept].sqrt() * vectors[:, kept]).T * deviations
 
 
 class Expansion(NamedTuple):
