@@ -147,6 +147,10 @@ def test_a_saved_lens_is_reported_as_it_was_fitted(tmp_path):
     assert "<h3>Layer 3</h3>" in page.read_text(encoding="utf-8")
     with polylens.load(saved, demo.load_bridge()) as lens:
         assert lens.saved_report.to_dict() == fitted
+    words = ["features", "demo", "--lens", str(saved), "--layer", "1", "--direction", "e"]
+    result = run(app, [*words, "-k", "2"])
+    assert result.exit_code == 0, result.output
+    assert "layer 1 along the logit of 'e'" in " ".join(result.stdout.split())
 
 
 def test_interactions_of_a_prompt_sum_to_what_the_layer_writes(tmp_path):

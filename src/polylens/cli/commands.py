@@ -78,7 +78,7 @@ def fit(
         out.check()
         check_writable(save)
         opened = open_model(model, source, out)
-        opened.lens.save(save)
+        opened.lens.save(save, moments=True)  # for features
         out.show(opened.lens)
         out.figures(json.dumps(opened.lens.header(), indent=1, ensure_ascii=False))
         out.wrote(save)
@@ -106,7 +106,7 @@ def _report(model: str, source: Source, measures: Measures, out: WithLens) -> No
     opened = open_model(model, source, out, measures)
     lens, tokenizer = opened.lens, opened.tokenizer
     if out.save is not None:
-        lens.save(out.save)  # so that an interrupted report costs no fit
+        lens.save(out.save, moments=True)  # so that an interrupted report costs no fit
     assert opened.heldout is not None
     result = lens.report(
         opened.heldout,
@@ -121,7 +121,7 @@ def _report(model: str, source: Source, measures: Measures, out: WithLens) -> No
     out.figures(result.to_json())
     out.figure(result.plot)
     if out.save is not None:
-        lens.save(out.save, result)
+        lens.save(out.save, result, moments=True)
         out.wrote(out.save)
     if out.html is not None:
         from polylens.calibration.tokens import token_names
