@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from polylens.checks import FLOATING
 from polylens.errors import AttachmentError, StalePolynomialError
@@ -38,7 +39,8 @@ class SiteEmitter:
             *(f"degree_{k}" for k in range(polynomial.degree + 1)),
         )
         self._truncated: dict[int, Fitted] = {polynomial.degree: polynomial}
-        self._identity = _identity(site)
+        self._types = {name: type(tensor) for name, tensor in site.tensors().items()}
+        self._identity = self._identified()
         self._fingerprint = fingerprint(polynomial.weights)
         self._dtype = polynomial.weights.dtype
 
@@ -97,7 +99,7 @@ class SiteEmitter:
 
     def refresh(self) -> None:
         """`verify`, but cheap unless the tensors are other objects or were written to."""
-        if _identity(self.site) != self._identity:
+        if self._identified() != self._identity:
             self.verify()
 
     def verify(self) -> Fingerprint:
@@ -111,7 +113,7 @@ class SiteEmitter:
         Raises:
             StalePolynomialError: the weights have other values than those fitted.
         """
-        identity, weights = _identity(self.site), self.site.weights()
+        identity, weights = self._identified(), self.site.weights()
         now = fingerprint(weights)
         if not same_weights(self._fingerprint, now, weights, self._dtype):
             raise StalePolynomialError(
@@ -125,38 +127,37 @@ class SiteEmitter:
             self._identity = identity
         return now
 
+    def _identified(self) -> dict[str, tuple[object, ...]]:
+        """What tells whether the site's tensors are other ones, or were written to.
+
+        Raises:
+            AttachmentError: tensors that hold no numbers of their own (which, and why).
+        """
+        site, tensors = self.site, self.site.tensors()
+        for name, tensor in tensors.items():
+            cause = _no_numbers(tensor, self._types.get(name, Tensor))
+            if cause is not None:
+                raise AttachmentError(f"layer {site.layer} ({site.path}): {name} {cause}")
+        return {
+            # tensors made in inference_mode do not count their versions
+            name: (
+                t.data_ptr(),
+                None if t.is_inference() else t._version,
+                t.dtype,
+                t.device,
+                t.stride(),
+            )
+            for name, t in tensors.items()
+        }
+
     def _sum_of_parts(self, x: Tensor, degree: int, tap: Tap) -> Tensor:
         optima = self.polynomial.all_degrees(x)[: degree + 1]
         parts = [optima[0], *(optima[1:] - optima[:-1])]
         return torch.stack([tap(f"degree_{k}", part) for k, part in enumerate(parts)]).sum(0)
 
 
-def _identity(site: MLPSite) -> dict[str, tuple[object, ...]]:
-    """What tells whether a site's tensors are other ones, or were written to.
-
-    Raises:
-        AttachmentError: tensors that hold no numbers of their own (which, and why).
-    """
-    tensors = site.tensors()
-    for name, tensor in tensors.items():
-        cause = _no_numbers(tensor)
-        if cause is not None:
-            raise AttachmentError(f"layer {site.layer} ({site.path}): {name} {cause}")
-    return {
-        # tensors made in inference_mode do not count their versions
-        name: (
-            t.data_ptr(),
-            None if t.is_inference() else t._version,
-            t.dtype,
-            t.device,
-            t.stride(),
-        )
-        for name, t in tensors.items()
-    }
-
-
-def _no_numbers(tensor: Tensor) -> str | None:
-    """Why weights that were fitted to cannot be told from others; None if they can."""
+def _no_numbers(tensor: Tensor, own: type[Tensor]) -> str | None:
+    """Why fitted weights of type `own` cannot be told from others; None if they can."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore
         return (
             "is a variable of torch.func here, of which a polynomial that was fitted to the "
@@ -167,7 +168,12 @@ def _no_numbers(tensor: Tensor) -> str | None:
             "is on the meta device now: its module was offloaded after attach; detach, and attach "
             "to the model in memory"
         )
-    if type(tensor) is not Tensor or tensor.dtype not in FLOATING:
+    if isinstance(tensor, FakeTensor):
+        return (
+            "has a shape only, as where nnsight scans: no polynomial can be evaluated there; scan "
+            "while nothing is replaced and no point of the lens is read"
+        )
+    if type(tensor) not in (Tensor, own) or tensor.dtype not in FLOATING:
         return (
             f"is a {type(tensor).__name__} of {tensor.dtype} now: quantised or sharded after "
             "attach; detach, and attach to the model with plain weights"
