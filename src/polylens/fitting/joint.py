@@ -173,7 +173,9 @@ class JointGram:
             for own, strength in zip(readouts, ridge, strict=True)
         ]
         if self._free is not None:  # the readouts above are those of neurons without ends
-            base = self._free.solve(warn=False).with_replacement(base.P, base.Q)
+            free = self._free.solve(wait=False)
+            free.ridge = base.ridge
+            base = free.with_replacement(base.P, base.Q)
         return JointPolynomial(base, center, z_mean, corrections, ridge, held_out)
 
 

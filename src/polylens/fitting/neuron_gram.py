@@ -165,12 +165,16 @@ class NeuronGram:
         return out
 
     @torch.no_grad()
-    def solve(self, degree: int | None = None, *, warn: bool = True) -> Polynomial:
+    def solve(self, degree: int | None = None, *, wait: bool = True) -> Polynomial:
         """The least-squares Polynomial of the samples so far, for every degree up to `degree`.
 
         Where features are collinear (fewer samples than features, a linear branch that is a
         function of the gate), a ridge of 1e-10 of their mean square makes the solution unique;
         it is recorded as `ridge` on the result, and warned of by a NumericalWarning.
+
+        Args:
+            wait: for the device, for what is refused and warned of; False where other sums of
+                the same inputs say so.
 
         Raises:
             InvalidInputError: no samples, a degree above the one that sums were kept for.
@@ -178,21 +182,15 @@ class NeuronGram:
         n = self.degree if degree is None else degree
         if not 0 <= n <= self.degree:
             raise InvalidInputError(f"degree {n} was asked of sums kept for 0 ... {self.degree}")
-        self._flaws.require_none()
-        count = self.count
-        if self.standardise is None or not count > 0:
-            raise InvalidInputError("no samples with a positive weight, nothing to fit to")
-        size = 2 * n + 1 if self._glu else n + 1
+        size, count = 2 * n + 1 if self._glu else n + 1, self._gram[0, 0, 0]
+        if wait:
+            self._require_sums(size)
+        assert self.standardise is not None
         gram = self._gram[:, :size, :size] / count
         right = self._gram[:, :size, -1:] / count
-        if not torch.isfinite(right).all() or not torch.isfinite(gram).all():
-            bad = int((~torch.isfinite(self._gram)).any(2).any(1).sum())
-            raise InvalidInputError(
-                f"the sums of {bad} of {len(gram)} neurons are not finite: their preactivations "
-                "overflow float64 in powers; fit a lower degree or inspect the inputs"
-            )
-        solutions, collinear = _solve(gram, right, n, self._glu, few=int(self._rows) < size)
-        if collinear and warn:
+        solutions, mended = _solve(gram, right, n, self._glu, self._rows < size, wait)
+        collinear = int(mended.sum()) if wait else 0
+        if collinear:
             warnings.warn(
                 f"the features of {collinear} of {len(solutions[0])} neurons are collinear in "
                 f"these samples; a ridge of {RIDGE:g} of their mean square was added to make the "
@@ -209,11 +207,28 @@ class NeuronGram:
         ridge = RIDGE if collinear else 0.0
         return Polynomial(self.weights, m, s, *tables, ridge=ridge)
 
+    def _require_sums(self, size: int) -> None:
+        """InvalidInputError unless there are sums of so many features to solve for."""
+        self._flaws.require_none()
+        if self.standardise is None or not self.count > 0:
+            raise InvalidInputError("no samples with a positive weight, nothing to fit to")
+        finite = torch.isfinite(self._gram[:, :, [*range(size), -1]][:, :size])
+        if not finite.all():
+            bad = int((~finite).any(2).any(1).sum())
+            raise InvalidInputError(
+                f"the sums of {bad} of {len(finite)} neurons are not finite: their preactivations "
+                "overflow float64 in powers; fit a lower degree or inspect the inputs"
+            )
 
-def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[Tensor, int]:
-    """Coefficients [n + 1, d_mlp, features], and of how many neurons they needed a ridge.
+
+def _solve(
+    gram: Tensor, right: Tensor, n: int, glu: bool, few: Tensor | bool, wait: bool
+) -> tuple[Tensor, Tensor]:
+    """Coefficients [n + 1, d_mlp, features], and [d_mlp] which neurons needed a ridge.
 
     few: fewer samples than features.
+    wait: for the device, to learn whether there is anything to mend; it is done in any case
+        otherwise.
     """
     size = gram.shape[1]
     diagonal = gram.diagonal(dim1=1, dim2=2)
@@ -230,7 +245,7 @@ def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[T
         dead = variance <= 1e-24 * (1 + gram[:, 1, 1])
         unused[:, 1] |= dead
         unused[:, 3 if glu else 2 :] |= dead[:, None]
-    if unused.any():
+    if not wait or unused.any():
         gram = gram.masked_fill(unused[:, :, None] | unused[:, None, :], 0.0)
         right = right.masked_fill(unused[:, :, None], 0.0)
     diagonal = gram.diagonal(dim1=1, dim2=2)
@@ -240,13 +255,13 @@ def _solve(gram: Tensor, right: Tensor, n: int, glu: bool, few: bool) -> tuple[T
     factor, info = linalg.cholesky_ex(gram)
     pivots = factor.diagonal(dim1=1, dim2=2).square().amin(1)
     collinear = (info != 0) | ~(pivots > PIVOT) | few
-    if collinear.any():
+    if not wait or collinear.any():
         amount = torch.where(collinear, RIDGE, 0.0)
         gram.diagonal(dim1=1, dim2=2)[:, 1:] += amount[:, None]
-        factor = linalg.cholesky(gram)
+        factor = linalg.cholesky(gram) if wait else linalg.cholesky_ex(gram)[0]
     Qb = linalg.solve_triangular(factor, right * scale[:, :, None], upper=False)
     sizes = range(1, size + 1, 2 if glu else 1)
-    return nested_solutions(factor.mT, Qb, sizes).squeeze(3) * scale, int(collinear.sum())
+    return nested_solutions(factor.mT, Qb, sizes).squeeze(3) * scale, collinear
 
 
 def _row_blocks(y: Tensor, width: int) -> Iterator[slice]:

@@ -166,10 +166,10 @@ class _Both:
         self._replacing.update(x, sample_weights, beside=self._optima)
 
     def solve(self) -> Polynomial:
-        top, optima = self._replacing.solve(), self._optima.solve(warn=False)
+        top, optima = self._replacing.solve(), self._optima.solve(wait=False)
         P, Q = top.P, top.Q
         for k, gram in enumerate(self._lower, 1):
-            own = gram.solve(warn=False)
+            own = gram.solve(wait=False)
             P[k, : k + 1] = own.P[k]
             if Q is not None and own.Q is not None:
                 Q[k, :k] = own.Q[k]
