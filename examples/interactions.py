@@ -21,7 +21,7 @@ Runs offline on the embedded model, or on another one:
 import argparse
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -164,7 +164,10 @@ def main(arguments: list[str] | None = None) -> list[dict]:
             rows.append(row)
     cases.sort(key=lambda case: -abs(case.predicted))
     if options.out is not None:
-        cases[0].found.plot(20).savefig(options.out)
+        case = cases[0]
+        first, second = (text([guess]) for guess in case.guesses)
+        title = f"layer {case.layer} behind {text(case.read)}: logit of {first} over {second}"
+        replace(case.found, title=title).plot(20).savefig(options.out)
     numbers = ("predicted", "MLP", "model")
     named = Table("layer", "read", "guesses", "writers", *numbers, title="The strongest of all")
     for case in cases[:8]:
