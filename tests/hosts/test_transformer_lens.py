@@ -251,21 +251,22 @@ def test_features_go_through_the_norm_behind_the_layer():
     torch.testing.assert_close(found.values, expected.values)
 
 
-def test_features_without_moments_are_in_those_of_the_norm(tmp_path):
+def test_features_need_the_moments_that_they_are_measured_by(tmp_path):
     model = BRIDGES["llama"]()
     weight = model.original_model.model.layers[1].post_attention_layernorm.weight.detach()
     implied = polylens.Gaussian(torch.zeros(len(weight)), weight.square())
     options = {"degree": 2, "layers": 1, "method": TrueStream("samples"), "progress": False}
     with polylens.attach(model, TOKENS, **options) as lens:
         own = analysis.layer_features(lens, 1, 4, against=7, k=3)
-        lens.save(tmp_path / "lens")
-    with polylens.load(tmp_path / "lens", model) as lens:
-        found = analysis.layer_features(lens, 1, 4, against=7, k=3)
-        inner = model.original_model.model
-        u = (model.W_U[:, 4] - model.W_U[:, 7]).double() * inner.norm.weight.double()
-        expected = analysis.eigenfeatures(lens[1], u.detach(), 3, metric=implied)
-    torch.testing.assert_close(found.features.values, expected.values)
-    assert own.to_dict() != found.to_dict()  # that of what calibration saw
+        for moments in (False, True):
+            lens.save(tmp_path / f"{moments}", moments=moments)
+    with polylens.load(tmp_path / "True", model) as lens:
+        assert analysis.layer_features(lens, 1, 4, against=7, k=3).to_dict() == own.to_dict()
+    with polylens.load(tmp_path / "False", model) as lens:
+        with pytest.raises(polylens.InvalidInputError, match="moments=True"):
+            analysis.layer_features(lens, 1, 4, against=7, k=3)
+        by_norm = analysis.eigenfeatures(lens[1], model.W_U[:, 4].detach(), 3, metric=implied)
+        assert torch.isfinite(by_norm.values).all()
 
 
 def test_a_residual_inside_the_mlp_module_is_left_out():

@@ -39,7 +39,7 @@ class SiteEmitter:
             *(f"degree_{k}" for k in range(polynomial.degree + 1)),
         )
         self._truncated: dict[int, Fitted] = {polynomial.degree: polynomial}
-        self._types = {name: type(tensor) for name, tensor in site.tensors().items()}
+        self._kinds = {name: _kind(tensor) for name, tensor in site.tensors().items()}
         self._identity = self._identified()
         self._fingerprint = fingerprint(polynomial.weights)
         self._dtype = polynomial.weights.dtype
@@ -135,7 +135,9 @@ class SiteEmitter:
         """
         site, tensors = self.site, self.site.tensors()
         for name, tensor in tensors.items():
-            cause = _no_numbers(tensor, self._types.get(name, Tensor))
+            cause = None
+            if _kind(tensor) != self._kinds.get(name, _PLAIN):
+                cause = _no_numbers(tensor)
             if cause is not None:
                 raise AttachmentError(f"layer {site.layer} ({site.path}): {name} {cause}")
         return {
@@ -156,8 +158,17 @@ class SiteEmitter:
         return torch.stack([tap(f"degree_{k}", part) for k, part in enumerate(parts)]).sum(0)
 
 
-def _no_numbers(tensor: Tensor, own: type[Tensor]) -> str | None:
-    """Why fitted weights of type `own` cannot be told from others; None if they can."""
+def _kind(tensor: Tensor) -> tuple[object, ...]:
+    """What plain weights are not, but those of an offloaded model, or on another device, may be."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
+    return wrapped, tensor.is_meta, type(tensor), tensor.dtype in FLOATING
+
+
+_PLAIN = False, False, Tensor, True
+
+
+def _no_numbers(tensor: Tensor) -> str | None:
+    """Why weights of another kind than at attach cannot be told from others; None if they can."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # pyright: ignore
         return (
             "is a variable of torch.func here, of which a polynomial that was fitted to the "
@@ -173,7 +184,7 @@ def _no_numbers(tensor: Tensor, own: type[Tensor]) -> str | None:
             "has a shape only, as where nnsight scans: no polynomial can be evaluated there; scan "
             "while nothing is replaced and no point of the lens is read"
         )
-    if type(tensor) not in (Tensor, own) or tensor.dtype not in FLOATING:
+    if type(tensor) is not Tensor or tensor.dtype not in FLOATING:
         return (
             f"is a {type(tensor).__name__} of {tensor.dtype} now: quantised or sharded after "
             "attach; detach, and attach to the model with plain weights"
