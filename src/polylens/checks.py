@@ -110,8 +110,29 @@ def as_tensor(name: str, value: object, device: torch.device | None = None) -> T
         raise InvalidInputError(f"{name} must be a tensor, got {got}: {error}") from error
 
 
-def floating(name: str, value: object) -> Tensor:
+def real_numbers(name: str, value: object, device: torch.device | None = None) -> Tensor:
+    """A tensor, an array or nested lists as a detached tensor of real numbers, integers too.
+
+    Raises:
+        InvalidInputError: anything else: complex, boolean, sparse ones, those of eight bits, or
+            without values.
+    """
+    tensor = as_tensor(name, value)
+    real = not tensor.is_floating_point() or tensor.dtype in FLOATING
+    real = real and not tensor.is_complex() and tensor.dtype != torch.bool
+    if real and not tensor.is_meta and tensor.layout == torch.strided:
+        return tensor.detach().to(device or tensor.device)
+    raise InvalidInputError(
+        f"{name} must be real numbers in a dense tensor, got {_described(tensor)} on "
+        f"{tensor.device}"
+    )
+
+
+def floating(name: str, value: object, *, meta: bool = False) -> Tensor:
     """A tensor, an array or nested lists as a floating-point tensor; a tensor is itself.
+
+    Args:
+        meta: whether it may be one without values.
 
     Raises:
         InvalidInputError: no numbers, or integers, booleans, complex or sparse ones.
@@ -126,25 +147,34 @@ def floating(name: str, value: object) -> Tensor:
         raise InvalidInputError(
             f"{name} must be floating point (and dense), got {_described(tensor)}"
         )
+    if tensor.is_meta and not meta:
+        raise InvalidInputError(f"{name} is on the meta device, where tensors have no values")
     return tensor
 
 
 def check_features(
-    x: object, d_in: int, dtype: torch.dtype | None = None, *, name: str = "x", remedy: str = ""
+    x: object,
+    d_in: int,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    *,
+    name: str = "x",
+    remedy: str = "",
 ) -> Tensor:
     """x itself.
 
     Raises:
-        InvalidInputError: no floating-point tensor [..., d_in] (of this dtype, if one is given).
+        InvalidInputError: no dense floating-point tensor [..., d_in] (of this dtype, on this
+            device, where they are given).
     """
-    good = isinstance(x, Tensor) and x.shape[-1:] == (d_in,) and x.is_floating_point()
-    if not isinstance(x, Tensor) or not good or dtype not in (None, x.dtype):
-        wanted = "floating point" if dtype is None else f"of {dtype}"
-        got = _described(x) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-        raise InvalidInputError(
-            f"{name} must be a tensor [..., {d_in}] {wanted}, got {got}{remedy}"
-        )
-    return x
+    if isinstance(x, Tensor):
+        good = x.shape[-1:] == (d_in,) and x.dtype in FLOATING and x.layout == torch.strided
+        if good and dtype in (None, x.dtype) and device in (None, x.device):
+            return x
+    wanted = "floating point" if dtype is None else f"of {dtype}"
+    wanted += "" if device is None else f" on {device}"
+    got = f"{_described(x)} on {x.device}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+    raise InvalidInputError(f"{name} must be a tensor [..., {d_in}] {wanted}, got {got}{remedy}")
 
 
 def _described(tensor: Tensor) -> str:

@@ -97,9 +97,8 @@ def test_forged_files(count, model, scope, kind, tmp_path):
         try:
             values = [loaded(X), loaded.truncate(1)(X)]
             assert all(t is None or torch.isfinite(t).all() for t in loaded.state_dict().values())
-            assert any(
-                forgery.get(n, X).numel() and forgery.get(n, X).abs().max() > 1e200 for n in forgery
-            ) or all(torch.isfinite(v).all() for v in values)
+            huge = any(t.numel() and t.double().abs().max() > 1e200 for t in forgery.values())
+            assert huge or all(torch.isfinite(v).all() for v in values)
             loaded.r2  # noqa: B018
             repr(loaded)
         except PolylensError:

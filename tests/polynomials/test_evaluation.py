@@ -82,14 +82,14 @@ def test_neurons_say_what_they_need():
         fit(random_layer(1, kind), input_model("gaussian", 1), 2) for kind in ("glu", "mlp")
     )
     y = torch.randn(5, glu.d_mlp, dtype=torch.float64)
-    with pytest.raises(InvalidInputError, match=r"z must be a floating-point.*NoneType"):
+    with pytest.raises(InvalidInputError, match=r"z must be a tensor.*floating point.*NoneType"):
         glu.neurons(y)
     with pytest.raises(InvalidInputError, match=r"z must be .* as many as y; got \(4"):
         glu.neurons(y, y[:4])
     with pytest.raises(InvalidInputError, match="no linear branch"):
         mlp.neurons(y, y)
     for poly in (glu, mlp):
-        with pytest.raises(InvalidInputError, match=r"y must be \[\.\.\., 6\]"):
+        with pytest.raises(InvalidInputError, match=r"y must be a tensor \[\.\.\., 6\]"):
             poly.neurons(y[:, 1:], y[:, 1:])
         with pytest.raises(InvalidInputError, match=r"y must be a floating-point.*int64"):
             poly.neurons(y.long())

@@ -13,6 +13,7 @@ from torch import Tensor
 from polylens.activations.activation import Activation
 from polylens.activations.recognition import PROBE, called
 from polylens.activations.table import TABLE, known_activations
+from polylens.checks import real_numbers
 from polylens.errors import InvalidInputError, NumericalWarning, UnsupportedActivation
 
 linalg: Any = torch.linalg  # without types
@@ -120,12 +121,14 @@ def _require_arguments(name: object, fn: object, slopes: object) -> None:
 
 
 def _finite_numbers(name: str, values: Any, unique: bool = True) -> list[float]:
+    if isinstance(values, Tensor):
+        values = real_numbers(name, values)
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError) as error:
         raise InvalidInputError(f"{name} must be finite numbers, got {values!r}") from error
-    if not all(map(math.isfinite, numbers)):
-        raise InvalidInputError(f"{name} must be finite numbers, got {values!r}")
+    if isinstance(values, str | set) or not all(map(math.isfinite, numbers)):
+        raise InvalidInputError(f"{name} must be finite numbers in order, got {values!r}")
     return sorted(set(numbers)) if unique else numbers
 
 

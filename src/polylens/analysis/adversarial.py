@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polylens.analysis.arguments import as_numbers, check_functions, check_polynomial
+from polylens.analysis.arguments import check_functions, check_polynomial
 from polylens.analysis.figures import attacks_figure
 from polylens.analysis.linear import singular_features
 from polylens.brief import Brief
+from polylens.checks import real_numbers
 from polylens.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -305,7 +306,7 @@ def _checked(
     polynomial: Any, x: Tensor, labels: Tensor, norm: float, target: int | None
 ) -> tuple[Tensor, Tensor]:
     check_polynomial(polynomial)
-    x, labels = as_numbers(x, "x"), as_numbers(labels, "labels")
+    x, labels = real_numbers("x", x), real_numbers("labels", labels)
     d_in, classes = polynomial.d_in, polynomial.d_out
     if x.dim() != 2 or x.shape[1] != d_in or labels.shape != x.shape[:1] or not len(x):
         raise InvalidInputError(

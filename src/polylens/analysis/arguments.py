@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from polylens.checks import Layer, as_tensor, from_the_end
+from polylens.checks import Layer, from_the_end
 from polylens.errors import InvalidInputError
 from polylens.installed.installation import Installation
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
@@ -48,18 +47,6 @@ def check_layer(lens: Any, layer: Any) -> Layer:
     check_lens(lens)
     lens[layer]  # refuses one that is not attached
     return from_the_end(layer, lens.layers)
-
-
-def as_numbers(value: Any, name: str, device: torch.device | None = None) -> Tensor:
-    """The tensor itself, or that of an array or list; of real numbers.
-
-    Raises:
-        InvalidInputError: anything else.
-    """
-    numbers = as_tensor(name, value, device).detach()
-    if numbers.is_complex() or numbers.dtype == torch.bool:
-        raise InvalidInputError(f"{name} must be real numbers, got {numbers.dtype}")
-    return numbers
 
 
 def check_functions(values: Any, name: str) -> list[Any]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polylens.analysis.arguments import as_numbers
+from polylens.checks import real_numbers
 from polylens.errors import InvalidInputError
 
 # Of what decode returns, in float32.
@@ -37,7 +37,7 @@ def sae_writers(sae: Any, x: Tensor, name: str = "SAE") -> tuple[Tensor, tuple[s
         raise InvalidInputError(
             f"sae must have encode and decode, such as one of SAELens, got {type(sae).__name__}"
         )
-    x = as_numbers(x, "x")
+    x = real_numbers("x", x)
     width = getattr(getattr(sae, "W_enc", None), "shape", (len(x) if x.dim() else 0,))[0]
     if x.dim() != 1 or len(x) != width:
         raise InvalidInputError(

@@ -9,7 +9,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from polylens.analysis.arguments import as_numbers, check_layer, check_lens
+from polylens.analysis.arguments import check_layer, check_lens
 from polylens.analysis.features import EigenFeatures, eigenfeatures
 from polylens.analysis.figures import features_figure
 from polylens.analysis.interventions import Edit, intervene
@@ -26,7 +26,7 @@ from polylens.brief import Brief
 from polylens.calibration.seen import require_deterministic
 from polylens.calibration.tokens import names_by
 from polylens.calibration.tokens import read as read_inputs
-from polylens.checks import Layer, check_at_least, label, to_json
+from polylens.checks import Layer, check_at_least, label, real_numbers, to_json
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Observer
 from polylens.hosts.batch import Batch, Inputs
@@ -376,7 +376,7 @@ def _given(features: Any) -> Features:
     """Features as they are, directions from elsewhere as a tensor."""
     if isinstance(features, EigenFeatures | SingularFeatures):
         return features
-    return as_numbers(features, "features")
+    return real_numbers("features", features)
 
 
 def _sizes(features: Features, i: int) -> tuple[float | None, float | None]:

@@ -8,13 +8,13 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from polylens.analysis.arguments import as_numbers, check_layer, check_lens
+from polylens.analysis.arguments import check_layer, check_lens
 from polylens.analysis.layer_tokens import token_id
 from polylens.analysis.readout import top_tokens
 from polylens.brief import Brief
 from polylens.calibration.seen import require_deterministic
 from polylens.calibration.tokens import read, token_names
-from polylens.checks import Layer, check_at_least
+from polylens.checks import Layer, check_at_least, real_numbers
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Function
 from polylens.hosts.batch import Batch, Inputs, Stream
@@ -427,7 +427,10 @@ def _by_name(edits: Mapping[Any, Edit | Sequence[Edit]] | Edit) -> dict[Any, lis
 def _checked(lens: Any, edit: Edit) -> Edit:
     edit = replace(edit, layer=check_layer(lens, edit.layer))
     if isinstance(edit.part, Tensor):
-        part, d_out = as_numbers(edit.part, "part", lens.host.device), lens.sites[edit.layer].d_out
+        part, d_out = (
+            real_numbers("part", edit.part, lens.host.device),
+            lens.sites[edit.layer].d_out,
+        )
         if tuple(part.shape) != (d_out,) or not torch.isfinite(part).all():
             raise InvalidInputError(
                 f"part must be a finite vector ({d_out},), what layer {edit.layer} writes, or a "
@@ -447,7 +450,7 @@ def _flags(at: int | Tensor | None, real: Tensor) -> Tensor:
     if at is None:
         return real
     batch, pos = real.shape
-    places = as_numbers(at, "at", real.device)
+    places = real_numbers("at", at, real.device)
     if places.is_floating_point() or tuple(places.shape) not in ((), (batch,)):
         raise InvalidInputError(
             f"at must be a position, or one for each of the {batch} sequences, got {at!r}"

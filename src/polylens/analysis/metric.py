@@ -7,7 +7,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor
 
-from polylens.analysis.arguments import as_numbers
+from polylens.checks import real_numbers
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
 from polylens.inputs.model import InputModel
@@ -133,7 +133,7 @@ def direction(u: object, size: int, device: torch.device, name: str = "u") -> Te
     Raises:
         InvalidInputError: no real numbers, another size, not finite, or zero.
     """
-    u = as_numbers(u, name, device)
+    u = real_numbers(name, u, device)
     if tuple(u.shape) != (size,):
         raise InvalidInputError(
             f"{name} must be one direction of shape ({size},), got {tuple(u.shape)}; a class or "
@@ -173,7 +173,7 @@ def check_inputs(x: object, d_in: int, device: torch.device) -> Tensor:
     Raises:
         InvalidInputError: no floating point, or another size.
     """
-    x = as_numbers(x, "x", device)
+    x = real_numbers("x", x, device)
     if x.shape[-1:] != (d_in,) or not x.is_floating_point():
         raise InvalidInputError(
             f"x must be floating point [..., {d_in}], got {x.dtype} {tuple(x.shape)}"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from polylens.checks import check_at_least, floating
+from polylens.checks import check_at_least, floating, real_numbers
 from polylens.errors import InvalidInputError
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
@@ -232,11 +232,10 @@ class GaussianMixture(InputModel):
 
 
 def _integers(labels: object) -> Tensor:
-    try:
-        found = torch.as_tensor(labels)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise InvalidInputError(f"labels must be integers [n]: {error}") from error
-    if found.is_complex() or (found.is_floating_point() and not (found == found.round()).all()):
+    if isinstance(labels, Tensor) and labels.dtype == torch.bool:
+        labels = labels.long()
+    found = real_numbers("labels", labels)
+    if not (torch.isfinite(found) & (found.double() == found.double().round())).all():
         raise InvalidInputError(f"labels must be integers [n], got {found.dtype}")
     return found.long()
 

@@ -133,6 +133,7 @@ class Samples(InputModel):
 def _require_batches(batches: object) -> None:
     """InvalidInputError for what is neither iterable nor callable, or iterable by accident."""
     got, iterable = type(batches), isinstance(batches, Iterable) or callable(batches)
+    iterable = iterable and not isinstance(batches, torch.nn.Module | type)
     if not iterable or issubclass(got, str | bytes | Mapping) or hasattr(got, "dtype"):
         raise InvalidInputError(
             "samples are a tensor, an iterable of batches, or a callable that returns one; got "

@@ -64,7 +64,7 @@ class _Weights(_Declared):
             tensor, axes = getattr(self, name), AXES[name]
             if tensor is None and name.startswith("b_"):
                 continue
-            tensor = floating(name, tensor)
+            tensor = floating(name, tensor, meta=True)
             object.__setattr__(self, name, tensor)
             if tensor.dim() != len(axes):
                 raise InvalidInputError(
@@ -187,7 +187,7 @@ class MLPWeights(_Weights):
 
     def neurons(self, x: Tensor) -> dict[str, Tensor]:
         """y = x W_in + b_in and h = act(y), each [..., d_mlp]."""
-        check_features(x, self.d_in, self.dtype)
+        check_features(x, self.d_in, self.dtype, self.device)
         y = _affine(x, self.W_in, self.b_in)
         return {"y": y, "h": self.act(y)}
 
@@ -223,7 +223,7 @@ class GLUWeights(_Weights):
 
     def neurons(self, x: Tensor) -> dict[str, Tensor]:
         """y = x W_gate + b_gate, z = x W_in + b_in and h = act(y) * z, each [..., d_mlp]."""
-        check_features(x, self.d_in, self.dtype)
+        check_features(x, self.d_in, self.dtype, self.device)
         y, z = _affine(x, self.W_gate, self.b_gate), _affine(x, self.W_in, self.b_in)
         return {"y": y, "z": z, "h": self.act(y) * z}
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from polylens.checks import real_numbers
 from polylens.errors import InvalidInputError
 from polylens.files import format as storage
 from polylens.files.format import Record
@@ -198,7 +199,7 @@ class Approximation(nn.Module):
 
     def _inputs(self, x: Tensor, d_in: int, device: torch.device) -> Tensor:
         """x as finite float64 vectors [n, d_in]."""
-        x = torch.as_tensor(x, device=device).detach().double()
+        x = real_numbers("x", x, device).double()
         if x.dim() != 2 or x.shape[1] != d_in or not torch.isfinite(x).all():
             raise InvalidInputError(
                 f"x must be finite inputs of shape [n, {d_in}], got {tuple(x.shape)}"
@@ -207,7 +208,7 @@ class Approximation(nn.Module):
 
     def _one_input(self, x: Tensor, d_in: int, device: torch.device) -> Tensor:
         """x as a finite float64 vector [d_in]."""
-        x = torch.as_tensor(x, device=device).detach().double()
+        x = real_numbers("x", x, device).double()
         if tuple(x.shape) != (d_in,) or not torch.isfinite(x).all():
             raise InvalidInputError(
                 f"x must be one finite input of shape ({d_in},), got {tuple(x.shape)}"
@@ -283,12 +284,7 @@ class Approximation(nn.Module):
 
     def _direction(self, u: object, device: torch.device) -> Tensor:
         """u as a finite float64 vector [d_out]."""
-        if isinstance(u, Tensor) and (u.is_complex() or u.dtype == torch.bool):
-            raise InvalidInputError(f"u must be a real vector [{self.d_out}], got {u.dtype}")
-        try:
-            vector = torch.as_tensor(u, device=device).detach().double()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidInputError(f"u must be a vector [{self.d_out}]: {error}") from error
+        vector = real_numbers("u", u, device).double()
         if tuple(vector.shape) != (self.d_out,) or not torch.isfinite(vector).all():
             raise InvalidInputError(
                 f"u must be a finite vector of shape ({self.d_out},), got {tuple(vector.shape)}; "

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from polylens.activations.activation import MAX_DEGREE
-from polylens.checks import check_degree
+from polylens.checks import check_degree, check_features
 from polylens.errors import ArtifactError, InvalidInputError
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
@@ -113,16 +113,7 @@ class DensePolynomial(Approximation):
         return torch.stack([self._evaluate(x, n) for n in range(self.degree + 1)])
 
     def _evaluate(self, x: Tensor, n: int) -> Tensor:
-        if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidInputError(
-                f"x must be a tensor [..., {self.d_in}], got {type(x).__name__}"
-            )
-        device = self.center.device
-        if x.shape[-1:] != (self.d_in,) or not x.is_floating_point() or x.device != device:
-            raise InvalidInputError(
-                f"x must be floating point [..., {self.d_in}] on {device}, got {x.dtype} "
-                f"{tuple(x.shape)} on {x.device}"
-            )
+        check_features(x, self.d_in, None, self.center.device)
         dtype = torch.promote_types(x.dtype, torch.float32)
         flat = x.reshape(-1, self.d_in).to(dtype)
         xi = (flat - self.center.to(dtype)) @ self.whiten.to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from polylens.activations.activation import MAX_DEGREE
 from polylens.activations.hermite import hermite_to_monomial
-from polylens.checks import check_degree
+from polylens.checks import check_at_least, check_degree, check_features, real_numbers
 from polylens.errors import ArtifactError, InvalidInputError
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
@@ -336,12 +336,11 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
 
     def in_order(self, ends: Tensor) -> Tensor:
         """In float64, if they are lowest and highest y; InvalidInputError if they cannot be."""
-        if not isinstance(ends, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if ends is None:  # pyright: ignore[reportUnnecessaryComparison]
             raise InvalidInputError(
-                f"ends must be a tensor [2, {self.d_mlp}], got {type(ends).__name__}; "
-                "optimum() has none"
+                f"ends must be a tensor [2, {self.d_mlp}], got None; optimum() has none"
             )
-        ends = ends.to(self.m)
+        ends = real_numbers("ends", ends).to(self.m)
         fits = ends.dim() in (2, 3) and ends.shape[-2:] == (2, self.d_mlp)
         if not fits or not (ends[..., 0, :] <= ends[..., 1, :]).all():
             raise InvalidInputError(
@@ -354,10 +353,6 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         """The fit of a lower degree: without ends the optimum, equal to fitting it again.
 
         With ends it is what replaces the layer at that degree, with ends of its own.
-
-        Ends stay where they are. Those of `tails=0.0` are the same for every degree; a share of
-        tails put them where it helps the degree of the fit most, and fitting again at a lower one
-        would put them elsewhere.
 
         Raises:
             InvalidInputError: a degree outside 0 ... self.degree.
@@ -499,6 +494,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
         Raises:
             InvalidInputError: the tensors would take more than max_bytes.
         """
+        check_at_least("max_bytes", max_bytes, 0)
         needed = 8 * sum(self.d_out * self.d_in**k for k in range(self.degree + 1))
         if needed > max_bytes:
             raise InvalidInputError(
@@ -640,16 +636,8 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
 
     def require_input(self, x: Tensor) -> None:
         """InvalidInputError for what cannot be evaluated."""
-        if not isinstance(x, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidInputError(
-                f"x must be a tensor [..., {self.d_in}], got {type(x).__name__}"
-            )
-        device = self.m.device
-        if x.shape[-1:] != (self.d_in,) or x.dtype != self.dtype or x.device != device:
-            raise InvalidInputError(
-                f"x must be [..., {self.d_in}] of {self.dtype} on {device}, got {tuple(x.shape)} "
-                f"of {x.dtype} on {x.device}; cast x, or the polynomial with .to"
-            )
+        remedy = "; cast x, or the polynomial with .to"
+        check_features(x, self.d_in, self.dtype, self.device, remedy=remedy)
 
     def neurons(self, y: Tensor, z: Tensor | None = None) -> Tensor:
         """h of preactivations that somebody has computed already; f(x) = h W_out + b_out.
@@ -665,16 +653,12 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
             InvalidInputError: other shapes, or z that is missing or superfluous.
         """
         needed = {"y": y} if self.Q is None else {"y": y, "z": z}
-        for name, tensor in needed.items():
-            if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        remedy = "; the neurons of a GLU need y and z, those of an MLP y"
+        for name, given in needed.items():
+            own = check_features(given, self.d_mlp, None, self.device, name=name, remedy=remedy)
+            if own.shape != y.shape:
                 raise InvalidInputError(
-                    f"{name} must be a floating-point tensor [..., {self.d_mlp}], got {got}; the "
-                    "neurons of a GLU need y and z, those of an MLP y"
-                )
-            if tensor.shape != y.shape or tensor.shape[-1:] != (self.d_mlp,):
-                raise InvalidInputError(
-                    f"{name} must be [..., {self.d_mlp}], as many as y; got {tuple(tensor.shape)}"
+                    f"{name} must be [..., {self.d_mlp}], as many as y; got {tuple(own.shape)}"
                 )
         if self.Q is None and z is not None:
             raise InvalidInputError("an MLP has no linear branch z; give y only")

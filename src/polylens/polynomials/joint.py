@@ -292,9 +292,10 @@ class JointPolynomial(Approximation):
             shapes[f"D{n}"] = feature_count(base.weights, n), base.d_out
         own = (tensor.to(base.m.device) for tensor in checked(tensors, shapes))
         center, z_mean, *corrections = own
-        ridge, held_out = (
-            tuple(float(value) for value in tensors[name]) for name in ("ridge", "held_out")
-        )
+        kept = [tensors[name] for name in ("ridge", "held_out")]  # infinite, or NaN, they may be
+        if any(each.dtype != torch.float64 or each.dim() != 1 for each in kept):
+            raise ArtifactError("strengths and errors are not float64, one for each degree")
+        ridge, held_out = (tuple(map(float, each)) for each in kept)
         if not len(ridge) == len(held_out) == base.degree + 1:
             raise ArtifactError(f"{len(ridge)} strengths and {len(held_out)} errors of degrees")
         return cls(base, center, z_mean, corrections, ridge, held_out)

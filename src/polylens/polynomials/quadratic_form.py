@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from polylens.brief import Brief
+from polylens.checks import real_numbers
 from polylens.errors import InvalidInputError
 
 
@@ -56,9 +57,9 @@ class QuadraticForm(Brief):
     def _checked(self, x: object, axis: int) -> Tensor:
         """x in float64, if it has d_in entries along this axis."""
         wanted = f"[..., {self.d_in}]" if axis else f"[{self.d_in}] or [{self.d_in}, k]"
-        if not isinstance(x, Tensor) or x.is_complex():
-            got = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
-            raise InvalidInputError(f"it must be a real tensor {wanted}, got {got}")
+        if not isinstance(x, Tensor):
+            raise InvalidInputError(f"it must be a real tensor {wanted}, got {type(x).__name__}")
+        x = real_numbers(f"what it takes, {wanted},", x, self.W.device)
         if not x.dim() or x.shape[axis] != self.d_in:
             raise InvalidInputError(f"it must be {wanted}, got {tuple(x.shape)}")
         return x.double()
