@@ -250,3 +250,12 @@ def test_a_kink_beside_a_narrow_gaussian_is_seen():
         lines = scale * own - scale * alpha * signs * below  # e^y - 1 = y to 1e-6
         got = act.hermite_coefficients(m, s, 4)
         assert float((got - lines).norm() / lines.norm()) < 1e-4
+
+
+def test_smooth_features_near_zero_are_resolved_between_kinks_far_away(registry):
+    act = register_activation(
+        "bent",
+        lambda y: torch.tanh(y) + torch.relu(y - 32.5) + torch.relu(-52.8 - y),
+        [32.5, -52.8],
+    )
+    assert act.accuracy < 1e-9

@@ -91,7 +91,7 @@ def test_neurons_say_what_they_need():
     for poly in (glu, mlp):
         with pytest.raises(InvalidInputError, match=r"y must be a tensor \[\.\.\., 6\]"):
             poly.neurons(y[:, 1:], y[:, 1:])
-        with pytest.raises(InvalidInputError, match=r"y must be a floating-point.*int64"):
+        with pytest.raises(InvalidInputError, match=r"y must be a tensor.*floating point.*int64"):
             poly.neurons(y.long())
 
 

@@ -91,7 +91,8 @@ def register_activation(
         left,
         right,
         split=split,
-        edges=_panels(points or [0.0], split),
+        # zero, too, where features are that are smooth
+        edges=_panels(sorted({*points, 0.0}), split),
         kinks=tuple(points),
         width=WIDTH,
     )
