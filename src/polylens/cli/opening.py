@@ -93,7 +93,8 @@ def open_model(
     from polylens.fitting.estimator import require_degree
 
     require_degree(source.degree)
-    parse_dtype(source.dtype), parse_device(source.device)
+    parse_dtype(source.dtype)
+    parse_device(source.device)
     quiet_libraries()
     bridge, tokenizer = load_model(model, source.device, source.dtype)
     tokens = held = None

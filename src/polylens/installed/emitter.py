@@ -160,8 +160,8 @@ class SiteEmitter:
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
     """What plain weights are not, but those of an offloaded model, or on another device, may be."""
-    wrapped: bool = torch._C._functorch.is_functorch_wrapped_tensor(tensor)  # pyright: ignore
-    return wrapped, tensor.is_meta, type(tensor), tensor.dtype in FLOATING
+    wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
+    return bool(wrapped(tensor)), tensor.is_meta, type(tensor), tensor.dtype in FLOATING
 
 
 _PLAIN = False, False, Tensor, True
