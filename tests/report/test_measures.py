@@ -153,9 +153,34 @@ def test_r2_on_the_replaced_stream(measured):
         r2 = 1 - float((y - f).square().sum() / (y - y.mean(0)).square().sum())
         assert report[layer].r2_replaced == pytest.approx(r2, abs=1e-9)
     # nothing is replaced below the first layer
-    assert report[0].r2_replaced == pytest.approx(report[0].r2[DEGREE], abs=1e-9)
-    assert report[2].r2_replaced != pytest.approx(report[2].r2[DEGREE], abs=1e-6)
+    assert report[0].r2_replaced == pytest.approx(report[0].r2_replacement, abs=1e-9)
+    assert report[2].r2_replaced != pytest.approx(report[2].r2_replacement, abs=1e-6)
     assert report.all_row.r2_replaced is None
+
+
+def test_r2_by_degree_is_of_optima_and_r2_with_ends_of_what_replaces(measured):
+    lens, report = measured
+    kept = MASK.bool().clone()
+    kept[:, 0] = False
+    inputs = {}
+    observers = {n: lambda a, n=n: inputs.update({n: (a.x, a.y)}) for n in LAYERS}
+    with lens.host.observe(observers), torch.no_grad():
+        true_logits(lens)
+    for layer, (x, y) in inputs.items():
+        x, y = x[kept], y[kept].double()
+        spread = (y - y.mean(0)).square().sum()
+        for k, found in enumerate(report[layer].r2):
+            f = lens[layer].optimum(k)(x)
+            assert found == pytest.approx(1 - float((y - f).square().sum() / spread), abs=1e-6)
+        replacing = lens[layer].truncate(DEGREE)
+        r2 = 1 - float((y - replacing(x)).square().sum() / spread)
+        assert report[layer].r2_replacement == pytest.approx(r2, abs=1e-6)
+        assert report[layer].r2_replacement != pytest.approx(report[layer].r2[DEGREE], abs=1e-6)
+        low, high = replacing.ends
+        outside = lens[layer].weights.neurons(x)["y"]
+        share = float(((outside < low) | (outside > high)).double().mean())
+        assert report[layer].beyond == pytest.approx(share, abs=1e-9)
+        assert 0 < share < 0.2
 
 
 def test_worst_tokens_and_their_causes(measured):

@@ -66,6 +66,23 @@ COLUMNS = (
     Column("n_tokens", "tokens", number(","), of_experts=True),
     Column("r2", "R² deg {degree}", r2, label="deg {degree}", shaded=True, by_degree=True),
     Column(
+        "r2_replacement",
+        "R² ends",
+        r2,
+        "R² deg k: of the optimum, one polynomial; R² ends: of what replaces the layer, degree "
+        "{degree} up to its ends and the activation's asymptotes beyond",
+        rank=1,
+        label="replacement",
+        shaded=True,
+    ),
+    Column(
+        "beyond",
+        "beyond",
+        share,
+        "beyond: preactivations of the layer beyond these ends",
+        rank=1,
+    ),
+    Column(
         "r2_replaced",
         "R² repl.",
         r2,

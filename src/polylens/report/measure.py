@@ -1,6 +1,6 @@
 """How the figures of a report are measured: R2 of every layer in one pass, then the losses."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -16,6 +16,7 @@ from polylens.hosts.base import Arrival
 from polylens.hosts.batch import IGNORED, Batch, Inputs
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
+from polylens.polynomials.joint import Fitted
 from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of
 from polylens.report.report import LayerRow, Report
 from polylens.report.scores import lead_of
@@ -23,6 +24,7 @@ from polylens.report.worst import Decode, decoder, explain
 
 FIRST_POSITION = "the first position of each sequence is left out of R²: attention sink"
 
+NO_OPTIMUM = "no R² by degree: the lens is of a version that kept only what replaces the layers"
 BOTH_WAYS = "the model reads both ways: CE is of each token itself, not of the next one"
 NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be scored"
 
@@ -80,8 +82,9 @@ def measure(
         torch.no_grad(),
         told(title="report", show=progress, total=len(steps) * per_batch) as bar,
     ):
-        sums = _residual_sums(lens, chosen, steps, bar)
-        rows = [LayerRow(n, sums[n].r2(f"layer {label(n)}"), n_tokens=sums[n].n) for n in chosen]
+        fits = {layer: _Fit(lens[layer], degree) for layer in chosen}
+        sums = _residual_sums(lens, fits, steps, bar)
+        rows = [fits[n].row(n, sums[n]) for n in chosen]
         if loss:
             means = {layer: sums[layer].mean for layer in chosen if sums[layer].n}
             lead = lead_of(lens.host, data)
@@ -102,7 +105,7 @@ def measure(
         rows=tuple(rows),
         all_row=all_row,
         refused=dict(lens.refused),
-        notes=tuple(_notes(lens, data, sums, lead)),
+        notes=tuple(_notes(lens, data, sums, fits, lead)),
         worst=found,
     )
 
@@ -131,7 +134,11 @@ def _with_losses(
 
 
 def _notes(
-    lens: Installation, data: Batch, sums: dict[Layer, ResidualSums], lead: int
+    lens: Installation,
+    data: Batch,
+    sums: dict[Layer, ResidualSums],
+    fits: Mapping[Layer, "_Fit"],
+    lead: int,
 ) -> Iterator[str]:
     if lens.exclude_first and any(bool(s.starts.any()) for s in data.streams.values()):
         yield FIRST_POSITION
@@ -139,6 +146,8 @@ def _notes(
         yield NO_LOSS
     if lead == 0 and data.lead is None:
         yield BOTH_WAYS
+    if any(fit.optimum is None for fit in fits.values()):
+        yield NO_OPTIMUM
     if unseen := [label(n) for n in sums if sums[n].n < 2]:
         yield f"no R² of experts {', '.join(unseen)}: fewer than 2 tokens were sent there"
     if constant := [label(n) for n in sums if sums[n].n > 1 and sums[n].constant]:
@@ -156,22 +165,62 @@ def _counted(lens: Installation, data: Batch, sums: dict[Layer, ResidualSums]) -
     return int(data.streams[data.about].counted(exclude_first=lens.exclude_first).sum())
 
 
+class _Fit:
+    """What a report measures of one layer on the true stream.
+
+    Attributes:
+        optimum: without ends, of every degree; None where a file of an earlier version has none.
+    """
+
+    def __init__(self, polynomial: Fitted, degree: int) -> None:
+        self._polynomial, self._degree = polynomial, degree
+        self._ended = polynomial.ends is not None
+        self._replacement = polynomial.truncate(degree)
+        self._beyond: Tensor | float = 0.0
+        try:
+            self.optimum = polynomial.optimum()
+        except InvalidInputError:
+            self.optimum = None
+
+    def see(self, x: Tensor) -> Tensor:
+        """[..., n, d_out] outputs at x [n, d_in]: of every optimum, and of the replacement."""
+        found = [] if self.optimum is None else list(self.optimum.all_degrees(x))
+        if self._ended:
+            found.append(self._replacement(x))
+            y = self._polynomial.weights.neurons(x)["y"]
+            self._beyond = self._beyond + self._polynomial.outside(y)[self._degree].sum()
+        return torch.stack(found)
+
+    def row(self, layer: Layer, sums: ResidualSums) -> LayerRow:
+        shares = sums.r2(f"layer {label(layer)}")
+        if shares is None or not self._ended:
+            return LayerRow(layer, shares, n_tokens=sums.n)
+        *r2, own = shares
+        return LayerRow(
+            layer,
+            tuple(r2) or None,
+            n_tokens=sums.n,
+            r2_replacement=own,
+            beyond=float(self._beyond) / sums.n,
+        )
+
+
 def _residual_sums(
-    lens: Installation, layers: Sequence[Layer], steps: Sequence[Batch], bar: tqdm
+    lens: Installation, fits: Mapping[Layer, _Fit], steps: Sequence[Batch], bar: tqdm
 ) -> dict[Layer, ResidualSums]:
     """One pass over the tokens with the true model, for all layers and degrees."""
-    sums = {layer: ResidualSums() for layer in layers}
+    sums = {layer: ResidualSums() for layer in fits}
 
     def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
         x, y = arrival.rows(kept)
-        sums[layer].update(y, lens[layer].all_degrees(x))
+        sums[layer].update(y, fits[layer].see(x))
 
     def ticking() -> Iterator[Batch]:
         for step in steps:
             yield step
             bar.update()
 
-    watch(lens.host, layers, ticking(), lens.exclude_first, see)
+    watch(lens.host, fits, ticking(), lens.exclude_first, see)
     if any(s.n < 2 for layer, s in sums.items() if isinstance(layer, int)):
         raise InvalidInputError(
             "fewer than 2 activations are left to measure R2 on after padding and position 0; "

@@ -11,8 +11,9 @@ class LayerRow:
 
     Attributes:
         layer: index, an Expert, or None for the row in which all are replaced at once.
-        r2: held-out R2 of degree 0, 1, ..., fitted degree; None for that last row. Of an output
-            that does not vary it is 1 where it is reproduced, else 0.
+        r2: held-out R2 of the optimum of degree 0, 1, ..., fitted degree, one polynomial without
+            ends each; None for that last row. Of an output that does not vary it is 1 where it is
+            reproduced, else 0.
         delta_ce: next-token cross entropy (of each token itself, in a model that reads both ways)
             with the polynomial minus without.
         kl: mean over positions of KL(true model || model with the polynomial).
@@ -23,6 +24,9 @@ class LayerRow:
         agreement: share of positions whose most likely token is that of the true model.
         prefix_delta_ce, prefix_kl: with this and every earlier listed layer replaced; of a block
             of experts in the row of the last one.
+        r2_replacement: held-out R2 of what replaces the layer, of the replacing degree with its
+            ends; None without ends, where it is that of the optimum.
+        beyond: share of the layer's preactivations beyond these ends.
         r2_replaced: R2 of the replacing degree against the true MLP, on the stream that it has
             when all listed layers are replaced; -inf where that diverges.
     """
@@ -39,6 +43,8 @@ class LayerRow:
     prefix_delta_ce: float | None = None
     prefix_kl: float | None = None
     r2_replaced: float | None = None
+    r2_replacement: float | None = None
+    beyond: float | None = None
 
     @property
     def label(self) -> str:
