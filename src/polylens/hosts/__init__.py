@@ -1,4 +1,4 @@
-"""Where polylens meets the frameworks: one file per host."""
+"""Where polylens meets the frameworks: the host of a model; a folder per framework."""
 
 from collections.abc import Mapping
 from typing import Any

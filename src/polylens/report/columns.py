@@ -1,6 +1,7 @@
-"""The columns of a report: a row each, which text, HTML, Markdown, JSON, plots and pages read.
+"""The columns of a report: a row each, which text, HTML, Markdown, JSON and pages read.
 
 To add one: a row here, and a field of its name in `LayerRow` that `measure` or `losses` fills.
+Figures draw those that `report.figure` names.
 """
 
 from collections.abc import Callable, Sequence
