@@ -1,6 +1,7 @@
-"""What linear algebra says about a polynomial: features, interactions, directions, attacks.
+"""Features, interactions, circuits, interventions, comparisons, directions, attacks.
 
-Everything works on the factors, in float64, on the device of the polynomial's weights.
+What linear algebra says of a polynomial is read off its factors, in float64, on the device
+of its weights.
 """
 
 from polylens.analysis.adversarial import AttackRow as AttackRow

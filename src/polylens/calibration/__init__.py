@@ -1,1 +1,1 @@
-"""What a model is run on, and how its layers are seen."""
+"""What a model is run on, how its layers are seen, and the methods of `attach`."""

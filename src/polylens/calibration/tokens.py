@@ -1,4 +1,4 @@
-"""What a model is run on: one check of what users pass in."""
+"""What users pass in for a model to run on: text made tokens, everything checked in one place."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
