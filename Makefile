@@ -38,7 +38,7 @@ TEST = -m pytest -q $(PARALLEL) $(PYTEST) --junitxml=$(VENV)/tests.xml
 test: $(VENV)/installed
 	$(BIN)/python $(TEST)
 
-# The tests on the newest TransformerLens 4.
+# The tests on the newest TransformerLens 4, and the rest of the long ones.
 newest:
 	$(MAKE) test VENV=.venv4 TRANSFORMER_LENS=">=4" PYTEST="-m 'not smollm2 and not laws' $(WITHOUT_MODEL)"
 
@@ -47,7 +47,7 @@ LOWEST = $(addprefix tests/,activations files fitting inputs polynomials calibra
 	hosts/test_torch.py hosts/test_hosts_agree.py test_lens.py test_function_of_text.py \
 	test_weights_as_they_are.py test_public_names.py)
 lowest:
-	$(MAKE) test VENV=.venv-lowest PYTHON="$(PYTHON310)" CONSTRAINTS=constraints-lowest.txt PYTEST="$(LOWEST)"
+	$(MAKE) test VENV=.venv-lowest PYTHON="$(PYTHON310)" CONSTRAINTS=constraints-lowest.txt PYTEST="-m 'not laws' $(LOWEST)"
 
 # The laws on hundreds of random examples instead of the same few.
 laws: $(VENV)/installed

@@ -45,6 +45,7 @@ def write_idx(path, array):
     return str(path)
 
 
+@pytest.mark.more
 def test_mnist_script_on_idx_files(examples, tmp_path, monkeypatch):
     """The script end to end, on digits blown up to MNIST's 28 x 28."""
     import mnist

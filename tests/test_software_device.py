@@ -10,6 +10,8 @@ from tests.host_contract import HostContract, Specimen
 from tests.oracles import generator, random_layer, random_mixture
 from tests.software_device import NAME, software_device
 
+pytestmark = pytest.mark.more
+
 METHODS = {
     "gaussian": TrueStream(estimator="gaussian"),
     "samples": TrueStream(),

@@ -257,6 +257,7 @@ def test_samples_of_weight_zero_decide_nothing(kind, scope, tails):
         assert tails is None or torch.equal(found.ends, expected.ends)
 
 
+@pytest.mark.more
 @both
 def test_joint_fits_from_small_batches_hold_some_out(kind):
     layer, x = random_layer(1, kind, "silu", d_mlp=8), heavy(n=1500)

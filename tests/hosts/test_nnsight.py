@@ -238,6 +238,7 @@ for folder, path in zip(sys.argv[1::2], sys.argv[2::2]):
 """
 
 
+@pytest.mark.more
 def test_the_inline_function_travels_to_where_polylens_is_not_installed(tmp_path):
     from nnsight.intervention.serialization import dumps
 

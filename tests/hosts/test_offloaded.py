@@ -15,7 +15,10 @@ from polylens.hosts import offloaded
 from polylens.hosts.torch.host import TorchHost
 
 accelerate = pytest.importorskip("accelerate")
-pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning")
+pytestmark = [
+    pytest.mark.more,
+    pytest.mark.filterwarnings("ignore::polylens.NumericalWarning"),
+]
 
 METHODS = {
     "gaussian": TrueStream(estimator="gaussian"),
