@@ -1,6 +1,6 @@
 """What runs at an attached MLP in every forward pass."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -160,8 +160,9 @@ class SiteEmitter:
 
 def _kind(tensor: Tensor) -> tuple[object, ...]:
     """What plain weights are not, but those of an offloaded model, or on another device, may be."""
-    wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
-    return bool(wrapped(tensor)), tensor.is_meta, type(tensor), tensor.dtype in FLOATING
+    functorch = cast(Any, torch._C._functorch)  # pyright: ignore
+    wrapped = bool(functorch.is_functorch_wrapped_tensor(tensor))
+    return wrapped, tensor.is_meta, type(tensor), tensor.dtype in FLOATING
 
 
 _PLAIN = False, False, Tensor, True
