@@ -137,7 +137,7 @@ class SeenInputs:
         """`tails`, or what the estimator takes on this stream."""
         if isinstance(self.tails, str) and self.tails == "default":
             return self.kind.default_tails[self.stream]
-        return self.tails  # type: ignore[return-value]  # another text is refused
+        return self.tails
 
     def begin(self, weights: MLPWeights | GLUWeights, degree: int) -> Estimator:
         """An estimator that has seen nothing yet."""
@@ -200,7 +200,7 @@ def require_deterministic(model: nn.Module) -> None:
     """AttachmentError if a forward pass would apply dropout."""
     if not model.training:
         return
-    named = cast(Iterable[tuple[str, nn.Module]], model.named_modules())  # pyright: ignore
+    named = cast(Iterable[tuple[str, nn.Module]], model.named_modules())
     dropouts = ((name, each) for name, each in named if isinstance(each, DROPOUTS))
     active = [name for name, each in dropouts if each.training and each.p > 0]
     if active:

@@ -136,5 +136,5 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
 
     called.__signature__ = inspect.Signature(ordered)  # type: ignore[attr-defined]
     called.__annotations__ = {p.name: p.annotation for p in ordered}
-    del called.__wrapped__  # type: ignore[attr-defined]  # inspect would follow it
+    del called.__wrapped__
     return called

@@ -149,7 +149,7 @@ class _Sums:
             chosen = torch.zeros(len(segments), len(sums), dtype=sums.dtype)
             for row, (first, last) in zip(chosen, segments, strict=True):
                 row[first:last] = 1
-            return torch.einsum("rs,snij->rnij", chosen.to(sums.device), sums)  # pyright: ignore
+            return torch.einsum("rs,snij->rnij", chosen.to(sums.device), sums)
 
         # one for each share, not for each pair: half of the time otherwise
         lower, upper = sorted(set(begins)), sorted(set(stops))

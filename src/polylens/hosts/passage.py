@@ -166,14 +166,14 @@ class Passage:
     def _see(self, name: str, out: Any) -> Tensor | None:
         """Remember y or z; what flows on in its place."""
         function, now, interior = self.function, self._now, self._interior
-        if torch.is_grad_enabled() or not function.replacing or out.is_nested:  # type: ignore
+        if torch.is_grad_enabled() or not function.replacing or out.is_nested:
             return None
         inside = now.inside or {}
         assert interior is not None
         if name == "z" and "y" in inside and interior.z[0] is interior.y[0]:  # type: ignore
             out = inside["y"][0]  # both halves come from one module, whose output may stand in
         dear = out.numel() >= per_block(out.device, *DEAR) and not torch.compiler.is_compiling()
-        if dear and interior.plain and self._alone() and function.takes(out):  # type: ignore
+        if dear and interior.plain and self._alone() and function.takes(out):
             now.inside = {**inside, name: (out, None)}
             return torch.empty_like(out, device="meta")
         if not out.is_inference():  # which do not tell whether an activation worked in place
@@ -196,7 +196,7 @@ class Passage:
             values.append(half(value, part))
         if any(v.shape != h.shape for v in values):
             return None
-        new = self._shaped(self.function.neurons, *values, h)  # type: ignore
+        new = self._shaped(self.function.neurons, *values, h)
         if new is None:
             return None
         now.done = True

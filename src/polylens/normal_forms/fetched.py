@@ -91,7 +91,7 @@ class _Fetched:
         return type(self)(self.act, self.source.to(like.device, like.dtype))
 
 
-class FetchedMLP(_Fetched, MLPWeights):  # type: ignore[misc]
+class FetchedMLP(_Fetched, MLPWeights):
     """`MLPWeights` whose tensors are fetched at every use."""
 
 

@@ -63,7 +63,7 @@ def _product(x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
     dtype = torch.promote_types(torch.promote_types(x.dtype, W.dtype), torch.float32)
     if x.is_cuda and x.dtype == W.dtype != dtype and HALF_TO_FLOAT:
         # products of half precision are exact in float32, so this is as good and faster
-        y = torch.mm(W.T, x.T, out_dtype=dtype)  # pyright: ignore[reportCallIssue]
+        y = torch.mm(W.T, x.T, out_dtype=dtype)
     else:
         y = W.to(dtype).T @ x.to(dtype).T
     return y if b is None else y.add_(b.to(dtype)[:, None])

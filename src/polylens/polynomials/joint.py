@@ -150,7 +150,7 @@ class JointPolynomial(Approximation):
         return like
 
     @property
-    def ends(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def ends(self) -> Tensor | None:
         return self.base.ends
 
     @property

@@ -85,7 +85,7 @@ class Block:
             source = Source(self._read, self.tensors(), execution_device(self.out.module))
             return from_source(self.activation, source)
         kind = MLPWeights if self.linear is None else GLUWeights
-        return kind(act=self.activation, **self.tensors())  # type: ignore[arg-type]
+        return kind(act=self.activation, **self.tensors())
 
 
 @dataclass(frozen=True, eq=False)

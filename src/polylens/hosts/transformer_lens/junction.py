@@ -50,7 +50,7 @@ def interior_of(mlp: Any) -> Interior | None:
     if not y_z:
         return None
     z = (y_z[1], 0) if len(y_z) > 1 else None
-    return plainly(Interior((y_z[0], 0), z, h, tuple(modules)), mlp, projections)  # type: ignore
+    return plainly(Interior((y_z[0], 0), z, h, tuple(modules)), mlp, projections)
 
 
 class Junction(Passage):
