@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from polylens.calibration.given import FromInputs, FromNorm, under_models
+from polylens.calibration.overlap import TokenSketch
 from polylens.calibration.sampling import sampled
 from polylens.calibration.seen import (
     NOT_REACHED,
@@ -157,7 +158,7 @@ def attach(
         require_deterministic(host.module)
         sites = {site.layer: site for site in found}
         sites = {layer: sites[layer] for layer in check_layers(layers, sites, refused)}
-        saved = None
+        saved = sketch = None
         if isinstance(method, FromNorm | FromInputs):
             exclude_first = exclude_first and host.reads_tokens
             polynomials = under_models(method.models(host, sites), sites, degree, progress)
@@ -176,7 +177,7 @@ def attach(
                 batch_size=batch_size,
                 progress=progress,
             )
-            exclude_first = data.exclude_first
+            exclude_first, sketch = data.exclude_first, TokenSketch.of(data.steps)
             if isinstance(method, Sequential):
                 there = uses(host, data.steps[0], sites)
                 require_ordered(sites, there)
@@ -192,7 +193,7 @@ def attach(
             summary = ", ".join([method.kind.name, *data.describe(origin), *method.describe()])
         sites = {layer: sites[layer] for layer in polynomials}
         _require_sites(list(sites.values()), refused, model)
-        lens = Lens(host, sites, polynomials, refused, summary, exclude_first)
+        lens = Lens(host, sites, polynomials, refused, summary, exclude_first, sketch)
         if saved is not None:
             try:
                 saved.finish(lens.header(), lens.layers)
@@ -276,7 +277,8 @@ def _load(
     # files of 0.1 say whether sequences also stay true where they start
     kept_true = header.get("exclude_first", False)
     left_out = header.get("starts_left_out", kept_true)
-    lens = Lens(host, sites, polynomials, refused, header["inputs"], left_out)
+    sketch = TokenSketch.from_json(header.get("calibrated_on"))
+    lens = Lens(host, sites, polynomials, refused, header["inputs"], left_out, sketch)
     lens.saved_report = report
     if kept_true:
         lens_file.warn_of_starts(address)

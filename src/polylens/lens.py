@@ -74,6 +74,7 @@ class Lens(Installation):
         batch_size: int = 8,
         loss: bool = True,
         prefixes: bool = False,
+        zero_ablation: bool = False,
         worst: int = 10,
         decode: Callable[[list[int]], str] | None = None,
         progress: bool = True,
@@ -97,6 +98,8 @@ class Lens(Installation):
                 all that is measured while layers are replaced.
             prefixes: also replace the first 2, 3, ... layers together, to see where errors pile
                 up: one forward pass for each layer but the first and the last.
+            zero_ablation: also put zero in place of each layer's output, beside its mean: one
+                forward pass more per layer.
             worst: how many tokens to list that lose most with all layers replaced, with what
                 stands out there: one forward pass over their sequences.
             decode: list of token ids -> text; by default the model's tokenizer, else ids.
@@ -116,6 +119,7 @@ class Lens(Installation):
                 batch_size=batch_size,
                 loss=loss,
                 prefixes=prefixes,
+                zero_ablation=zero_ablation,
                 worst=worst,
                 decode=decode,
                 progress=progress,
@@ -311,11 +315,13 @@ class Lens(Installation):
 
     def header(self, report: Report | None = None) -> dict[str, Any]:
         """What `save` keeps beside the polynomials, as JSON."""
+        sketch = self.calibrated_on
         return {
             "polylens": version("polylens"),
             "model": self.model_name,
             "inputs": self.inputs_summary,
             "starts_left_out": self.exclude_first,
+            "calibrated_on": None if sketch is None else sketch.to_json(),
             "refused": {label(layer): reason for layer, reason in self.refused.items()},
             "report": None if report is None else report.to_dict(),
         }

@@ -425,3 +425,23 @@ def test_options_that_cannot_be_used(options, message):
         measure(
             TinyLens(TinyHost()), torch.arange(18).reshape(2, 9) % 11, progress=False, **options
         )
+
+
+def test_zero_ablation_is_measured_where_it_is_asked_for(measured):
+    lens, report = measured
+    assert all(row.zero_delta_ce is None for row in report)
+    options = dict(attention_mask=MASK, batch_size=3, degree=DEGREE, progress=False)
+    report = lens.report(HELD_OUT, zero_ablation=True, **options)
+    for row in (*report, report.all_row):
+        layers = LAYERS if row.layer is None else [row.layer]
+
+        def nothing(arrival):
+            return torch.zeros_like(arrival.y)
+
+        with torch.no_grad(), lens.host.substitute(dict.fromkeys(layers, nothing)):
+            logits = lens.host.logits(HELD_OUT, MASK)
+        rise = cross_entropies(logits) - cross_entropies(true_logits(lens))
+        n = (MASK[:, 1:] * MASK[:, :-1]).sum()
+        assert row.zero_delta_ce == pytest.approx(float(rise.sum() / n), abs=1e-10)
+        assert row.ablation_delta_ce != row.zero_delta_ce
+    assert "zeroed" in str(report)

@@ -108,7 +108,7 @@ class TinyHost(Host):
 class TinyLens:
     """What `measure` needs of a Lens."""
 
-    model_name, inputs_summary = "tiny <model>", "standard Gaussian"
+    model_name, inputs_summary, calibrated_on = "tiny <model>", "standard Gaussian", None
 
     def __init__(self, host: TinyHost, degree: int = 3, exclude_first: bool = True) -> None:
         self.host, self.degree, self.exclude_first = host, degree, exclude_first

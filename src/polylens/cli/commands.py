@@ -113,6 +113,7 @@ def _report(model: str, source: Source, measures: Measures, out: WithLens) -> No
         decode=tokenizer.decode,
         loss=not measures.no_loss,
         prefixes=measures.prefixes,
+        zero_ablation=measures.zero_ablation,
         worst=measures.worst,
         batch_size=source.batch_size,
         progress=out.progress,

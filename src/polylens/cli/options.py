@@ -95,12 +95,17 @@ class Measures:
     prefixes: Annotated[
         bool, typer.Option("--prefixes", help="Loss of the first 2, 3, ... layers replaced, too.")
     ] = False
+    zero_ablation: Annotated[
+        bool, typer.Option("--zero-ablation", help="Loss with nothing in place of each MLP, too.")
+    ] = False
     worst: Annotated[int, typer.Option(min=0, help="Tokens listed that lose most.")] = 10
 
     def check(self) -> None:
         """InvalidInputError for options that exclude each other."""
-        if self.no_loss and self.prefixes:
-            raise InvalidInputError("--prefixes measures losses and --no-loss leaves them out")
+        for name in ("prefixes", "zero_ablation"):
+            if self.no_loss and getattr(self, name):
+                option = name.replace("_", "-")
+                raise InvalidInputError(f"--{option} measures losses and --no-loss leaves them out")
 
 
 def spread(command: Callable[..., None]) -> Callable[..., None]:

@@ -122,10 +122,23 @@ class Arrival:
         x, y = (rearrange(t, "... d -> (...) d") for t in (self.x, self.y))
         if counted is None:
             return x, y
+        kept = self._kept(counted, len(x))
+        return x[kept.to(x.device)], y[kept.to(y.device)]
+
+    def indices(self, counted: Tensor | None, n_pos: int | None) -> Tensor:
+        """[n] where `rows` are among the batch * pos inputs of the layer, n_pos a sequence."""
+        n = self.x[..., 0].numel()
+        here = torch.arange(n)
+        if self.places is not None and n_pos is not None:
+            here = self.places.among(n_pos)
+        return here if counted is None else here[self._kept(counted, n).to(here.device)]
+
+    def _kept(self, counted: Tensor, n: int) -> Tensor:
+        """[.] indices of those of n rows that count."""
         if self.places is None:
-            if len(x) != counted.numel():
+            if n != counted.numel():
                 raise InvalidInputError(
-                    f"{len(x)} inputs arrive where the given ones have {counted.numel()} positions "
+                    f"{n} inputs arrive where the given ones have {counted.numel()} positions "
                     f"({' x '.join(map(str, counted.shape))}), so that nothing says which of them "
                     "are padding or starts of sequences: is something put in front of the tokens "
                     "(a learned prompt), or do frames become fewer? Give exclude_first=False and "
@@ -134,8 +147,7 @@ class Arrival:
             flags = counted.reshape(-1)
         else:
             flags = counted.reshape(-1)[self.places.among(counted.shape[1]).to(counted.device)]
-        kept = flags.nonzero().squeeze(1)  # flags as an index would be waited for on a GPU
-        return x[kept.to(x.device)], y[kept.to(y.device)]
+        return flags.nonzero().squeeze(1)  # flags as an index would be waited for on a GPU
 
 
 Observer = Callable[[Arrival], object]

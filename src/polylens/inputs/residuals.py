@@ -66,6 +66,25 @@ class ResidualSums:
             self._square += w @ centred.square().sum(1)
             self._residual += torch.stack([w @ error.square().sum(1) for error in errors])
 
+    def centred(self, y: Tensor) -> Tensor:
+        """Outputs y [n, d_out] about the first batch's mean, in float64."""
+        return y.double() - self._shift
+
+    def last_without(self, centred: Tensor, squares: Tensor) -> float | None:
+        """R2 of the last prediction over all rows but some; None if fewer than two are left.
+
+        Args:
+            centred: [n, d_out] of these rows; squares: [n] their squared errors.
+        """
+        left = self.n - len(centred)
+        if left < 2:
+            return None
+        total, residual = self._total - centred.sum(0), self._residual[-1] - squares.sum()
+        mean = total / left
+        variance = (self._square - centred.square().sum()) / left - mean.square().sum()
+        square = (self._shift + mean).square().sum()
+        return float(share_explained(residual / left, variance, square))
+
     @property
     def mean(self) -> Tensor:
         """[d_out] mean of y."""

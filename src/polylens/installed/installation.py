@@ -5,6 +5,7 @@ from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Generic, NoReturn, TypeVar
 
+from polylens.calibration.overlap import TokenSketch
 from polylens.checks import Layer, Layers, check_degree, check_layers, from_the_end, renamed
 from polylens.errors import AttachmentError, InvalidInputError
 from polylens.hosts.base import Host, MLPSite
@@ -31,6 +32,8 @@ class Installation:
         inputs_summary: which input model the polynomials were fitted to.
         exclude_first: whether the first position of each sequence was left out of the fit and is
             left out of R2; what flows does not depend on it.
+        calibrated_on: passages of the tokens that the polynomials were fitted to; None where
+            there were none, or a file does not say.
     """
 
     def __init__(
@@ -41,12 +44,14 @@ class Installation:
         refused: dict[Layer, str],
         inputs_summary: str,
         exclude_first: bool,
+        calibrated_on: TokenSketch | None = None,
     ) -> None:
         self.host = host
         self.sites = sites
         self.refused = refused
         self.inputs_summary = inputs_summary
         self.exclude_first = exclude_first
+        self.calibrated_on = calibrated_on
         self.degree = next(iter(polynomials.values())).degree
         self._emitters = {layer: SiteEmitter(sites[layer], polynomials[layer]) for layer in sites}
         self._flows: list[dict[Layer, int | None]] = []

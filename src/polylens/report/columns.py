@@ -121,7 +121,22 @@ COLUMNS = (
         rank=2,
         label="mean ablation",
     ),
-    Column("loss_recovered", "recovered", share),
+    Column(
+        "zero_delta_ce",
+        "ΔCE zeroed",
+        number("+.4f"),
+        "zeroed: nothing in place of the MLP",
+        rank=2,
+        label="zero ablation",
+    ),
+    Column(
+        "loss_recovered",
+        "recovered",
+        share,
+        "recovered: 1 − ΔCE / ΔCE ablated, the share of what the ablation costs that the "
+        "polynomial saves; above 100% where the polynomial lowers the loss",
+        rank=2,
+    ),
     Column(
         "prefix_delta_ce",
         "ΔCE prefix",
@@ -131,6 +146,24 @@ COLUMNS = (
         label="all up to this layer",
     ),
     Column("prefix_kl", "", number(".4f")),
+    Column(
+        "cosine",
+        "cos",
+        r2,
+        "cos, norm: of the outputs, means over inputs of the cosine and of |f(x)| / |y|; ∂cos: "
+        "cosine between the derivatives, along random directions",
+        rank=1,
+    ),
+    Column("norm_ratio", "norm", number(".4f")),
+    Column("jacobian_cosine", "∂cos", r2),
+    Column(
+        "unseen",
+        "unseen",
+        number(".2%"),
+        "unseen: preactivations outside the range that calibration saw of each neuron",
+        rank=1,
+    ),
+    Column("unlike", "", number(",")),
 )
 BY_NAME = {column.name: column for column in COLUMNS}
 

@@ -58,9 +58,10 @@ def prefixes_of(layers: Sequence[Layer]) -> dict[Layer, Group]:
     return {layers[i]: tuple(layers[: i + 1]) for i in ends}
 
 
-def passes_per_batch(layers: Sequence[Layer], prefixes: bool) -> int:
+def passes_per_batch(layers: Sequence[Layer], prefixes: bool, zero: bool) -> int:
     """Forward passes of `measure_losses`: the true model, those replaced, those ablated."""
-    return 1 + len(_replaced_groups(layers, prefixes)) + len(alone_and_all(layers))
+    ablated = (1 + zero) * len(alone_and_all(layers))
+    return 1 + len(_replaced_groups(layers, prefixes)) + ablated
 
 
 def _replaced_groups(layers: Sequence[Layer], prefixes: bool) -> list[Group]:
@@ -76,6 +77,7 @@ def measure_losses(
     steps: Iterable[Batch],
     bar: tqdm,
     prefixes: bool,
+    zero: bool,
     worst: int,
     lead: int,
 ) -> Losses:
@@ -87,13 +89,18 @@ def measure_losses(
     Args:
         means: of each layer's output, what an ablation puts there.
         steps: the batches.
+        zero: also put zero there.
         worst: how many tokens to list.
         lead: of the predicted tokens, see `scoring.lead_of`.
 
     Raises:
         InvalidInputError: logits that are not [batch, pos, d_vocab], or nothing to predict.
     """
-    everything, ablated = tuple(layers), {group: Cost() for group in alone_and_all(layers)}
+    everything = tuple(layers)
+    constants = {"ablation_delta_ce": means}
+    if zero:
+        constants["zero_delta_ce"] = {n: torch.zeros_like(mean) for n, mean in means.items()}
+    ablated = {(g, name): Cost() for name in constants for g in alone_and_all(layers)}
     replaced = {group: Cost() for group in _replaced_groups(layers, prefixes)}
     stream, rises = _ReplacedStream(lens, degree, layers), WorstRises(worst, lead)
     base: Tensor | float = 0.0
@@ -113,9 +120,9 @@ def measure_losses(
             if whole:
                 rises.update(changed, true)
             bar.update()
-        for group, cost in ablated.items():
-            constants = {layer: _constant(means[layer]) for layer in group if layer in means}
-            with lens.host.substitute(constants):
+        for (group, name), cost in ablated.items():
+            put = {n: _constant(constants[name][n]) for n in group if n in constants[name]}
+            with lens.host.substitute(put):
                 ablation = score(lens.host.logits(batch), None, batch, lead)
                 cost.update(ablation, true)
             bar.update()
@@ -123,7 +130,9 @@ def measure_losses(
     if counts.sum() == 0:
         raise InvalidInputError("no token follows another one that is not padding: no loss")
     by_group = {
-        group: _columns(cost, ablated.get(group), counts, n_positions)
+        group: _columns(
+            cost, {name: c for (g, name), c in ablated.items() if g == group}, counts, n_positions
+        )
         for group, cost in replaced.items()
     }
     base_ce = float(base) / int(counts.sum())
@@ -168,22 +177,21 @@ def _truth(lens: Installation, batch: Batch, lead: int) -> tuple[Tensor, Scores]
 
 
 def _columns(
-    cost: Cost, ablation: Cost | None, n_targets: Tensor, n_positions: int
+    cost: Cost, ablations: dict[str, Cost], n_targets: Tensor, n_positions: int
 ) -> dict[str, float | None]:
-    delta = cost.delta_ce(n_targets)
-    found = {
-        "delta_ce": delta,
+    found: dict[str, float | None] = {
+        "delta_ce": (delta := cost.delta_ce(n_targets)),
         "delta_ce_se": cost.delta_ce_se(n_targets),
         "kl": cost.kl(n_positions),
         "agreement": cost.agreement(n_positions),
+        **{name: ablation.delta_ce(n_targets) for name, ablation in ablations.items()},
     }
-    if ablation is None:
-        return found
-    harm = ablation.delta_ce(n_targets)
-    recovered = None if harm < HARMLESS else 1 - delta / harm
-    return {**found, "ablation_delta_ce": harm, "loss_recovered": recovered}
+    harm = found.get("ablation_delta_ce")
+    if harm is not None:
+        found["loss_recovered"] = None if harm < HARMLESS else 1 - delta / harm
+    return found
 
 
 def _constant(mean: Tensor) -> Function:
-    """The mean in place of an MLP's output."""
+    """This in place of an MLP's output."""
     return lambda arrival: mean.to(arrival.y).expand_as(arrival.y)

@@ -13,19 +13,23 @@ from polylens.calibration.tokens import read
 from polylens.checks import Layer, Layers, check_at_least, check_degree, check_layers, label
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival
-from polylens.hosts.batch import IGNORED, Batch, Inputs
+from polylens.hosts.batch import IGNORED, Batch, Inputs, Stream
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
 from polylens.polynomials.joint import Fitted
+from polylens.report.likeness import Likeness
 from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of
 from polylens.report.report import LayerRow, Report
 from polylens.report.scores import lead_of
+from polylens.report.standing_out import Remarks, StandingOut
 from polylens.report.worst import Decode, decoder, explain
 
 FIRST_POSITION = "the first position of each sequence is left out of R²: attention sink"
 
 NO_OPTIMUM = "no R² by degree: the lens is of a version that kept only what replaces the layers"
 BOTH_WAYS = "the model reads both ways: CE is of each token itself, not of the next one"
+# Share of held-out passages that may be those of the calibration by chance.
+OVERLAP = 0.05
 NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be scored"
 
 
@@ -39,6 +43,7 @@ def measure(
     batch_size: int = 8,
     loss: bool = True,
     prefixes: bool = False,
+    zero_ablation: bool = False,
     worst: int = 10,
     decode: Decode | None = None,
     progress: bool = True,
@@ -47,8 +52,8 @@ def measure(
 
     R2 = 1 - sum |y - f_k(x)|^2 / sum |y - mean(y)|^2 over the counted tokens and all output
     dimensions, in float64, for every fitted degree k and all layers in one pass. The losses
-    take 2 forward passes per layer and batch, the prefixes of L layers L - 2 more, the worst
-    tokens one over their sequences; memory is bounded by one batch.
+    take 2 forward passes per layer and batch, zero ablation one more, the prefixes of L layers
+    L - 2, the worst tokens one over their sequences; memory is bounded by one batch.
 
     Args:
         tokens: [batch, pos] token ids. R2 and the ablation's mean count neither padding nor, with
@@ -59,7 +64,7 @@ def measure(
         layers: which rows, all by default.
         attention_mask: [batch, pos], 0 at padding.
         loss: False leaves out the loss columns, and all that is measured with layers replaced.
-        prefixes, worst, decode: see `Lens.report`.
+        prefixes, zero_ablation, worst, decode: see `Lens.report`.
 
     Raises:
         InvalidInputError: tokens, mask, degree, layers or another argument that cannot be used,
@@ -68,27 +73,29 @@ def measure(
     """
     degree = lens.degree if degree is None else check_degree(degree, lens.degree, "attach")
     chosen = check_layers(layers, lens.layers, lens.refused, " in this lens")
-    _check_options(loss, prefixes, worst)
+    _check_options(loss, prefixes, zero_ablation, worst)
     check_at_least("batch_size", batch_size, 1)
     data = read(lens.host, tokens, attention_mask, lens.layers, exclude_first=lens.exclude_first)
     targets = data.targets if loss else None
     loss = targets is not None
-    as_text = str if targets is None else decoder(lens, decode, targets[targets != IGNORED])
+    as_text = decoder(lens, decode, _some_ids(data))
     require_deterministic(lens.host.module)
     steps = list(data.split(batch_size))
-    per_batch = 1 + (loss and passes_per_batch(chosen, prefixes))
+    per_batch = 1 + (loss and passes_per_batch(chosen, prefixes, zero_ablation))
     losses, all_row, found, lead = None, None, (), 1
     with (
         torch.no_grad(),
         told(title="report", show=progress, total=len(steps) * per_batch) as bar,
     ):
         fits = {layer: _Fit(lens[layer], degree) for layer in chosen}
-        sums = _residual_sums(lens, fits, steps, bar)
-        rows = [fits[n].row(n, sums[n]) for n in chosen]
+        _see_all(lens, fits, steps, bar)
+        sums = {n: fits[n].sums for n in chosen}
+        rows = [fits[n].row(n) for n in chosen]
         if loss:
             means = {layer: sums[layer].mean for layer in chosen if sums[layer].n}
             lead = lead_of(lens.host, data)
-            losses = measure_losses(lens, degree, chosen, means, steps, bar, prefixes, worst, lead)
+            options = prefixes, zero_ablation, worst, lead
+            losses = measure_losses(lens, degree, chosen, means, steps, bar, *options)
             all_row = replace(LayerRow(None, None), **losses.by_group[tuple(chosen)])
             rows = _with_losses(rows, losses, prefixes_of(chosen) if prefixes else {})
             if losses.rises:
@@ -105,16 +112,17 @@ def measure(
         rows=tuple(rows),
         all_row=all_row,
         refused=dict(lens.refused),
-        notes=tuple(_notes(lens, data, sums, fits, lead)),
+        notes=(*_notes(lens, data, fits, lead), *_standing_out(lens, data, fits, as_text)),
         worst=found,
     )
 
 
-def _check_options(loss: bool, prefixes: bool, worst: int) -> None:
-    if prefixes and not loss:
-        raise InvalidInputError(
-            "prefixes=True measures losses and loss=False leaves them out; change one of them"
-        )
+def _check_options(loss: bool, prefixes: bool, zero_ablation: bool, worst: int) -> None:
+    for name, value in (("prefixes", prefixes), ("zero_ablation", zero_ablation)):
+        if value and not loss:
+            raise InvalidInputError(
+                f"{name}=True measures losses and loss=False leaves them out; change one of them"
+            )
     if isinstance(worst, bool) or not isinstance(worst, int) or worst < 0:
         raise InvalidInputError(f"worst must be a number of tokens, 0 for none, got {worst!r}")
 
@@ -136,10 +144,16 @@ def _with_losses(
 def _notes(
     lens: Installation,
     data: Batch,
-    sums: dict[Layer, ResidualSums],
     fits: Mapping[Layer, "_Fit"],
     lead: int,
 ) -> Iterator[str]:
+    if lens.calibrated_on is not None:
+        share = lens.calibrated_on.share_of(data)
+        if share > OVERLAP:
+            yield (
+                f"NOT HELD OUT: {share:.0%} of these tokens are in passages that the lens was "
+                "fitted to, so that all figures flatter it; give other text"
+            )
     if lens.exclude_first and any(bool(s.starts.any()) for s in data.streams.values()):
         yield FIRST_POSITION
     if data.targets is None:
@@ -148,6 +162,7 @@ def _notes(
         yield BOTH_WAYS
     if any(fit.optimum is None for fit in fits.values()):
         yield NO_OPTIMUM
+    sums = {layer: fit.sums for layer, fit in fits.items()}
     if unseen := [label(n) for n in sums if sums[n].n < 2]:
         yield f"no R² of experts {', '.join(unseen)}: fewer than 2 tokens were sent there"
     if constant := [label(n) for n in sums if sums[n].n > 1 and sums[n].constant]:
@@ -155,6 +170,32 @@ def _notes(
             f"the output of layers {', '.join(constant)} does not vary: R² is 1 there where the "
             "polynomial reproduces it, else 0"
         )
+
+
+def _standing_out(
+    lens: Installation, data: Batch, fits: Mapping[Layer, "_Fit"], as_text: Decode
+) -> Iterator[str]:
+    """Remarks on the inputs of each stream that stand out."""
+    streams = {layer: lens.host.stream(layer) for layer in fits}
+    for stream in dict.fromkeys(streams.values()):
+        there = data.streams.get(stream)
+
+        def name(index: int, there: Stream | None = there) -> str:
+            if there is None:
+                return f"input {index}"
+            at = divmod(index, there.there.shape[1])
+            text = "" if there.ids is None else f"{as_text([int(there.ids[at])])!r} at "
+            return f"{text}{at[0]}:{at[1]}"
+
+        mine = {n: (fit.standing_out, fit.sums) for n, fit in fits.items() if streams[n] == stream}
+        yield from Remarks(name)(mine)
+
+
+def _some_ids(data: Batch) -> Tensor:
+    """Token ids that are among the inputs, to try a decoder on; none where there are none."""
+    ids = data.streams[data.about].ids if data.about in data.streams else None
+    found = ids if data.targets is None else data.targets[data.targets != IGNORED]
+    return torch.empty(0, dtype=torch.long) if found is None else found.flatten()[:1]
 
 
 def _counted(lens: Installation, data: Batch, sums: dict[Layer, ResidualSums]) -> int:
@@ -177,53 +218,78 @@ class _Fit:
         self._ended = polynomial.ends is not None
         self._replacement = polynomial.truncate(degree)
         self._beyond: Tensor | float = 0.0
+        self._seen = getattr(polynomial, "base", polynomial).seen
+        self._likeness = Likeness(polynomial, self._replacement)
+        self.sums, self.standing_out = ResidualSums(), StandingOut(self._seen)
         try:
             self.optimum = polynomial.optimum()
         except InvalidInputError:
             self.optimum = None
 
-    def see(self, x: Tensor) -> Tensor:
-        """[..., n, d_out] outputs at x [n, d_in]: of every optimum, and of the replacement."""
-        found = [] if self.optimum is None else list(self.optimum.all_degrees(x))
-        if self._ended:
-            found.append(self._replacement(x))
-            y = self._polynomial.weights.neurons(x)["y"]
-            self._beyond = self._beyond + self._polynomial.outside(y)[self._degree].sum()
-        return torch.stack(found)
+    def see(self, x: Tensor, y: Tensor, index: Tensor) -> None:
+        """Add inputs x [n, d_in] and true outputs y [n, d_out].
 
-    def row(self, layer: Layer, sums: ResidualSums) -> LayerRow:
-        shares = sums.r2(f"layer {label(layer)}")
-        if shares is None or not self._ended:
-            return LayerRow(layer, shares, n_tokens=sums.n)
-        *r2, own = shares
-        return LayerRow(
+        Args:
+            index: [n] of each among all inputs.
+        """
+        optima = [] if self.optimum is None else list(self.optimum.all_degrees(x))
+        replaced = self._replacement(x) if self._ended else optima[self._degree]
+        self.sums.update(y, torch.stack([*optima, *[replaced] * self._ended]))
+        self._likeness.update(x, y, replaced)
+        if not len(x):
+            return
+        gate = None
+        if self._ended or self._seen is not None:
+            gate = self._polynomial.weights.neurons(x)["y"]
+            self._beyond = self._beyond + self._polynomial.outside(gate)[self._degree].sum()
+        error = (y.double() - replaced.double()).square().sum(1)
+        self.standing_out.update(index, self.sums.centred(y), error, gate)
+
+    def row(self, layer: Layer) -> LayerRow:
+        shares = self.sums.r2(f"layer {label(layer)}")
+        if shares is None:
+            return LayerRow(layer, None, n_tokens=self.sums.n)
+        row = LayerRow(
             layer,
-            tuple(r2) or None,
-            n_tokens=sums.n,
-            r2_replacement=own,
-            beyond=float(self._beyond) / sums.n,
+            shares,
+            n_tokens=self.sums.n,
+            unseen=self.standing_out.unseen,
+            unlike=self.standing_out.unlike,
+            **self._likeness.columns(),
         )
+        if not self._ended:
+            return row
+        *r2, own = shares
+        beyond = float(self._beyond) / self.sums.n
+        return replace(row, r2=tuple(r2) or None, r2_replacement=own, beyond=beyond)
 
 
-def _residual_sums(
+def _see_all(
     lens: Installation, fits: Mapping[Layer, _Fit], steps: Sequence[Batch], bar: tqdm
-) -> dict[Layer, ResidualSums]:
+) -> None:
     """One pass over the tokens with the true model, for all layers and degrees."""
-    sums = {layer: ResidualSums() for layer in fits}
+    streams, done = {layer: lens.host.stream(layer) for layer in fits}, 0
+    widths: dict[Layer, int | None] = {}
 
     def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
         x, y = arrival.rows(kept)
-        sums[layer].update(y, fits[layer].see(x))
+        width = widths[layer]
+        index = arrival.indices(kept, width)
+        fits[layer].see(x, y, index + done * (width or 1))
 
     def ticking() -> Iterator[Batch]:
+        nonlocal done
         for step in steps:
+            for layer, name in streams.items():
+                stream = step.streams.get(name)
+                widths[layer] = None if stream is None else stream.there.shape[1]
             yield step
+            done += len(step)
             bar.update()
 
     watch(lens.host, fits, ticking(), lens.exclude_first, see)
-    if any(s.n < 2 for layer, s in sums.items() if isinstance(layer, int)):
+    if any(fit.sums.n < 2 for layer, fit in fits.items() if isinstance(layer, int)):
         raise InvalidInputError(
             "fewer than 2 activations are left to measure R2 on after padding and position 0; "
             "give longer sequences, or more of them"
         )
-    return sums

@@ -27,6 +27,15 @@ class LayerRow:
         r2_replacement: held-out R2 of what replaces the layer, of the replacing degree with its
             ends; None without ends, where it is that of the optimum.
         beyond: share of the layer's preactivations beyond these ends.
+        unseen: share of the layer's preactivations outside the range that the fit saw of each
+            neuron; None where nothing says what it saw.
+        unlike: how many inputs have more than 5 % of their preactivations outside that range.
+        cosine, norm_ratio: means over inputs of <y, f> / (|y| |f|) and |f| / |y|, of the layer's
+            output y and the replacement's f.
+        jacobian_cosine: cosine between the derivatives of both as vectors of all their entries,
+            estimated along random directions, see `polylens.report.likeness`; None where the
+            activation has none.
+        zero_delta_ce: the same as delta_ce with zero in place of the polynomial.
         r2_replaced: R2 of the replacing degree against the true MLP, on the stream that it has
             when all listed layers are replaced; -inf where that diverges.
     """
@@ -45,6 +54,12 @@ class LayerRow:
     r2_replaced: float | None = None
     r2_replacement: float | None = None
     beyond: float | None = None
+    unseen: float | None = None
+    unlike: int | None = None
+    cosine: float | None = None
+    norm_ratio: float | None = None
+    jacobian_cosine: float | None = None
+    zero_delta_ce: float | None = None
 
     @property
     def label(self) -> str:

@@ -1,0 +1,148 @@
+"""Inputs that stand out: which hold much of a layer's variance, or are unlike calibration's."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from polylens.checks import Layer, label
+from polylens.inputs.residuals import ResidualSums
+
+# An input holds much if it has this share of a layer's variance, ...
+MUCH = 0.1
+# ... and is unlike what calibration saw if this share of its preactivations lies beyond it.
+UNLIKE = 0.05
+# How many are remembered of each layer, and named in all.
+KEPT, NAMED = 8, 4
+
+# (sequence, position) -> what a reader knows the input by.
+Name = Callable[[int, int], str]
+
+
+class StandingOut:
+    """Streamed over the inputs of one layer.
+
+    Attributes:
+        unlike: how many inputs are unlike those of calibration; None where nothing says which.
+    """
+
+    def __init__(self, seen: Tensor | None) -> None:
+        self._seen = seen
+        self._outside: Tensor | float = 0.0
+        self._unlike: Tensor | int = 0
+        self._n = 0
+        # rows: what they are ordered by, the index of the input
+        self._far: Tensor | None = None
+        self._heavy: Tensor | None = None
+        self._outputs = torch.empty(0)
+        self._squares = torch.empty(0)
+
+    def update(
+        self, index: Tensor, centred: Tensor, error: Tensor, preactivations: Tensor | None
+    ) -> None:
+        """Add some inputs.
+
+        Args:
+            index: [n] of each among all inputs.
+            centred: [n, d_out] outputs about any fixed point.
+            error: [n] squared error of what replaces the layer.
+            preactivations: [n, d_mlp] y; not read where calibration's are not known.
+        """
+        if not len(index):
+            return
+        self._n += len(index)
+        index = index.to(centred.device, torch.float64)
+        size = centred.square().sum(1)
+        new = torch.stack([size, index, error])
+        outputs = centred
+        if self._heavy is not None:
+            new, outputs = torch.cat([self._heavy, new], 1), torch.cat([self._outputs, centred])
+        kept = new[0].topk(min(KEPT, new.shape[1])).indices
+        self._heavy, self._outputs = new[:, kept], outputs[kept]
+        if self._seen is None or preactivations is None:
+            return
+        low, high = self._seen
+        share = ((preactivations < low) | (preactivations > high)).double().mean(-1)
+        self._outside = self._outside + share.sum()
+        self._unlike = self._unlike + (share > UNLIKE).sum()
+        far = torch.stack([share, index])
+        far = far if self._far is None else torch.cat([self._far, far], 1)
+        self._far = far[:, far[0].topk(min(KEPT, far.shape[1])).indices]
+
+    @property
+    def unlike(self) -> int | None:
+        return None if self._far is None else int(self._unlike)
+
+    @property
+    def unseen(self) -> float | None:
+        """Share of all preactivations that lie beyond those of calibration."""
+        return None if self._far is None else float(self._outside) / self._n
+
+    def far(self) -> Iterator[tuple[int, float]]:
+        """(index, share of its preactivations beyond calibration's), the largest first."""
+        for share, index in [] if self._far is None else self._far.T.tolist():
+            if share > UNLIKE:
+                yield int(index), share
+
+    def heavy(self, sums: ResidualSums) -> tuple[list[tuple[int, float]], float | None]:
+        """[(index, its share of the variance)], and R2 of the replacement without these inputs.
+
+        Args:
+            sums: of all inputs, about the same fixed point.
+        """
+        total = sums.variance * sums.n
+        if self._heavy is None or not total > 0:
+            return [], None
+        least = max(MUCH, 20 / self._n) * total
+        there = (self._heavy[0] > least).nonzero().squeeze(1)
+        if not len(there):
+            return [], None
+        sizes, index, errors = self._heavy[:, there]
+        found = [(int(i), float(size) / total) for size, i in zip(sizes, index, strict=True)]
+        return found, sums.last_without(self._outputs[there], errors)
+
+
+@dataclass(frozen=True)
+class Remarks:
+    """What a report says of them.
+
+    Args:
+        name: of an input by its index.
+    """
+
+    name: Callable[[int], str]
+
+    def __call__(self, layers: Mapping[Layer, tuple[StandingOut, ResidualSums]]) -> Iterator[str]:
+        heavy = dict[int, list[str]]()
+        for layer, (found, sums) in layers.items():
+            inputs, without = found.heavy(sums)
+            for index, share in inputs:
+                r2 = "" if without is None else f", R² {without:.4f} without"
+                heavy.setdefault(index, []).append(f"{share:.0%} of layer {label(layer)}{r2}")
+        if heavy:
+            yield (
+                f"inputs that hold more than {MUCH:.0%} of a layer's variance each, which R² there "
+                f"is about first: {self._named(heavy)}"
+            )
+        far = dict[int, list[str]]()
+        for layer, (found, _) in layers.items():
+            for index, share in found.far():
+                far.setdefault(index, []).append(f"{share:.0%} of layer {label(layer)}")
+        if far:
+            most = max(found.unlike or 0 for found, _ in layers.values())
+            yield (
+                f"inputs unlike those of calibration, with more than {UNLIKE:.0%} of a layer's "
+                f"preactivations beyond all that it saw (at most {most:,} in one layer): "
+                f"{self._named(far)}"
+            )
+
+    def _named(self, inputs: Mapping[int, list[str]]) -> str:
+        order = sorted(inputs, key=lambda index: -len(inputs[index]))
+        named: list[str] = []
+        for index in order[:NAMED]:
+            where = inputs[index]
+            several = f" and {len(where) - 1} more" if len(where) > 1 else ""
+            named.append(f"{self.name(index)} ({where[0]}{several})")
+        more = f" and {len(order) - NAMED} more" if len(order) > NAMED else ""
+        return ", ".join(named) + more
