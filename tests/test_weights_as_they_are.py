@@ -135,6 +135,62 @@ def test_compiled_after_attach_and_seen_by_what_is_compiled_before():
         torch.testing.assert_close(after(x), true)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_compiled_as_one_graph_or_layer_by_layer_and_with_gradients():
+    torch.manual_seed(0)
+    model, x = Blocks().eval(), torch.randn(300, 8)
+    with attach(model, x) as lens:
+        whole = torch.compile(model, backend="eager", fullgraph=True)
+        true = model(x)
+        for options in ({}, {"degree": 1}, {"layers": 1}, {}):
+            with lens.replaced(**options):
+                expected = model(x)
+                assert not torch.equal(expected, true)
+                torch.testing.assert_close(whole(x), expected)
+        with lens.replaced():
+            for block in model.blocks:
+                block.compile(backend="eager")
+            torch.testing.assert_close(model(x), expected)
+            some = x[:5].clone().requires_grad_()
+            gradients = (torch.autograd.grad(f(some).sum(), some)[0] for f in (whole, model))
+            torch.testing.assert_close(*gradients)
+            with torch.no_grad():
+                torch.testing.assert_close(whole(x), expected)
+                model.blocks[0][2].weight.mul_(1.01)
+                with pytest.raises(StalePolynomialError, match="layer 0"):
+                    whole(x)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_traces_of_torch_take_a_replacement_along_or_say_so():
+    torch.manual_seed(0)
+    model, x = Blocks().eval(), torch.randn(20_000, 8)
+    with attach(model, x[:300]) as lens, lens.replaced(), torch.no_grad():
+        traced = torch.jit.trace(model, x[:3], check_trace=False)
+        torch.testing.assert_close(traced(x), model(x))
+        with pytest.raises(AttachmentError, match=r"layer 0.*torch\.export.*lens\.export"):
+            torch.export.export(model, (x,), strict=False)
+
+
+def test_transforms_of_torch_func_by_what_flows():
+    model = build("llama")
+    model.set_attn_implementation("eager")  # others have no forward derivatives
+    embedded = model.get_input_embeddings()(TOKENS[:1, :4]).detach()
+
+    def some(x):
+        return model(inputs_embeds=x, use_cache=False).logits[0, -1, :3]
+
+    with attach(model) as lens, lens.replaced():
+        expected = torch.autograd.functional.jacobian(some, embedded)
+        torch.testing.assert_close(torch.func.jacrev(some)(embedded), expected)
+        value, tangent = torch.func.jvp(some, (embedded,), (embedded,))
+        torch.testing.assert_close(value, some(embedded))
+        torch.testing.assert_close(tangent, (expected * embedded).sum((1, 2, 3)))
+        with lens.replaced(degree=1):  # the first to ask for it
+            again = torch.func.vmap(lambda x: some(x[None]))(embedded)
+            torch.testing.assert_close(again[0], some(embedded))
+
+
 def test_weights_that_are_variables_of_torch_func():
     model, text = build("llama"), TOKENS[:2]
     weights = {name: p.detach() for name, p in model.named_parameters()}
@@ -158,7 +214,11 @@ def test_weights_that_were_offloaded_or_quantised_after_attach():
             lens.replaced().__enter__()
 
     class Quantised(torch.Tensor):
-        pass
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.T.__get__:
+                raise NotImplementedError("as of torchao")
+            return super().__torch_function__(function, types, args, kwargs)
 
     model = build("llama")
     with attach(model) as lens:

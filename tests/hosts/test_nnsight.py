@@ -159,6 +159,25 @@ def test_tracer_cache_records_the_points():
     torch.testing.assert_close(poly + error, cached[path].output)
 
 
+def test_a_scan_has_the_shapes_of_all_that_flows():
+    model = language_model()
+    layers, text = model.transformer.h, "w5 w6 w7"
+    with attach(model) as lens:
+        for flow in (lens.suspended, lambda: lens.replaced(degree=2)):
+            with flow():
+                with model.scan(text):
+                    x = nnsight.save(layers[1].mlp.poly.x.output.shape)
+                    part = nnsight.save(layers[1].mlp.poly.degree_1.output.shape)
+                    poly = nnsight.save(layers[1].mlp.poly.output.shape)
+                    error = nnsight.save(layers[1].mlp.poly.error.output.shape)
+                    out = nnsight.save(model.output.logits.shape)
+                assert x == part == poly == error == (1, 3, 24)
+                assert out == (1, 3, D_VOCAB)
+                with model.trace(text):  # values again, of what scans were the first to ask for
+                    poly = layers[1].mlp.poly.output.save()
+                assert poly.isfinite().all()
+
+
 def test_gradients_reach_the_polynomial_inside_a_trace():
     model = nnsight.NNsight(build("gpt2"))
     lens = attach(model)

@@ -52,7 +52,8 @@ class MLPSite:
         activation: what the host's activation was found to compute.
         d_in, d_mlp, d_out: sizes.
         error: max |normal form - host's output| / max |host's output| on captured inputs.
-        tensors: the host's current parameters by role, as they are; cheap.
+        parameters: by name, the tensors that the weights are read from, as the host has them now,
+            before any operation; cheap.
         weights: the validated normal form over them, without copying a matrix.
     """
 
@@ -64,7 +65,7 @@ class MLPSite:
     d_mlp: int
     d_out: int
     error: float
-    tensors: Callable[[], dict[str, Tensor]] = field(repr=False)
+    parameters: Callable[[], dict[str, Tensor]] = field(repr=False)
     weights: Callable[[], Weights] = field(repr=False)
 
 

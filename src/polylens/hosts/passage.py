@@ -66,10 +66,11 @@ class _Now(threading.local):
         shape: (batch, pos) of the pass.
     """
 
-    x: Tensor | None = None
-    inside: dict[str, tuple[Tensor, int | None]] | None = None
-    done = False
-    shape: tuple[int, ...] = ()
+    def __init__(self) -> None:  # in each thread
+        self.x: Tensor | None = None
+        self.inside: dict[str, tuple[Tensor, int | None]] | None = None
+        self.done = False
+        self.shape: tuple[int, ...] = ()
 
 
 class Passage:
@@ -166,13 +167,15 @@ class Passage:
     def _see(self, name: str, out: Any) -> Tensor | None:
         """Remember y or z; what flows on in its place."""
         function, now, interior = self.function, self._now, self._interior
+        if torch.compiler.is_compiling():  # which leaves out what nobody reads, without our help
+            return None
         if torch.is_grad_enabled() or not function.replacing or out.is_nested:
             return None
         inside = now.inside or {}
         assert interior is not None
         if name == "z" and "y" in inside and interior.z[0] is interior.y[0]:  # type: ignore
             out = inside["y"][0]  # both halves come from one module, whose output may stand in
-        dear = out.numel() >= per_block(out.device, *DEAR) and not torch.compiler.is_compiling()
+        dear = out.numel() >= per_block(out.device, *DEAR)
         if dear and interior.plain and self._alone() and function.takes(out):
             now.inside = {**inside, name: (out, None)}
             return torch.empty_like(out, device="meta")
@@ -237,9 +240,10 @@ def plainly(interior: Interior, owner: nn.Module, projections: Collection[nn.Mod
 
 def batch_shape(args: tuple, kwargs: dict) -> tuple[int, ...]:
     """(batch, pos) of the first argument [batch, pos, d] of a call; () where there is none."""
-    values = (v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.dim() == 3)
-    values = (v for v in values if not v.is_nested)
-    return next((tuple(v.shape[:2]) for v in values), ())
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor) and value.dim() == 3 and not value.is_nested:
+            return tuple(value.shape[:2])
+    return ()
 
 
 @contextmanager

@@ -52,12 +52,16 @@ class Projection:
 
     def bias(self, *, as_it_is: bool = False) -> Tensor | None:
         """[d_out] or None."""
-        if not isinstance(getattr(self.module, "bias", None), Tensor):
+        if not isinstance(self.parameter("bias"), Tensor):
             return None
         return half(self._own("bias", as_it_is), self.part)
 
+    def parameter(self, name: str) -> Any:
+        """The module's own `weight` or `bias`, of all its columns; None where there is none."""
+        return getattr(self.module, name, None)
+
     def _own(self, name: str, as_it_is: bool) -> Tensor:
-        value: Any = getattr(self.module, name)
+        value = self.parameter(name)
         return value.detach() if as_it_is else parameter(self.module, name)
 
 

@@ -3,14 +3,16 @@
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from polylens.checks import FLOATING
 from polylens.errors import AttachmentError, StalePolynomialError
 from polylens.hosts.base import Arrival, MLPSite, Tap
+from polylens.installed.compiled import Watch, when_compiled
 from polylens.installed.recomputing import Flow
 from polylens.normal_forms.fingerprint import Fingerprint, fingerprint, same_weights
+from polylens.polynomials.base import kept
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import Fitted
 
@@ -39,15 +41,19 @@ class SiteEmitter:
             *(f"degree_{k}" for k in range(polynomial.degree + 1)),
         )
         self._truncated: dict[int, Fitted] = {polynomial.degree: polynomial}
-        self._kinds = {name: _kind(tensor) for name, tensor in site.tensors().items()}
+        self._kinds = {name: _kind(tensor) for name, tensor in site.parameters().items()}
         self._identity = self._identified()
         self._fingerprint = fingerprint(polynomial.weights)
         self._dtype = polynomial.weights.dtype
+        self._watch = Watch(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy of the model gets its own emitters, but the lens stays with the original, and so
         # does what it replaces: nobody could end that in the copy.
-        return {**self.__dict__, "owner": None, "_flow": Flow()}
+        return {**self.__dict__, "owner": None, "_flow": Flow(), "_watch": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _watch=Watch(self))
 
     @property
     def replacing(self) -> int | None:
@@ -63,8 +69,8 @@ class SiteEmitter:
         wanted, replacing = {name for name in self.point_names if tap.wants(name)}, self.replacing
         if replacing is None and not wanted:
             return y
-        self.refresh()
         degree = self.polynomial.degree if replacing is None else replacing
+        self.refresh(degree)
         x = tap("in", x) if "in" in wanted else x
         if any(name.startswith("degree_") for name in wanted):
             out = self._sum_of_parts(x, degree, tap)
@@ -86,7 +92,7 @@ class SiteEmitter:
         """What the out-projection reads while replacing, from what the host has computed."""
         replacing = self.replacing
         assert replacing is not None
-        self.refresh()
+        self.refresh(replacing)
         polynomial = self.truncated(replacing)
         assert isinstance(polynomial, Polynomial)
         return polynomial.neurons(y, z)
@@ -94,13 +100,33 @@ class SiteEmitter:
     def truncated(self, degree: int) -> Fitted:
         """The optimum of this degree, made once."""
         if degree not in self._truncated:
-            self._truncated[degree] = self.polynomial.truncate(degree)
+            with kept():
+                self._truncated[degree] = self.polynomial.truncate(degree)
         return self._truncated[degree]
 
-    def refresh(self) -> None:
+    def refresh(self, degree: int) -> None:
         """`verify`, but cheap unless the tensors are other objects or were written to."""
-        if self._identified() != self._identity:
+        if torch.compiler.is_compiling():
+            self._ready(degree)
+            self._watch()
+        elif self._identified() != self._identity:
             self.verify()
+
+    @when_compiled
+    def _ready(self, degree: int) -> None:
+        """Verified, and with all that the optimum of this degree derives from its tensors."""
+        if torch.compiler.is_exporting():
+            raise AttachmentError(
+                f"layer {self.site.layer} ({self.site.path}) is replaced, or read at a point of "
+                "the lens, which torch.export cannot take along; export the model that "
+                "lens.export() returns"
+            )
+        with kept():
+            if self._identified() != self._identity:
+                self.verify()
+            weights = self.polynomial.weights
+            nothing = torch.empty(0, weights.d_in, dtype=weights.dtype, device=weights.device)
+            self.truncated(degree)(nothing)
 
     def verify(self) -> Fingerprint:
         """Make sure the polynomial belongs to the weights that the host has now.
@@ -122,7 +148,8 @@ class SiteEmitter:
                 "and attach again"
             )
         if identity != self._identity:
-            self.polynomial = self.polynomial.over(weights)
+            with kept():
+                self.polynomial = self.polynomial.over(weights)
             self._truncated = {self.polynomial.degree: self.polynomial}
             self._identity = identity
         return now
@@ -133,7 +160,7 @@ class SiteEmitter:
         Raises:
             AttachmentError: tensors that hold no numbers of their own (which, and why).
         """
-        site, tensors = self.site, self.site.tensors()
+        site, tensors = self.site, self.site.parameters()
         for name, tensor in tensors.items():
             cause = None
             if _kind(tensor) != self._kinds.get(name, _PLAIN):
@@ -165,7 +192,7 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
     return wrapped, tensor.is_meta, type(tensor), tensor.dtype in FLOATING
 
 
-_PLAIN = False, False, Tensor, True
+_PLAIN = False, False, nn.Parameter, True
 
 
 def _no_numbers(tensor: Tensor) -> str | None:
@@ -182,10 +209,10 @@ def _no_numbers(tensor: Tensor) -> str | None:
         )
     if isinstance(tensor, FakeTensor):
         return (
-            "has a shape only, as where nnsight scans: no polynomial can be evaluated there; scan "
-            "while nothing is replaced and no point of the lens is read"
+            "has a shape only, as where torch.export traces; export the model that lens.export() "
+            "returns"
         )
-    if type(tensor) is not Tensor or tensor.dtype not in FLOATING:
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.dtype not in FLOATING:
         return (
             f"is a {type(tensor).__name__} of {tensor.dtype} now: quantised or sharded after "
             "attach; detach, and attach to the model with plain weights"

@@ -41,8 +41,10 @@ class Flow:
         Raises:
             AttachmentError: a checkpoint runs again that nobody saw running.
         """
+        if torch.compiler.is_compiling():
+            return self.degree
         again = torch._C._current_graph_task_id() != -1  # pyright: ignore[reportPrivateUsage]
-        if torch.compiler.is_compiling() or not (again or training or torch.is_grad_enabled()):
+        if not (again or training or torch.is_grad_enabled()):
             return self.degree
         checkpoints = list(_checkpoints())
         if not checkpoints:

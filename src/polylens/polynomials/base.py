@@ -7,6 +7,7 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes  # pyright: ignore
 
 from polylens.checks import real_numbers
 from polylens.errors import InvalidInputError
@@ -295,8 +296,10 @@ class Approximation(nn.Module):
 
 @contextmanager
 def kept() -> Generator[None]:
-    """What is computed here is for later: it has no graph, nor is it of inference_mode."""
-    with torch.no_grad():
+    """What is computed here is for later: it has no graph, is not of inference_mode or of a
+    transform of torch.func, and has values also where only shapes flow (FakeTensorMode)."""
+    without = torch._C._DisableFuncTorch()  # pyright: ignore[reportPrivateUsage]
+    with torch.no_grad(), without, _disable_current_modes():
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
                 yield

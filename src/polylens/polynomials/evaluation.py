@@ -125,7 +125,8 @@ class PerNeuron(nn.Module):
 def is_traced(*tensors: Tensor | None) -> bool:
     """Whether something follows the operations, so that none may write to memory of before."""
     level: Any = forward_ad._current_level  # pyright: ignore
-    if torch.compiler.is_compiling() or level >= 0:
+    is_tracing: Any = torch.jit.is_tracing  # pyright: ignore
+    if torch.compiler.is_compiling() or is_tracing() or level >= 0:
         return True
     wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor  # pyright: ignore
     grad = torch.is_grad_enabled()

@@ -72,11 +72,28 @@ class Block:
         found = {role: self._read(role, as_it_is=True) for role in ROLES}
         return {role: t for role, t in found.items() if t is not None}
 
-    def _read(self, role: str, *, as_it_is: bool = False) -> Tensor | None:
+    def parameters(self) -> dict[str, Tensor]:
+        """The modules' own tensors by role; that of two roles where it has the halves of both."""
+        found = {}
+        for role in ROLES:
+            kind, of = self._projection(role)
+            value = None if of is None else of.parameter("weight" if kind == "W" else "bias")
+            if isinstance(value, Tensor):
+                found[role] = value
+        return found
+
+    def _projection(self, role: str) -> tuple[str, Projection | None]:
+        """("W" or "b", what has that of a role)."""
         kind, _, part = role.partition("_")
         if part == "gate" and self.linear is None:
+            return kind, None
+        of = {"in": self.linear or self.source, "gate": self.source, "out": self.out}
+        return kind, of[part]
+
+    def _read(self, role: str, *, as_it_is: bool = False) -> Tensor | None:
+        kind, of = self._projection(role)
+        if of is None:
             return None
-        of = {"in": self.linear or self.source, "gate": self.source, "out": self.out}[part]
         return of.weight(as_it_is=as_it_is) if kind == "W" else of.bias(as_it_is=as_it_is)
 
     def weights(self) -> Weights:

@@ -633,6 +633,6 @@ def _site(block: Block) -> MLPSite:
         d_mlp=tensors["W_in"].shape[1],
         d_out=tensors["W_out"].shape[1],
         error=block.error,
-        tensors=block.tensors,
+        parameters=block.parameters,
         weights=block.weights,
     )

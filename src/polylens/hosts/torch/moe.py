@@ -61,6 +61,10 @@ class Stack:
     def n_experts(self) -> int:
         return len(getattr(self.module, self.up))
 
+    def parameters(self) -> dict[str, Tensor]:
+        """The module's own two, by name."""
+        return {name: getattr(self.module, name) for name in (self.up, self.down)}
+
     def tensors(self, expert: int) -> dict[str, Tensor]:
         """An expert's matrices by role, views in x @ W orientation."""
         up = getattr(self.module, self.up).detach()[expert]
@@ -279,7 +283,7 @@ def _site(stack: Stack, layer: int, expert: int, error: float) -> ExpertSite:
         d_mlp=tensors["W_in"].shape[1],
         d_out=tensors["W_out"].shape[1],
         error=error,
-        tensors=partial(stack.tensors, expert),
+        parameters=stack.parameters,
         weights=partial(stack.weights, expert),
         stack=stack,
     )

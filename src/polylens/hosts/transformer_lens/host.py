@@ -247,7 +247,7 @@ class TransformerLensHost(Host):
             d_mlp=weights.d_mlp,
             d_out=weights.d_out,
             error=best,
-            tensors=reader.tensors,
+            parameters=reader.parameters,
             weights=reader.weights,
         )
         chosen = errors.index(best)
@@ -388,8 +388,12 @@ class Reader:
         self.act = act
         self.gated_bias_after = gated_bias_after
 
+    def parameters(self) -> dict[str, Tensor]:
+        """All that the component has: of a bridge, weights by role are made of them."""
+        return dict(self.mlp.named_parameters())
+
     def tensors(self) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for role in ROLES:
             try:
                 tensor = getattr(self.mlp, role, None)
