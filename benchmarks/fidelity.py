@@ -1,17 +1,13 @@
-"""What it costs to replace every MLP of a language model, by input model, degree and text.
+"""What it costs to replace every MLP of a language model, by method, estimator, degree and text.
 
-    python benchmarks/fidelity.py MODEL --calibration a.txt b.txt --heldout a.txt c.txt
+    python benchmarks/fidelity.py MODEL --calibration a.txt --heldout a.txt b.txt c.txt
 
-Calibrates layer by layer on windows of 128 tokens, the same number from each calibration text
-and some that the model itself writes, and prints what changes on windows of every held-out text
-when all MLPs are replaced and position 0 stays true: rise of the cross entropy ± its standard
-error over windows, KL, share of equal most likely tokens; then how the true and the replaced
-model go on from the same prompts. Windows are drawn from all over a text; a text on both lists
-gives different windows to each. `docs/fidelity.md` says what was measured so.
-
-    python benchmarks/fidelity.py MODEL ... --tails none 0 0.01 0.03 --degrees 2 3 --plot tails.png
-
-also draws the KL against the share of preactivations that may leave the polynomial.
+Attaches with each method to windows of 128 tokens of the calibration texts, replaces all MLPs at
+once, and prints on windows of every held-out text the rise of the cross entropy ± its standard
+error over windows, KL, and the share of equal most likely tokens; and how long attaching took, in
+forward passes over the same tokens (CPU time). A text on both lists gives different windows to
+each. With --tails, the same for several shares beyond the ends, and --plot draws them.
+`docs/fidelity.md` says what was measured so.
 """
 
 import argparse
@@ -27,10 +23,11 @@ from matplotlib.figure import Figure
 import polylens
 from polylens.calibration.tokens import windows as all_windows
 from polylens.cli.loading import load_model
+from polylens.hosts.batch import batch_of
 from polylens.report.scores import Cost, score
 
 LENGTH = 128
-PROMPT, CONTINUATION = 24, 24
+METHODS = {"true": polylens.TrueStream, "sequential": polylens.Sequential}
 
 
 def windows(tokenizer, path):
@@ -46,27 +43,22 @@ def logits(model, tokens):
     return torch.cat([model(batch, return_type="logits") for batch in tokens.split(8)])
 
 
-@torch.no_grad()
-def continued(model, tokens):
-    """Greedily, without a cache."""
-    for _ in range(CONTINUATION):
-        tokens = torch.cat([tokens, logits(model, tokens)[:, -1:].argmax(-1)], dim=1)
-    return tokens[:, -CONTINUATION:]
+def forward_seconds(model, tokens):
+    start = time.process_time()
+    for batch in tokens.split(8):
+        logits(model, batch)
+    return time.process_time() - start
 
 
 def cost(model, truth, tokens):
-    real = torch.ones_like(tokens, dtype=torch.bool)
-    found = Cost()
-    found.update(
-        score(logits(model, tokens), truth, tokens, real), score(truth, None, tokens, real)
-    )
+    batch, found = batch_of((tokens,), {}), Cost()
+    found.update(score(logits(model, tokens), truth, batch), score(truth, None, batch))
     counts = torch.full((len(tokens),), LENGTH - 1)
-    positions = tokens.numel()
     return {
         "delta_ce": found.delta_ce(counts),
         "standard_error": found.delta_ce_se(counts),
-        "kl": found.kl(positions),
-        "agreement": found.agreement(positions),
+        "kl": found.kl(tokens.numel()),
+        "agreement": found.agreement(tokens.numel()),
     }
 
 
@@ -110,13 +102,12 @@ def share(text):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="hub name, directory or .gguf file")
-    parser.add_argument("--calibration", nargs="*", default=[], help="UTF-8 texts")
+    parser.add_argument("--calibration", nargs="+", required=True, help="UTF-8 texts")
     parser.add_argument("--heldout", nargs="+", required=True, help="UTF-8 texts")
     parser.add_argument("--degrees", nargs="+", type=int, default=[2, 3])
-    parser.add_argument("--estimator", nargs="+", default=["samples"])
-    parser.add_argument("--weighting", nargs="+", default=["output"])
+    parser.add_argument("--methods", nargs="+", default=["true:samples"], help="true:joint, ...")
     parser.add_argument("--tails", nargs="+", type=share, default=["default"], help="none or 0.05")
-    parser.add_argument("--windows", nargs="+", type=int, default=[252], help="calibration, in all")
+    parser.add_argument("--windows", type=int, default=64, help="calibration, in all")
     parser.add_argument("--sampled", type=int, default=0, help="windows written by the model")
     parser.add_argument("--heldout-windows", type=int, default=10, help="from each text")
     parser.add_argument("--json", help="file for the figures that are printed")
@@ -128,36 +119,26 @@ def main():
     texts = {path: windows(tokenizer, path) for path in {*options.calibration, *options.heldout}}
     held_out = {path: texts[path][-options.heldout_windows :] for path in options.heldout}
     truth = {path: logits(model, tokens) for path, tokens in held_out.items()}
-    prompts = torch.stack([tokens[0, :PROMPT] for tokens in held_out.values()])
-    sampled = []
+    each = options.windows // len(options.calibration)
+    seen = [texts[path][: -options.heldout_windows][:each] for path in options.calibration]
     if options.sampled:
-        sampled.append(polylens.sample_tokens(model, options.sampled, LENGTH))
-    print("true model:", [tokenizer.decode(row) for row in continued(model, prompts)], flush=True)
-    rows = []
-    grid = itertools.product(
-        options.windows, options.estimator, options.weighting, options.tails, options.degrees
-    )
-    for count, estimator, weighting, tails, degree in grid:
-        each = count // max(1, len(options.calibration))
-        seen = [texts[path][: -options.heldout_windows][:each] for path in options.calibration]
-        tokens = torch.cat(seen + sampled)
-        method = polylens.Sequential(estimator, tails, weighting)
-        start = time.perf_counter()
-        with polylens.attach(model, tokens, degree=degree, method=method) as lens:
-            print(
-                f"\ndegree {degree}, {lens.inputs_summary}, {options.sampled} windows sampled, "
-                f"{time.perf_counter() - start:.0f} s",
-                flush=True,
-            )
+        seen.append(polylens.sample_tokens(model, options.sampled, LENGTH))
+    tokens, rows = torch.cat(seen), []
+    print(f"{tokens.numel()} tokens", flush=True)
+    for name, tails, degree in itertools.product(options.methods, options.tails, options.degrees):
+        stream, estimator = name.split(":")
+        method = METHODS[stream](estimator, tails)
+        forward, start = forward_seconds(model, tokens), time.process_time()
+        with polylens.attach(model, tokens, degree=degree, method=method, progress=False) as lens:
+            passes = (time.process_time() - start) / forward
+            print(f"\n{name}, degree {degree}, tails {tails}: {passes:.2f} forward passes")
             with lens.replaced():
                 found = {path: cost(model, truth[path], held_out[path]) for path in held_out}
-                for path, row in found.items():
-                    print(f"{Path(path).name}: {described(row)}", flush=True)
-                ce, kl = (fmean(row[name] for row in found.values()) for name in ("delta_ce", "kl"))
-                print(f"mean: {ce:+.4f}, KL {kl:.4f}")
-                print([tokenizer.decode(row) for row in continued(model, prompts)], flush=True)
-        setting = {"degree": degree, "tails": tails, "estimator": estimator}
-        setting |= {"weighting": weighting, "windows": len(tokens)}
+        for path, row in found.items():
+            print(f"{Path(path).stem}: {described(row)}", flush=True)
+        ce, kl = (fmean(row[key] for row in found.values()) for key in ("delta_ce", "kl"))
+        print(f"mean: {ce:+.4f}, KL {kl:.4f}", flush=True)
+        setting = {"method": name, "degree": degree, "tails": tails, "forward_passes": passes}
         rows += [setting | {"text": Path(path).stem} | row for path, row in found.items()]
         if options.json:
             Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
