@@ -131,16 +131,16 @@ def test_the_joint_fit_solves_its_ridge_regression(kind):
 def test_one_sample_and_collinear_samples(kind):
     layer = random_layer(0, kind)
     x = heavy(n=1)
-    with pytest.warns(NumericalWarning, match="ridge of 1e-10"):
+    with pytest.warns(NumericalWarning, match="ridge of 1e-12"):
         one = fit(layer, Samples(x), 2)
-    assert one.ridge == 1e-10
-    torch.testing.assert_close(one(x), layer(x), rtol=1e-6, atol=1e-6)
+    assert one.ridge == 1e-12
+    torch.testing.assert_close(one(x), layer(x), rtol=1e-9, atol=1e-9)
     assert one.r2.tolist() == [1, 1, 1]
     line = torch.linspace(-1, 1, 3).double()[:, None] * torch.ones(4).double()
     with pytest.warns(NumericalWarning, match="collinear"):
         few = fit(layer, Samples(line), 4)
     assert torch.isfinite(few.P).all()
-    torch.testing.assert_close(few(line), layer(line), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(few(line), layer(line), rtol=1e-8, atol=1e-8)
     assert fit(layer, Samples(heavy()), 2).ridge == 0
 
 
@@ -239,6 +239,23 @@ def test_features_that_samples_cannot_tell_apart(kind, lattice, dtype):
             torch.testing.assert_close(poly.truncate(degree)(x), layer(x), **exact)
     joint = fit_joint(layer, Samples(x), 4)
     assert joint.r2[len(points) - 1 :].min() > 1 - 10 * exact["atol"]
+
+
+@pytest.mark.filterwarnings("ignore::polylens.NumericalWarning")
+@pytest.mark.parametrize("seed", range(3))
+def test_nearly_collinear_features_are_fitted_as_functions(seed):
+    """Eleven features of ten points: the ridge that makes them unique moves no output."""
+    x = torch.eye(10, dtype=torch.float64)[torch.randint(10, (400,), generator=generator(seed))]
+    layer = random_layer(seed, "glu", "relu", d_in=10)
+    poly, parts = fit(layer, Samples(x), 5), layer.neurons(x)
+    y, z, h = parts["y"], parts["z"], parts["h"]
+    found = poly.neurons(y, z)
+    for i in range(layer.d_mlp):
+        t = (y[:, i] - y[:, i].mean()) / y[:, i].std()
+        powers = t[:, None] ** torch.arange(6)
+        A = torch.cat([powers, z[:, i, None] * powers[:, :5]], 1)
+        best = A @ torch.linalg.lstsq(A, h[:, i], rcond=1e-13, driver="gelsd").solution
+        assert (found[:, i] - best).norm() < 1e-7 * h[:, i].norm()
 
 
 @both

@@ -22,8 +22,10 @@ linalg: Any = torch.linalg  # without types
 
 # Float64 numbers in one block of features: a core's cache on a CPU, plenty of work on a GPU.
 BLOCK = 1 << 18, 1 << 25
-# Ridge relative to each feature's mean square, and the pivot below which it is added.
-RIDGE, PIVOT = 1e-10, 1e-12
+# Ridge relative to each feature's mean square, the pivot below which it is added, and how often
+# what it leaves of the normal equations is solved for again: of an eigenvalue v of the scaled Gram
+# matrix a share (RIDGE / (v + RIDGE))^(AGAIN + 1) stays unsolved.
+RIDGE, PIVOT, AGAIN = 1e-12, 1e-12, 4
 # A feature with less than this share of the mean square that it has under a Gaussian is what
 # rounding leaves of zero: He_2 of what is -1 or 1, He_3 of what is 0 or the root of 3 either way.
 NULL = 1e-14
@@ -169,7 +171,7 @@ class NeuronGram:
         """The least-squares Polynomial of the samples so far, for every degree up to `degree`.
 
         Where features are collinear (fewer samples than features, a linear branch that is a
-        function of the gate), a ridge of 1e-10 of their mean square makes the solution unique;
+        function of the gate), a ridge of 1e-12 of their mean square makes the solution unique;
         it is recorded as `ridge` on the result, and warned of by a NumericalWarning.
 
         Args:
@@ -231,6 +233,7 @@ def _solve(
         otherwise.
     """
     size = gram.shape[1]
+    wait = wait or gram.device.type == "cpu"
     diagonal = gram.diagonal(dim1=1, dim2=2)
     unused = torch.zeros_like(diagonal, dtype=torch.bool)
     stride = 2 if glu else 1
@@ -255,13 +258,22 @@ def _solve(
     factor, info = linalg.cholesky_ex(gram)
     pivots = factor.diagonal(dim1=1, dim2=2).square().amin(1)
     collinear = (info != 0) | ~(pivots > PIVOT) | few
-    if not wait or collinear.any():
-        amount = torch.where(collinear, RIDGE, 0.0)
-        gram.diagonal(dim1=1, dim2=2)[:, 1:] += amount[:, None]
+    mending = not wait or bool(collinear.any())
+    ridge = torch.where(collinear, RIDGE, 0.0)[:, None]
+    if mending:
+        gram.diagonal(dim1=1, dim2=2)[:] += ridge
         factor = linalg.cholesky(gram) if wait else linalg.cholesky_ex(gram)[0]
-    Qb = linalg.solve_triangular(factor, right * scale[:, :, None], upper=False)
-    sizes = range(1, size + 1, 2 if glu else 1)
-    return nested_solutions(factor.mT, Qb, sizes).squeeze(3) * scale, collinear
+    right = right * scale[:, :, None]
+    Qb = linalg.solve_triangular(factor, right, upper=False)
+    sizes = range(1, size + 1, stride)
+    found = nested_solutions(factor.mT, Qb, sizes)
+    for solution, some in zip(found, sizes, strict=True) if mending else ():
+        system, lower, part = gram[:, :some, :some], factor[:, :some, :some], solution[:, :some]
+        for _ in range(AGAIN):
+            left = right[:, :some] - system @ part + ridge[:, None] * part
+            left = linalg.solve_triangular(lower, left, upper=False)
+            part += linalg.solve_triangular(lower.mT, left, upper=True)
+    return found.squeeze(3) * scale, collinear
 
 
 def _row_blocks(y: Tensor, width: int) -> Iterator[slice]:
