@@ -294,10 +294,25 @@ class Approximation(nn.Module):
         return vector
 
 
+def _is_plain() -> bool:
+    """No inference_mode, no transform of torch.func, no mode that sees every operation."""
+    c: Any = torch._C  # without types  # pyright: ignore[reportPrivateUsage]
+    return (
+        not torch.is_inference_mode_enabled()
+        and c._functorch.maybe_current_level() is None
+        and c._len_torch_dispatch_stack() == 0
+        and c._len_torch_function_stack() == 0
+    )
+
+
 @contextmanager
 def kept() -> Generator[None]:
     """What is computed here is for later: it has no graph, is not of inference_mode or of a
     transform of torch.func, and has values also where only shapes flow (FakeTensorMode)."""
+    if _is_plain():  # as nearly always; what follows takes as long as small fits do
+        with torch.no_grad():
+            yield
+        return
     without = torch._C._DisableFuncTorch()  # pyright: ignore[reportPrivateUsage]
     with torch.no_grad(), without, _disable_current_modes():
         if torch.is_inference_mode_enabled():
