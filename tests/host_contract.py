@@ -6,7 +6,9 @@ layers 0 and 1 and weights that are not zero) and overrides what its framework d
 
 import copy
 import pickle
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from typing import Any
@@ -14,10 +16,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import polylens
 from polylens.errors import AttachmentError, InvalidInputError, UnsupportedModel
 from polylens.hosts import host_for
+from polylens.hosts.base import TOLERANCE, relative_error
 from polylens.installed.installation import Installation
 from tests.hf_models import D_VOCAB
 
@@ -44,6 +48,65 @@ def attach(model: Any, **options: Any) -> polylens.Lens:
 def logits(model: Any, tokens: Tensor = TOKENS, mask: Tensor | None = None) -> Tensor:
     with torch.no_grad():
         return host_for(model).logits(inputs_of(model, tokens, mask))
+
+
+def ways(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, logits [pos, d_vocab] of the first text) for every way in which it may be read."""
+    text, n = TOKENS[:1], TOKENS.shape[1]
+    pad, kept = torch.zeros(1, 5, dtype=torch.long), torch.ones_like(text)
+    mask = torch.cat([pad, kept], 1)
+    yield "alone", logits(model, text)[0]
+    yield "in a batch", logits(model)[0]
+    yield "padded on the right", logits(model, torch.cat([text, pad], 1), mask.flip(1))[0, :n]
+    yield "padded on the left", logits(model, torch.cat([pad, text], 1), mask)[0, 5:]
+    module = host_for(model).module
+    if type(module).__name__ in ("LlamaForCausalLM", "GPT2LMHeadModel"):  # take such a mask
+        among = torch.full((2 * n, 2 * n), torch.finfo(module.dtype).min).triu(1)
+        among[n:, :n] = torch.finfo(module.dtype).min
+        given = {
+            "input_ids": torch.cat([TOKENS[1:2], text], 1),
+            "attention_mask": among[None, None].to(module.dtype),
+            "position_ids": torch.arange(n).repeat(2)[None],
+        }
+        with torch.no_grad():
+            yield "packed", module(**given).logits[0, n:]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda tokens: logits(model, tokens), [*TOKENS.split(1)] * 4))
+    sys.setswitchinterval(interval)
+    for i, out in enumerate(found[:: len(TOKENS)]):
+        yield f"beside other threads, {i}", out[0]
+
+
+def in_parts(model: Any, sizes: list[int]) -> Tensor | None:
+    """Logits [pos, d_vocab] of the first text in parts, with a cache; None if there is none."""
+    module, text, name = host_for(model).module, TOKENS[:1], "input_ids"
+    if not module.can_generate():
+        return None
+    given, found = {"use_cache": True}, []
+    if module.config.is_encoder_decoder:
+        given["encoder_outputs"], name = module.get_encoder()(text), "decoder_input_ids"
+    for part in text.split(sizes, 1):
+        out = module(**{name: part}, **given)
+        given["past_key_values"] = out.past_key_values
+        found.append(out.logits[0])
+    return torch.cat(found)
+
+
+def loss(module: Any) -> Tensor:
+    given = inputs_of(module, TOKENS[:1])
+    given = given if isinstance(given, dict) else {"input_ids": given}
+    return module(**given, labels=TOKENS[:1], use_cache=False).loss
+
+
+def gradient(module: Any) -> Tensor:
+    """That of one text's loss by the embedding, through checkpoints where there are some."""
+    module.zero_grad()
+    loss(module).backward()
+    found = module.get_input_embeddings().weight.grad.clone()
+    module.zero_grad()
+    return found
 
 
 def tables(lens) -> dict:
@@ -75,6 +138,35 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     error = (actual.double() - expected.double()).abs().max()
     scale = expected.double().abs().max()
     assert error <= tolerance * scale, f"differ by {error / scale:.2g} of the largest"
+
+
+def assert_checkpoints(module: Any, lens: polylens.Lens) -> None:
+    """What flowed in a checkpoint flows when it runs again, also after the context was left."""
+    true = gradient(module)
+    with lens.replaced():
+        replaced = gradient(module)
+    assert (replaced - true).norm() > 1e-3 * true.norm()
+    module.train()
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        if isinstance(getattr(part, "dropout", None), float):
+            part.dropout = 0.0
+    for reentrant in (True, False):
+        module.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        module.enable_input_require_grads()
+        first = loss(module)
+        with lens.replaced():
+            second = loss(module)
+        with lens.replaced(degree=1):
+            second.backward()
+            assert_close(module.get_input_embeddings().weight.grad, replaced)
+            module.zero_grad()
+            first.backward()
+        assert_close(module.get_input_embeddings().weight.grad, true)
+        module.zero_grad()
+        with lens.replaced(), torch.no_grad():
+            loss(module)
 
 
 class Specimen:
@@ -134,6 +226,19 @@ class HostContract:
             pytest.skip("an encoder")
         options = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, pad_token_id=0)
         return module.generate(TOKENS[:1], attention_mask=torch.ones_like(TOKENS[:1]), **options)
+
+    def readings(self, model: Any) -> dict[str, Tensor]:
+        """`ways`, and in parts with a cache."""
+        found = dict(ways(model))
+        with torch.no_grad():
+            for sizes in ([5, 7], [1] * TOKENS.shape[1], [11, 1]):
+                out = self.in_parts(model, sizes)
+                if out is not None:
+                    found[f"in {len(sizes)} parts, the first of {sizes[0]}"] = out
+        return found
+
+    def in_parts(self, model: Any, sizes: list[int]) -> Tensor | None:
+        return in_parts(model, sizes)
 
     @contextmanager
     def hooked(self, lens: polylens.Lens, names: tuple[str, ...], hook: Any):
@@ -300,6 +405,37 @@ class HostContract:
         lens.detach()
         with pytest.raises(AttachmentError, match="detached"):
             lens.run_with_cache(inputs_of(lens.host.model))
+
+    def test_a_replaced_or_exported_model_is_a_function_of_its_text(self, attached):
+        """In all ways in which the true model is one."""
+        model, lens = attached
+        true = self.readings(model)
+        tolerance = TOLERANCE[true["alone"].dtype]
+        of_text = {w for w, out in true.items() if relative_error(out, true["alone"]) < tolerance}
+        assert of_text >= {"in a batch", "padded on the right", "beside other threads, 0"}
+
+        def require(found, expected):
+            off = {way: relative_error(found[way], expected) for way in of_text}
+            assert {way: error for way, error in off.items() if not error < tolerance} == {}
+
+        with lens.replaced():
+            found = self.readings(model)
+        require(found, found["alone"])
+        assert not torch.equal(found["alone"], true["alone"])
+        try:
+            exported = lens.export()
+        except AttachmentError:
+            return
+        require(self.readings(exported), found["alone"])
+
+    @pytest.mark.more
+    @pytest.mark.filterwarnings("ignore::UserWarning")
+    def test_checkpoints_compute_again_what_they_computed(self, model):
+        module = host_for(model).module
+        if not isinstance(module, PreTrainedModel) or not module.supports_gradient_checkpointing:
+            pytest.skip("no checkpoints")
+        with attach(model) as lens:
+            assert_checkpoints(module, lens)
 
     def test_sites_are_verified_and_leave_no_trace(self, model):
         host = host_for(model)

@@ -15,6 +15,7 @@ from tests.host_contract import (
     module_snapshot,
 )
 from tests.models import BRIDGES, HOSTS, bridge, hooked
+from transformers import DynamicCache
 
 import polylens
 from polylens import TrueStream, analysis
@@ -70,6 +71,21 @@ class TestHost(HostContract):
         if hasattr(model, "original_model") and not model.original_model.can_generate():
             pytest.skip("an encoder")
         return model.generate(TOKENS[:1], **OPTIONS)
+
+    def in_parts(self, model, sizes):
+        parts, take = TOKENS[:1].split(sizes, 1), {"return_type": "logits"}
+        if hasattr(model, "original_model"):
+            hf = model.original_model
+            # TransformerLens tells OPT nothing of what is in the cache
+            if not hf.can_generate() or hf.config.model_type == "opt":
+                return None
+            take |= {"past_key_values": DynamicCache(), "use_cache": True}
+        else:
+            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+            cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, 1)
+            take |= {"past_kv_cache": cache}
+        return torch.cat([model(p, attention_mask=torch.ones_like(p), **take)[0] for p in parts])
 
     def test_the_points_are_in_the_cache_of_an_unchanged_run(self, attached):
         model, lens = attached
