@@ -22,6 +22,7 @@ from polylens.calibration.telling import told_once
 from polylens.calibration.tokens import opened
 from polylens.calibration.true_stream import TrueStream, on_true_stream
 from polylens.checks import Layer, Layers, check_layers, labelled, renamed
+from polylens.devices import memory_named
 from polylens.errors import ArtifactError, InvalidInputError, UnsupportedModel
 from polylens.fitting.estimator import require_degree
 from polylens.hosts import host_for
@@ -131,6 +132,7 @@ def attach(
             with dropout.
         ArtifactError: a checkpoint that is damaged, or belongs to another model, other tokens
             or other arguments (it says which); it is left as it is.
+        OutOfMemory: what the estimator keeps is more than is free, or an allocation failed.
         OSError: checkpoint or offload cannot be written.
 
     A lens that is on the model already is detached, with a warning, once the new one is there.
@@ -153,7 +155,8 @@ def attach(
     method = TrueStream() if method is None else method
     _check_method(method, tokens)
     tokens, attention_mask = opened(tokens, attention_mask)
-    with told_once(), _in_place_of(attached(model), 5):
+    remedy = "a smaller batch_size, fewer layers, or Sequential(), which keeps one at a time"
+    with memory_named("attach", remedy), told_once(), _in_place_of(attached(model), 5):
         host, found, refused = _read(model, example_inputs, tokens)
         require_deterministic(host.module)
         sites = {site.layer: site for site in found}

@@ -1,9 +1,14 @@
-"""What differs between a CPU and a GPU: how much is done at once, and waiting for numbers."""
+"""What differs between devices: how much is done at once, waiting for numbers, memory."""
 
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from polylens.errors import OutOfMemory
 
 # Devices with a cache that blocks should fit into; others want plenty of work at once.
 CACHED = {"cpu"}
@@ -22,3 +27,55 @@ def numbers(*tensors: Tensor) -> list[Any]:
     """
     flat: Any = torch.cat([t.detach().reshape(-1) for t in tensors])
     return flat.tolist()
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that can still be taken on a device; None where nothing says it.
+
+    On a GPU what the driver and torch's own cache have left, on a Linux CPU what the kernel calls
+    available, or less where the limit of a control group (a container) is nearer.
+    """
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if "MemAvailable" in line)
+    except (OSError, StopIteration, ValueError):
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / f"memory.{n}").read_text()) for n in ("max", "current"))
+    except (OSError, ValueError):  # no limit
+        return free
+    return min(free, max(0, limit - used))
+
+
+def require_room(needed: int, device: torch.device, what: str, remedy: str) -> None:
+    """OutOfMemory, before the work, for more bytes than are free on a device."""
+    free = free_bytes(device)
+    if free is not None and needed > free:
+        raise OutOfMemory(
+            f"{what}: {_size(needed)} on {device}, where {_size(free)} are free; {remedy}"
+        )
+
+
+@contextmanager
+def memory_named(what: str, remedy: str) -> Generator[None, None, None]:
+    """Within the context an allocation that fails is OutOfMemory, which says what to do."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except (RuntimeError, MemoryError) as error:
+        own = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not (own or "can't allocate memory" in str(error)):
+            raise
+        first = (str(error) or "out of memory").splitlines()[0]
+        raise OutOfMemory(f"{what} ran out of memory; {remedy} ({first})") from error
+
+
+def _size(n: int) -> str:
+    return f"{n / 1e9:.3g} GB" if n >= 1e7 else f"{n:,} bytes"

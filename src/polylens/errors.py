@@ -9,6 +9,10 @@ class InvalidInputError(PolylensError, ValueError):
     """A value, shape or dtype that the called function cannot use."""
 
 
+class OutOfMemory(InvalidInputError, MemoryError):
+    """More memory than there is: how much is asked for, how much is free, what to do."""
+
+
 class UnsupportedActivation(PolylensError, ValueError):
     """An activation that is unknown, not elementwise, or not finite."""
 

@@ -11,6 +11,7 @@ from tests.oracles import (
     QUADRATIC,
     assert_r2,
     generator,
+    nodes,
     random_gaussian,
     random_layer,
 )
@@ -29,21 +30,27 @@ kinds = st.sampled_from(["mlp", "glu"])
 
 
 @given(seeds, kinds, st.sampled_from(ACTIVATIONS))
-def test_agrees_with_draws(seed, kind, act):
+def test_agrees_with_quadrature(seed, kind, act):
+    """Of parts, which are polynomials, exactly; of the layer as nearly as quadrature knows."""
     layer, inputs = random_layer(seed, kind, act), random_gaussian(seed, rank=3)
     poly = fit(layer, inputs, 4)
     result = explained_variance(layer, inputs, 4)
-    x = inputs.sample(20_000, generator(seed))
-    assert_r2(poly, x, slack=result.total_error / result.total)
-    parts = [poly.part(k)(x) for k in range(5)]
-    for of_draws, variance, slack in (
-        *zip(parts, result.per_degree.tolist(), [0.0] * 5, strict=True),
-        (layer(x), result.total, result.total_error),
-    ):
-        # of a variance that draws have, by batches of them
-        squares = (of_draws - of_draws.mean(0)).square().sum(1)
-        error = squares.reshape(20, -1).mean(1).std() / 20**0.5
-        assert abs(float(squares.mean()) - variance) < 5 * float(error) + slack + 1e-9
+    found = []
+    for n in (20, 30):
+        x, w = nodes(inputs, n)
+
+        def variance(values, w=w):
+            return w @ (values - w @ values).square().sum(1)
+
+        y = layer(x)
+        parts = torch.stack([variance(poly.part(k)(x)) for k in range(5)])
+        torch.testing.assert_close(parts, result.per_degree, rtol=1e-10, atol=1e-12)
+        left = [w @ (y - f).square().sum(1) for f in poly.all_degrees(x)]
+        found.append(torch.stack([variance(y), *left]))
+    error = 3 * (found[1] - found[0]).abs().max() + result.total_error + 1e-9
+    assert abs(found[1][0] - result.total) < error
+    expected = 1 - found[1][1:] / found[1][0]
+    assert ((expected - result.r2).abs() < 2 * error / result.total).all()
 
 
 def test_agrees_with_draws_on_trained_weights():

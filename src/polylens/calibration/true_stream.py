@@ -1,14 +1,17 @@
 """Every layer is fitted to the inputs that it has in the unchanged model."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from polylens.calibration.seen import NOT_REACHED, Calibration, SeenInputs, solved, watch
 from polylens.calibration.telling import progress
 from polylens.checks import Expert, Layer
+from polylens.devices import require_room
 from polylens.fitting.estimator import Estimator
 from polylens.hosts.base import Arrival, MLPSite
 from polylens.polynomials.joint import Fitted
@@ -67,7 +70,9 @@ def on_true_stream(
 
     Raises:
         InvalidInputError: NaN activations (which layer, how many).
+        OutOfMemory: the sums of all layers together need more memory than is free.
     """
+    require_room_for_all(sites, method, degree)
     estimators = {layer: method.begin(site.weights(), degree) for layer, site in sites.items()}
 
     def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
@@ -87,3 +92,15 @@ def on_true_stream(
             )
             continue
         yield layer, solved(seen, layer, site)
+
+
+def require_room_for_all(sites: Mapping[Layer, MLPSite], method: TrueStream, degree: int) -> None:
+    """OutOfMemory if what is kept of all layers at once is more than is free on their devices."""
+    needed = Counter[torch.device]()
+    for site in sites.values():
+        weights = site.weights()
+        needed[weights.device] += method.kind.kept_bytes(weights, degree)
+    for device, size in needed.items():
+        what = f"{method.kind.name}, degree {degree}, for {len(sites)} layers at once"
+        remedy = "Sequential() keeps one layer at a time; or fewer layers, or a lower degree"
+        require_room(size, device, what, remedy)

@@ -62,6 +62,11 @@ class Estimator(ABC):
         """Look at inputs that `update` gets afterwards; for those that can be read twice."""
 
     @classmethod
+    def kept_bytes(cls, weights: MLPWeights | GLUWeights, degree: int) -> int:
+        """Of the sums that it keeps of a layer, whatever the number of inputs."""
+        return 0
+
+    @classmethod
     def check_tails(cls, tails: float | None) -> None:
         """InvalidInputError for tails that this estimator does not know."""
         require_tails(tails)

@@ -135,7 +135,8 @@ def fit_joint(
         degree, tails: as in `fit`.
 
     Raises:
-        InvalidInputError: as `fit`, or too many features (the size).
+        InvalidInputError: as `fit`.
+        OutOfMemory: too many features (the size).
 
     >>> import torch, polylens
     >>> layer = polylens.MLPWeights(torch.randn(2, 8), torch.randn(8, 1), "silu")

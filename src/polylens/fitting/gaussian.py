@@ -41,6 +41,10 @@ class GaussianEstimator(Estimator):
         return fitted if ends is None else fitted.with_ends(ends)
 
     @classmethod
+    def kept_bytes(cls, weights: MLPWeights | GLUWeights, degree: int) -> int:
+        return 8 * weights.d_in**2
+
+    @classmethod
     def check_tails(cls, tails: float | None) -> None:
         super().check_tails(tails)
         if tails:

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polylens.devices import numbers
-from polylens.errors import InvalidInputError
+from polylens.devices import numbers, require_room
 from polylens.fitting.estimator import Batch
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.fitting.samples import SampleEstimator
@@ -27,7 +26,7 @@ FIRST = STRENGTHS.index(0.3)
 # Of every batch, the last fifth of the rows is held out to choose the strength; of batches that
 # are too small for that, every fifth row.
 HELD_OUT = 0.2
-MAX_GRAM_BYTES = 1 << 33
+REMEDY = "fit neuron by neuron or a lower degree"
 # Rows and columns of one block of a Gram matrix.
 ROWS, COLUMNS = 2048, 1024
 
@@ -36,7 +35,7 @@ class JointEstimator(SampleEstimator):
     """Least squares over the inputs, with the features of all neurons for every output.
 
     Raises:
-        InvalidInputError: too many features (the size).
+        OutOfMemory: too many features (the size).
     """
 
     name = "samples, jointly"
@@ -46,11 +45,13 @@ class JointEstimator(SampleEstimator):
     ) -> None:
         super().__init__(weights, degree, tails)
         size = feature_count(weights, degree)
-        if 16 * size * size > MAX_GRAM_BYTES:
-            raise InvalidInputError(
-                f"{size:,} features need Gram matrices of {16 * size * size:,} bytes; fit neuron "
-                "by neuron or a lower degree"
-            )
+        what = f"Gram matrices of {size:,} features"
+        require_room(self.kept_bytes(weights, degree), weights.device, what, REMEDY)
+
+    @classmethod
+    def kept_bytes(cls, weights: MLPWeights | GLUWeights, degree: int) -> int:
+        size = feature_count(weights, degree)
+        return 8 * (weights.d_in**2 + 2 * size * (size + weights.d_out))
 
     def _begun(self, seen: PreactivationRange | None, deciding: Batch | None) -> "JointGram":
         if seen is not None and seen.inner is not None:

@@ -72,10 +72,15 @@ class NeuronGram:
         inner = inner if inner is None or inner.dim() == 2 else inner[degree]
         self._ends = None if inner is None else Ends(weights.act, inner)
         self._glu = isinstance(weights, GLUWeights)
-        self.size = (2 * degree if self._glu else degree) + 2
+        self.size = self.size_of(weights, degree)
         self._gram = torch.zeros(
             weights.d_mlp, self.size, self.size, dtype=torch.float64, device=weights.device
         )
+
+    @staticmethod
+    def size_of(weights: MLPWeights | GLUWeights, degree: int) -> int:
+        """Features of a neuron, and the target."""
+        return (2 * degree if isinstance(weights, GLUWeights) else degree) + 2
 
     @property
     def count(self) -> float:

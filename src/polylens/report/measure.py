@@ -11,6 +11,7 @@ from polylens.calibration.seen import require_deterministic, watch
 from polylens.calibration.telling import progress as told
 from polylens.calibration.tokens import read
 from polylens.checks import Layer, Layers, check_at_least, check_degree, check_layers, label
+from polylens.devices import memory_named
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival
 from polylens.hosts.batch import IGNORED, Batch, Inputs, Stream
@@ -84,6 +85,7 @@ def measure(
     per_batch = 1 + (loss and passes_per_batch(chosen, prefixes, zero_ablation))
     losses, all_row, found, lead = None, None, (), 1
     with (
+        memory_named("report", "give a smaller batch_size"),
         torch.no_grad(),
         told(title="report", show=progress, total=len(steps) * per_batch) as bar,
     ):
