@@ -1,5 +1,9 @@
 """A replaced model is a function of its text: what tests/host_contract.py does not ask of hosts."""
 
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -87,3 +91,34 @@ def test_compiled(name):
                 assert not torch.equal(expected, reference)
                 assert_close(out(), expected)
         assert_close(out(), reference)
+
+
+def living():
+    gc.collect()
+    return sum(isinstance(each, torch.Tensor) for each in gc.get_objects())
+
+
+def every_kind_of_pass(model, lens):
+    logits(model)
+    lens.run_with_cache(TOKENS)
+    with lens.replaced():
+        logits(model, TOKENS[:1, :3])
+        model(TOKENS, use_cache=False).logits.sum().backward()
+        model.zero_grad()
+        lens.run_with_cache(TOKENS, names="error")
+    with lens.replaced(degree=1, layers=0), ThreadPoolExecutor(1) as pool:
+        pool.submit(logits, model).result()
+
+
+def test_passes_leave_no_memory_behind():
+    model = build("llama")
+    with attach(model) as lens:
+        every_kind_of_pass(model, lens)
+        before = living()
+        for _ in range(5):
+            every_kind_of_pass(model, lens)
+        assert living() == before
+    gone = weakref.ref(model)
+    del model, lens
+    gc.collect()
+    assert gone() is None
