@@ -57,9 +57,11 @@ def test_loading_gives_the_same_bits(tmp_path, name, options):
         lens.save(tmp_path / "lens", report)
         expected = [logits(lens, degree) for degree in range(4)]
         summary, tables = lens.inputs_summary, [lens[n] for n in lens]
+        shown = [repr(table) for table in tables]
     with polylens.load(tmp_path / "lens", model) as lens:
         assert lens.inputs_summary == summary
         assert lens.saved_report == report
+        assert [repr(lens[n]) for n in lens] == shown
         assert all(torch.equal(logits(lens, n), out) for n, out in enumerate(expected))
         for layer, old in zip(lens, tables, strict=True):
             states = lens[layer].state_dict(), old.state_dict()

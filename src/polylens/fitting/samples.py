@@ -18,7 +18,7 @@ from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
 
-# docs/fidelity.md, "Tails".
+# docs/fidelity.md, "How much may lie beyond the ends".
 TAILS = 0.05
 # Inputs that decide where the tails begin.
 FIRST = 1200

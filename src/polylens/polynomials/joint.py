@@ -15,6 +15,7 @@ from torch import Tensor
 from polylens.activations.hermite import hermite_polynomials
 from polylens.checks import check_degree
 from polylens.errors import ArtifactError
+from polylens.files import format as storage
 from polylens.files.format import Record
 from polylens.inputs.model import InputModel
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
@@ -123,6 +124,13 @@ class JointPolynomial(Approximation):
     def _readout(self, n: int) -> Tensor:
         """[features, d_out] float64: the base in the same features, plus D_n."""
         return readout(self.base, self.center, self.z_mean, n) + getattr(self, f"D{n}").double()
+
+    def figures(self) -> dict[str, Tensor]:
+        return super().figures() | storage.prefixed(self.base.figures(), "neurons.")
+
+    def take_figures(self, tensors: Mapping[str, Tensor]) -> None:
+        super().take_figures(tensors)
+        self.base.take_figures(storage.within(tensors, "neurons."))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "JointPolynomial":
         kept = {name: tensor for name, tensor in self._buffers.items() if tensor is not None}
