@@ -171,9 +171,10 @@ def quadrature_coefficients(
 ) -> Tensor:
     """Coefficients [degree + 1, n] of f restricted to lower <= y <= upper, by Gauss-Legendre.
 
-    The interval is cut to the part within 11 standard deviations of the mean, neuron by neuron,
-    so the same nodes serve a Gaussian much narrower and one much wider than f's own features.
-    f must be smooth inside the interval. Cost: nodes * (degree + cost of f) per neuron,
+    The interval is cut to the part within 11 standard deviations of the mean, or, in the tail, to
+    where the density is e^-60.5 of the largest in it, neuron by neuron, so the same nodes serve
+    a Gaussian much narrower and one much wider than f's own features. f must be smooth inside
+    the interval. Cost: nodes * (degree + cost of f) per neuron,
     memory bounded by chunks.
     """
     x, w = _gauss_legendre(nodes)
@@ -183,8 +184,11 @@ def quadrature_coefficients(
     step = per_block(m.device, *CHUNK)
     for i in range(0, m.numel(), step):
         mi, si = m[i : i + step, None], s[i : i + step, None]
-        lo = ((lower - mi) / si).clamp(-CUTOFF, CUTOFF)
-        hi = ((upper - mi) / si).clamp(-CUTOFF, CUTOFF)
+        lo, hi = (lower - mi) / si, (upper - mi) / si
+        # of an interval in the tail, as far as the density falls by as much as to CUTOFF
+        far = (hi.clamp(max=0).square() + CUTOFF**2).sqrt().neg_()
+        hi = torch.minimum(hi, (lo.clamp(min=0).square() + CUTOFF**2).sqrt())
+        lo = torch.maximum(lo, far)
         half = (hi - lo) / 2
         xi = torch.addcmul(lo, half, 1 + x)
         value = f(torch.addcmul(mi, si, xi))
