@@ -11,7 +11,7 @@ ROOT = Path(polylens.__file__).parent
 
 # Lowest first: a room imports from those in front of it only, and its own files in no circle.
 ROOMS = (
-    *("errors", "checks", "devices", "brief", "drawing", "files", "activations"),
+    *("errors", "checks", "devices", "ranks", "brief", "drawing", "files", "activations"),
     *("inputs", "normal_forms"),
     *("polynomials", "fitting", "hosts", "calibration", "installed", "report", "saving"),
     *("lens", "attachment", "demo", "analysis", "training", "cli", "__init__", "__main__"),

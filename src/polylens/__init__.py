@@ -32,6 +32,7 @@ from polylens.errors import (
     InvalidInputError,
     NumericalWarning,
     PolylensError,
+    RankError,
     StalePolynomialError,
     UnsupportedActivation,
     UnsupportedModel,
@@ -50,6 +51,7 @@ from polylens.polynomials.explained_variance import ExplainedVariance, explained
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
 from polylens.polynomials.quadratic_form import QuadraticForm
+from polylens.ranks import Ranks
 from polylens.report.report import Report
 from polylens.saving.export import load_exported
 from polylens.training.tracer import Trace, TraceData, Tracer, trace_training
@@ -79,6 +81,8 @@ __all__ = [
     "PolylensError",
     "Polynomial",
     "QuadraticForm",
+    "RankError",
+    "Ranks",
     "Report",
     "Samples",
     "Sequential",

@@ -3,7 +3,8 @@
 import os
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +33,7 @@ from polylens.hosts.direction import uses
 from polylens.hosts.passage import require_free
 from polylens.hosts.quiet import require_as_is
 from polylens.lens import Lens, attached
+from polylens.ranks import Ranks
 from polylens.report.report import Report
 from polylens.saving import lens_file
 from polylens.saving.checkpoint import Checkpoint, identity
@@ -81,6 +83,7 @@ def attach(
     exclude_first: bool = True,
     batch_size: int = 8,
     example_inputs: Any = None,
+    ranks: Ranks | None = None,
     progress: bool = True,
 ) -> Lens:
     """Fit a polynomial to every MLP of the model and add it as hook points.
@@ -120,6 +123,9 @@ def attach(
             left out.
         batch_size: sequences per forward pass.
         example_inputs: what a torch module is called with, where no guess nor tokens will do.
+        ranks: `Ranks()`, where each process of torch.distributed gives tokens of its own and all
+            get one lens, that of all tokens. All weights are hashed once, to know that they are
+            the same. The first 4,096 inputs are seen by every rank, so that all decide alike.
         progress: show progress bars.
 
     Returns:
@@ -134,6 +140,7 @@ def attach(
             or other arguments (it says which); it is left as it is.
         OutOfMemory: what the estimator keeps is more than is free, or an allocation failed.
         OSError: checkpoint or offload cannot be written.
+        RankError: another rank failed, died, or did not answer in time.
 
     A lens that is on the model already is detached, with a warning, once the new one is there.
 
@@ -151,12 +158,13 @@ def attach(
     >>> bool((true == replaced).all()), lens.layers
     (False, (0, 1, 2, 3))
     """
-    require_degree(degree)
-    method = TrueStream() if method is None else method
-    _check_method(method, tokens)
-    tokens, attention_mask = opened(tokens, attention_mask)
     remedy = "a smaller batch_size, fewer layers, or Sequential(), which keeps one at a time"
-    with memory_named("attach", remedy), told_once(), _in_place_of(attached(model), 5):
+    lasting = _in_place_of(attached(model), 5)
+    with memory_named("attach", remedy), told_once(), lasting, _together(ranks):
+        require_degree(degree)
+        method = TrueStream() if method is None else method
+        _check_method(method, tokens, ranks)
+        tokens, attention_mask = opened(tokens, attention_mask)
         host, found, refused = _read(model, example_inputs, tokens)
         require_deterministic(host.module)
         sites = {site.layer: site for site in found}
@@ -179,7 +187,11 @@ def attach(
                 exclude_first=exclude_first,
                 batch_size=batch_size,
                 progress=progress,
+                ranks=None if origin != "tokens" else ranks,
             )
+            if ranks is not None:
+                data = replace(data, ranks=ranks)
+                ranks.require_same(identity(data, sites, method, degree))
             exclude_first, sketch = data.exclude_first, TokenSketch.of(data.steps)
             if isinstance(method, Sequential):
                 there = uses(host, data.steps[0], sites)
@@ -197,12 +209,14 @@ def attach(
         sites = {layer: sites[layer] for layer in polynomials}
         _require_sites(list(sites.values()), refused, model)
         lens = Lens(host, sites, polynomials, refused, summary, exclude_first, sketch)
-        if saved is not None:
-            try:
+        try:
+            if ranks is not None:
+                ranks.gathered(None)  # all have theirs
+            if saved is not None:
                 saved.finish(lens.header(), lens.layers)
-            except BaseException:
-                lens.detach()
-                raise
+        except BaseException:
+            lens.detach()
+            raise
         return lens
 
 
@@ -343,7 +357,15 @@ def _read(
     return host, found, refused
 
 
-def _check_method(method: Any, tokens: Inputs | None) -> None:
+def _together(ranks: Any) -> AbstractContextManager[None]:
+    if ranks is None:
+        return nullcontext()
+    if not isinstance(ranks, Ranks):
+        raise InvalidInputError(f"ranks must be polylens.Ranks(), got {ranks!r:.80}")
+    return ranks.together()
+
+
+def _check_method(method: Any, tokens: Inputs | None, ranks: Any) -> None:
     """InvalidInputError for what is no method, or tokens that it would not read."""
     if not isinstance(method, Method):
         raise InvalidInputError(
@@ -355,6 +377,15 @@ def _check_method(method: Any, tokens: Inputs | None) -> None:
             f"give tokens= or method={type(method).__name__}, not both: each defines the input "
             "model"
         )
+    if ranks is None:
+        return
+    if not isinstance(method, SeenInputs):
+        raise InvalidInputError(
+            f"{type(method).__name__} runs the model on nothing, so that ranks have nothing to "
+            "share; leave out ranks="
+        )
+    if isinstance(method, Sequential) and method.checkpoint is not None:
+        raise InvalidInputError("checkpoint= is of one process; leave out either it or ranks=")
 
 
 def _require_sites(sites: list[MLPSite], refused: dict[Layer, str], model: Any) -> None:

@@ -33,6 +33,10 @@ class ArtifactError(PolylensError, ValueError):
     """A file that cannot be saved or loaded: damaged, of another kind, or from a later version."""
 
 
+class RankError(PolylensError, RuntimeError):
+    """Another process of torch.distributed failed, died, or did not answer in time."""
+
+
 class ConvergenceError(PolylensError, ArithmeticError):
     """An iterative solver did not reach the residual it was asked for."""
 

@@ -1,16 +1,18 @@
 """What a model is run on to see the inputs of its layers, and what of them counts in a fit."""
 
 import warnings
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal, cast
+from functools import cached_property
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from polylens.calibration.telling import OfLayer
-from polylens.calibration.tokens import read
+from polylens.calibration.tokens import opened, read
 from polylens.checks import Layer, check_at_least, label
 from polylens.errors import (
     AttachmentError,
@@ -25,7 +27,10 @@ from polylens.hosts.base import Arrival, Host, MLPSite, Observer
 from polylens.hosts.batch import Batch, Inputs
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.joint import Fitted
+from polylens.ranks import Forget, Ranks
 
+# Inputs that every rank sees first, so that all decide alike: more than an estimator decides by.
+LEADING = 4096
 WEIGHTINGS = {"equal": "", "output": "weighted by 1 / |output|"}
 # Norms of outputs below this share of the largest weigh no more than it.
 SMALLEST = 1e-6
@@ -42,15 +47,17 @@ class Calibration:
 
     Attributes:
         host: the model.
-        steps: the batches.
+        steps: the batches, those of all ranks.
         exclude_first: leave out where sequences start.
         progress: show a progress bar.
+        ranks: of which this process runs the model on its share; None alone.
     """
 
     host: Host
     steps: Sequence[Batch]
     exclude_first: bool
     progress: bool
+    ranks: Ranks | None = None
 
     @classmethod
     def on(
@@ -63,6 +70,7 @@ class Calibration:
         exclude_first: bool,
         batch_size: int,
         progress: bool,
+        ranks: Ranks | None = None,
     ) -> "Calibration":
         """On these tokens [batch, pos], floats, or mapping of all that the model takes.
 
@@ -70,10 +78,13 @@ class Calibration:
             InvalidInputError: inputs, mask or batch size that cannot be used.
         """
         check_at_least("batch_size", batch_size, 1)
+        if ranks is not None:
+            read(host, inputs, attention_mask, layers, exclude_first=exclude_first)
+            inputs, attention_mask = of_all(ranks, inputs, attention_mask)
         data = read(host, inputs, attention_mask, layers, exclude_first=exclude_first)
         exclude_first = any(bool(s.starts.any()) for s in data.streams.values()) and exclude_first
         steps = list(data.rows(visiting_order(len(data))).split(batch_size))
-        return cls(host, steps, exclude_first, progress)
+        return cls(host, steps, exclude_first, progress, ranks)
 
     def describe(self, origin: str) -> list[str]:
         """How many inputs there are, of which origin, and what was left out."""
@@ -86,9 +97,70 @@ class Calibration:
             count, origin = sum(map(len, self.steps)), "inputs"
         return [f"{count} {origin}", *["first positions excluded"] * self.exclude_first]
 
+    @cached_property
+    def leading(self) -> int:
+        """How many batches come first on every rank: LEADING inputs of each layer."""
+        if self.ranks is None:
+            return len(self.steps)
+        for i in range(len(self.steps)):
+            sizes = Counter[str]()
+            for step in self.steps[: i + 1]:
+                for name in step.streams:
+                    there = step.counted(name, exclude_first=self.exclude_first)
+                    sizes[name] += len(step) if there is None else int(there.sum())
+                if not step.streams:
+                    sizes[""] += len(step)
+            if min(sizes.values()) >= LEADING:
+                return i + 1
+        return len(self.steps)
+
+    @cached_property
+    def mine(self) -> Sequence[Batch]:
+        """The batches that this process runs the model on, those that come first before others.
+
+        Rank 0 counts those, the others forget them. Of what follows every rank has its turn.
+        """
+        if self.ranks is None:
+            return self.steps
+        own = self.steps[self.leading + self.ranks.rank :: self.ranks.size]
+        return [*self.steps[: self.leading], *own]
+
+    def settle(self, layer: Layer, seen: Estimator) -> None:
+        """Between the batches that come first and others: by now everything is decided."""
+        if self.ranks is None:
+            return
+        if self.leading < len(self.steps) and seen.count < LEADING:
+            raise UnsupportedModel(
+                f"layer {label(layer)} got {seen.count} inputs of the first {self.leading} "
+                "batches: layers that run for some inputs only are not fitted over ranks; leave "
+                "them out with layers=, or attach in one process"
+            )
+        if self.ranks.rank:
+            seen.merge(Forget())
+
+    def solved(self, seen: Estimator, layer: Layer, site: MLPSite) -> Fitted:
+        """The fit to what all ranks saw, the same on each to the bit; warns as `solved`."""
+        if self.ranks is None:
+            return solved(seen, layer, site)
+        found = solved(seen, layer, site)
+        weights = site.weights().tensors().keys()
+        for name, buffer in found.named_buffers():
+            if name.split(".")[-1] not in weights:
+                self.ranks.of_first(buffer)
+        return found
+
+    def merge(self, layer: Layer, seen: Estimator) -> None:
+        """Let an estimator have seen what all ranks saw."""
+        if self.ranks is None:
+            return
+        if len(self.mine) == self.leading:
+            self.settle(layer, seen)
+        self.ranks.gathered(None)
+        seen.merge(self.ranks)
+
     def kept(self, i: int, layer: Layer) -> Tensor | None:
-        """[batch, pos] of bool, which positions of batch i count at a layer; None for all."""
-        return self.steps[i].counted(self.host.stream(layer), exclude_first=self.exclude_first)
+        """[batch, pos] of bool, which positions of my batch i count at a layer; None for all."""
+        return self.mine[i].counted(self.host.stream(layer), exclude_first=self.exclude_first)
 
 
 @dataclass(frozen=True)
@@ -165,6 +237,27 @@ class SeenInputs:
             within = f"tails of {tails:.3g}" if tails else "at the preactivations seen"
             described.append(f"ends {'with ' * bool(tails)}{within}")
         return described
+
+
+def of_all(ranks: Ranks, inputs: Any, attention_mask: Any) -> tuple[Any, Any]:
+    """What the ranks give, one after the other: (inputs, mask).
+
+    Raises:
+        InvalidInputError: sequences of several lengths, or a mask or mapping on some ranks only.
+    """
+    inputs, attention_mask = opened(inputs, attention_mask)
+    mapping = isinstance(inputs, Mapping)
+    given: dict[str, Any] = dict(cast(Any, inputs)) if mapping else {"tokens": inputs}
+    names = sorted(given) if mapping else None
+    if attention_mask is not None:
+        given["attention_mask"] = attention_mask
+    given = {name: torch.as_tensor(each).cpu() for name, each in given.items()}
+    shapes = {name: f"{list(each.shape[1:])} for each sequence" for name, each in given.items()}
+    ranks.require_same({**shapes, "a mapping of": names})
+    found = ranks.gathered(given)
+    whole = {name: torch.cat([each[name] for each in found]) for name in given}
+    mask = whole.pop("attention_mask", None) if attention_mask is not None else None
+    return (whole if mapping else whole["tokens"]), mask
 
 
 def visiting_order(n: int) -> Tensor:

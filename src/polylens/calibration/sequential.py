@@ -11,7 +11,7 @@ from torch import Tensor
 
 from polylens.calibration.lockstep import Arrivals, in_step
 from polylens.calibration.offload import store_for
-from polylens.calibration.seen import Calibration, SeenInputs, naming, solved
+from polylens.calibration.seen import Calibration, SeenInputs, naming
 from polylens.calibration.telling import progress
 from polylens.checks import Expert, Layer, label
 from polylens.errors import UnsupportedModel
@@ -107,7 +107,7 @@ def on_replaced_stream(
     known: Mapping[Layer, Fitted] = {} if saved is None else saved.found
     found = dict(known)
     left = [layer for layer in sites if layer not in known]
-    total, done = (n * len(calibration.steps) for n in (len(sites), len(known)))
+    total, done = (n * len(calibration.mine) for n in (len(sites), len(known)))
     store = store_for(method.offload)
     with (
         store or nullcontext(),
@@ -123,15 +123,18 @@ def on_replaced_stream(
             with naming(layer, sites[layer]):
                 seen = method.begin(sites[layer].weights(), degree)
                 for i, arrival in arrivals:
+                    if i == calibration.leading:
+                        calibration.settle(layer, seen)
                     method.show(seen, arrival, calibration.kept(i, layer))
                     bar.update()
-            found[layer] = solved(seen, layer, sites[layer])
+            calibration.merge(layer, seen)
+            found[layer] = calibration.solved(seen, layer, sites[layer])
             if saved is not None:
                 saved.add(layer, found[layer])
             return flow(layer)
 
         with calibration.host.substitute({layer: flow(layer) for layer in known}):
-            in_step(calibration.host, left, calibration.steps, visit, store)
+            in_step(calibration.host, left, calibration.mine, visit, store)
     return {layer: found[layer] for layer in sites}
 
 

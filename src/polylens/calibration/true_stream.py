@@ -8,12 +8,14 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from polylens.calibration.seen import NOT_REACHED, Calibration, SeenInputs, solved, watch
+from polylens.calibration.seen import NOT_REACHED, Calibration, SeenInputs, watch
 from polylens.calibration.telling import progress
 from polylens.checks import Expert, Layer
 from polylens.devices import require_room
+from polylens.errors import UnsupportedModel
 from polylens.fitting.estimator import Estimator
 from polylens.hosts.base import Arrival, MLPSite
+from polylens.hosts.batch import Batch
 from polylens.polynomials.joint import Fitted
 
 FEW_TOKENS = 64
@@ -72,16 +74,29 @@ def on_true_stream(
         InvalidInputError: NaN activations (which layer, how many).
         OutOfMemory: the sums of all layers together need more memory than is free.
     """
+    if calibration.ranks is not None and any(isinstance(layer, Expert) for layer in sites):
+        raise UnsupportedModel(
+            "experts are not fitted over ranks: each sees tokens of its own, too few of the first "
+            "to decide by; attach in one process, or leave them out with layers="
+        )
     require_room_for_all(sites, method, degree)
     estimators = {layer: method.begin(site.weights(), degree) for layer, site in sites.items()}
 
     def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
         method.show(estimators[layer], arrival, kept)
 
-    steps = progress(calibration.steps, "calibrating", show=calibration.progress)
-    watch(calibration.host, sites, steps, calibration.exclude_first, see)
+    def steps() -> Iterator[Batch]:
+        bar = progress(calibration.mine, "calibrating", show=calibration.progress)
+        for i, step in enumerate(bar):
+            if i == calibration.leading:
+                for layer, seen in estimators.items():
+                    calibration.settle(layer, seen)
+            yield step
+
+    watch(calibration.host, sites, steps(), calibration.exclude_first, see)
     for layer, site in progress(sites.items(), "fitting", show=calibration.progress):
         seen = estimators.pop(layer)
+        calibration.merge(layer, seen)
         if not seen.count:
             refused[layer] = NOT_REACHED.format(site.path)
             continue
@@ -91,7 +106,7 @@ def on_true_stream(
                 f"{FEW_TOKENS} are needed to fit an expert; give more tokens"
             )
             continue
-        yield layer, solved(seen, layer, site)
+        yield layer, calibration.solved(seen, layer, site)
 
 
 def require_room_for_all(sites: Mapping[Layer, MLPSite], method: TrueStream, degree: int) -> None:

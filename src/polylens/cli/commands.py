@@ -78,9 +78,12 @@ def fit(
         out.check()
         check_writable(save)
         opened = open_model(model, source, out)
-        opened.lens.save(save, moments=True)  # for features
-        out.show(opened.lens)
-        out.figures(json.dumps(opened.lens.header(), indent=1, ensure_ascii=False))
+        lens = opened.lens
+        if opened.rank:
+            return
+        lens.save(save, moments=True)  # for features
+        out.show(lens)
+        out.figures(json.dumps(lens.header(), indent=1, ensure_ascii=False))
         out.wrote(save)
 
 
@@ -105,6 +108,8 @@ def _report(model: str, source: Source, measures: Measures, out: WithLens) -> No
     measures.check()
     opened = open_model(model, source, out, measures)
     lens, tokenizer = opened.lens, opened.tokenizer
+    if opened.rank:
+        return
     if out.save is not None:
         lens.save(out.save, moments=True)  # so that an interrupted report costs no fit
     assert opened.heldout is not None

@@ -1,5 +1,6 @@
 """The model, the text and the lens that a command is about."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,12 +34,14 @@ class Opened:
         tokens: [n, seq_len] of the text to calibrate on, None without one.
         heldout: [n, seq_len] to measure on; of commands without measures None.
         attached: fits the lens, or loads it.
+        rank: of this process among those of torchrun; all but 0 are done when the lens is there.
     """
 
     tokenizer: Any
     tokens: "Tensor | None"
     heldout: "Tensor | None"
     attached: "Callable[[], Lens]"
+    rank: int = 0
 
     @cached_property
     def lens(self) -> "Lens":
@@ -91,12 +94,18 @@ def open_model(
     from polylens.calibration.sampling import sample_tokens
     from polylens.cli.loading import load_model, parse_device, parse_dtype, token_windows
     from polylens.fitting.estimator import require_degree
+    from polylens.ranks import Ranks
 
     require_degree(source.degree)
     parse_dtype(source.dtype)
     parse_device(source.device)
     quiet_libraries()
-    bridge, tokenizer = load_model(model, source.device, source.dtype)
+    ranks = Ranks.of_launcher()
+    rank = 0 if ranks is None else ranks.rank
+    device = source.device
+    if ranks is not None and device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+    bridge, tokenizer = load_model(model, device, source.dtype)
     tokens = held = None
     if content is not None:
         tokens, held = token_windows(
@@ -108,10 +117,12 @@ def open_model(
     def attached() -> "Lens":
         if source.lens is not None:
             return load(source.lens, bridge)
-        seen, progress = tokens, out.progress
+        seen, progress = tokens, out.progress and not rank
         if more:
             written = sample_tokens(bridge, more, source.seq_len, progress=progress).cpu()
             seen = written if seen is None else torch.cat([seen, written])
+        if ranks is not None and seen is not None:
+            seen = torch.tensor_split(seen, ranks.size)[rank]
         with keeping(source.checkpoint, "the layers that were done are in"):
             return attach(
                 bridge,
@@ -120,10 +131,11 @@ def open_model(
                 method=method,
                 layers=layers,
                 batch_size=source.batch_size,
+                ranks=ranks,
                 progress=progress,
             )
 
-    return Opened(tokenizer, tokens, held, attached)
+    return Opened(tokenizer, tokens, held, attached, rank)
 
 
 def method_of(source: OneLayer, estimator: str | None = None) -> Any:

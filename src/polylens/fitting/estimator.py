@@ -12,6 +12,7 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights, check_weights
 from polylens.polynomials.ends import require_tails
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
+from polylens.ranks import Merge
 
 # Inputs [n, d_in] and their weights [n], or None for equal ones.
 Batch = tuple[Tensor, Tensor | None]
@@ -57,6 +58,20 @@ class Estimator(ABC):
     @abstractmethod
     def solve(self) -> Polynomial | JointPolynomial:
         """The fit to all inputs so far; InvalidInputError if they are NaN or too few."""
+
+    def merge(self, by: Merge) -> None:
+        """Let all sums become what `by` makes of them: those of no inputs, or of all ranks.
+
+        What the inputs so far have decided (shifts, scales, ends) stays as it is, so that sums of
+        estimators that saw the same first inputs can be added.
+
+        Raises:
+            InvalidInputError: an estimator that does not say how.
+        """
+        raise InvalidInputError(
+            f"{type(self).__name__} does not say how its sums are added over ranks; define "
+            "merge(by), which replaces each sum by by.total(sum), or leave out ranks="
+        )
 
     def prepare(self, batches: Callable[[], Iterable[Batch]]) -> None:  # noqa: B027
         """Look at inputs that `update` gets afterwards; for those that can be read twice."""

@@ -14,6 +14,7 @@ from polylens.normal_forms.preactivation import preactivation_moments
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
+from polylens.ranks import Merge
 
 
 class GaussianEstimator(Estimator):
@@ -34,6 +35,12 @@ class GaussianEstimator(Estimator):
         self._moments.update(x, sample_weights)
         if self._range is not None:
             self._range.update(x)
+
+    def merge(self, by: Merge) -> None:
+        self.count = by.total(self.count)
+        self._moments.merge(by)
+        if self._range is not None:
+            self._range.merge(by)
 
     def solve(self) -> Polynomial:
         fitted = fit_gaussian(self.weights, self._moments.gaussian("the inputs"), self.degree)

@@ -17,6 +17,7 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial, feature_count, features, readout
+from polylens.ranks import Merge
 
 linalg: Any = torch.linalg  # without types
 
@@ -108,6 +109,15 @@ class JointGram:
                 self._flush(sums)
             else:  # the caller may write to x, or free it
                 sums.waiting[-1] = block[0].clone(), None if w is None else w[rows].clone()
+
+    @torch.no_grad()
+    def merge(self, by: Merge) -> None:
+        """Let all sums become what `by` makes of them; of one frame, they can be added."""
+        self._flaws.merge(by)
+        for sums in (self._train, self._test):
+            self._flush(sums)
+            sums.merge(by)
+        self._neurons.merge(by, beside=self._free)
 
     def _held_out(self, rows: int) -> int:
         """How many of a batch's rows are held out; of batches that are too small every fifth."""
@@ -205,6 +215,11 @@ class _Sums:
         self.square = self.square + y.double().square().sum()
         own = len(phi) if roots is None else roots.double().square().sum()
         self.count = self.count + own
+
+    def merge(self, by: Merge) -> None:
+        """Let the sums become what `by` makes of them."""
+        self.gram, self.cross = by.total(self.gram), by.total(self.cross)
+        self.square, self.count = by.total(self.square), by.total(self.count)
 
     def complete(self) -> None:
         """Fill in what is left of the diagonal blocks."""

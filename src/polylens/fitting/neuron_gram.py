@@ -17,6 +17,7 @@ from polylens.normal_forms.preactivation import blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import Ends, PreactivationRange
 from polylens.polynomials.factored import Polynomial
+from polylens.ranks import Merge
 
 linalg: Any = torch.linalg  # without types
 
@@ -115,6 +116,18 @@ class NeuronGram:
             self._add(y, z, w, target)
             if beside is not None:
                 beside._add(y, z, w, target)
+
+    def merge(self, by: Merge, beside: "NeuronGram | None" = None) -> None:
+        """Let all sums become what `by` makes of them; standardised alike, they can be added.
+
+        Args:
+            beside: other sums, that were updated beside these.
+        """
+        self._gram, self._rows = by.total(self._gram), by.total(self._rows)
+        self._flaws.merge(by)
+        if beside is not None:
+            beside._gram = by.total(beside._gram)
+            beside._rows, beside._flaws = self._rows, self._flaws
 
     def _add(self, y: Tensor, z: Tensor | None, w: Tensor | None, target: Tensor) -> None:
         if self.standardise is None:

@@ -17,6 +17,7 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
+from polylens.ranks import Merge
 
 # docs/fidelity.md, "How much may lie beyond the ends".
 TAILS = 0.05
@@ -30,6 +31,8 @@ class Gram(Protocol):
     """Normal equations of all inputs so far."""
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None: ...
+
+    def merge(self, by: Merge) -> None: ...
 
     def solve(self) -> Polynomial | JointPolynomial: ...
 
@@ -84,6 +87,16 @@ class SampleEstimator(Estimator):
             for batch in batches():
                 drawn.add(*batch)
             self._decide(drawn.x, drawn.w)
+
+    def merge(self, by: Merge) -> None:
+        if self._gram is None:
+            self._decide_by_first()
+        assert self._gram is not None
+        self.count = by.total(self.count)
+        self._moments.merge(by)
+        self._gram.merge(by)  # first: what waits there has not been in the range yet
+        if self._range is not None:
+            self._range.merge(by)
 
     def solve(self) -> Polynomial | JointPolynomial:
         if self._gram is None:
@@ -170,6 +183,9 @@ class _Both:
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
         self._replacing.update(x, sample_weights, beside=self._optima)
+
+    def merge(self, by: Merge) -> None:
+        self._replacing.merge(by, beside=self._optima)
 
     def solve(self) -> Polynomial:
         top, optima = self._replacing.solve(), self._optima.solve(wait=False)

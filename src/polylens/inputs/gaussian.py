@@ -12,6 +12,7 @@ from polylens.checks import check_at_least, floating
 from polylens.errors import InvalidInputError, NumericalWarning
 from polylens.files.format import Record
 from polylens.inputs.model import Fitted, InputModel
+from polylens.ranks import Merge
 
 linalg: Any = torch.linalg  # without types
 # Of d correlated features, directions with less than d times this share of the largest
@@ -219,7 +220,7 @@ class Moments:
         x = x.detach().reshape(-1, x.shape[-1]).double()
         if not len(x):
             return
-        if not self.count:
+        if not len(self._shift):
             d = x.shape[-1]
             self._shift = x.mean(0)
             self._sum = torch.zeros_like(self._shift)
@@ -238,6 +239,14 @@ class Moments:
         self._outer.addmm_(weighted.T, x)
         self.count += len(x)
         self._weight = self._weight + weight
+
+    def merge(self, by: Merge) -> None:
+        """Let the sums become what `by` makes of them; all are about one mean."""
+        if not len(self._shift):
+            return
+        self.count = by.total(self.count)
+        self._weight = by.total(self._weight)
+        self._sum, self._outer = by.total(self._sum), by.total(self._outer)
 
     def gaussian(self, name: str = "the samples", *, warn: bool = True) -> Gaussian:
         """The Gaussian with these moments.

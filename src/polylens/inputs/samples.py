@@ -13,6 +13,7 @@ from polylens.devices import numbers
 from polylens.errors import InvalidInputError
 from polylens.inputs.model import Fitted, InputModel, Layer
 from polylens.inputs.residuals import ResidualSums
+from polylens.ranks import Merge
 
 linalg: Any = torch.linalg  # without types
 
@@ -214,6 +215,10 @@ class Flaws:
             bad.append((~(torch.isfinite(weights) & (weights >= 0))).sum())
         found = torch.stack([*bad, *[torch.zeros_like(bad[0])] * (2 - len(bad))])
         self._found = found + self._found.to(x.device)
+
+    def merge(self, by: Merge) -> None:
+        """Let the counts become what `by` makes of them."""
+        self._rows, self._found = by.total(self._rows), by.total(self._found)
 
     def require_none(self) -> None:
         """InvalidInputError if there were some (how many)."""

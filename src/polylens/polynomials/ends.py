@@ -15,6 +15,7 @@ from polylens.normal_forms.preactivation import blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.evaluation import Rows, clamped, gained
 from polylens.polynomials.monomials import expanded_about
+from polylens.ranks import Merge
 
 
 class Ends:
@@ -169,6 +170,12 @@ class PreactivationRange:
         if self.seen is not None:
             low, high = low.minimum(self.seen[0]), high.maximum(self.seen[1])
         self.seen = torch.stack([low, high])
+
+    def merge(self, by: Merge) -> None:
+        """Let the range become what `by` makes of it."""
+        if self.seen is not None:
+            low, high = self.seen
+            self.seen = torch.stack([by.lowest(low), by.highest(high)])
 
 
 def _constant_where(there: Tensor, powers: Tensor, v: Tensor) -> Tensor:

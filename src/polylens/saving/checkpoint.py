@@ -6,8 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from polylens.calibration.seen import Calibration
-from polylens.calibration.sequential import Sequential
+from polylens.calibration.seen import Calibration, SeenInputs
 from polylens.checks import Layer, label
 from polylens.errors import ArtifactError
 from polylens.files import format as storage
@@ -80,7 +79,7 @@ class Checkpoint:
 
 
 def identity(
-    calibration: Calibration, layers: Iterable[Layer], method: Sequential, degree: int
+    calibration: Calibration, layers: Iterable[Layer], method: SeenInputs, degree: int
 ) -> dict[str, Any]:
     """All that the polynomials of a calibration depend on, as JSON.
 
