@@ -380,3 +380,17 @@ def test_streams():
     assert torch.equal(some.kwargs["input_ids"], tokens[[2, 0]])
     assert torch.equal(some.streams["input_ids"].there, mask[[2, 0]] != 0)
     assert some.kwargs["scale"] == 2
+
+
+def test_a_layer_that_runs_on_a_chunk_at_a_time():
+    changes = {**ENCODER, "chunk_size_feed_forward": 4}
+    model = from_config("BertConfig", "BertForMaskedLM", changes)
+    tokens = torch.randint(3, D_VOCAB, (16, 24), generator=torch.Generator().manual_seed(3))
+    with pytest.raises(InvalidInputError, match="chunk_size_feed_forward"):
+        polylens.attach(model, tokens, progress=False)
+    found = []
+    for each in (model, build("bert")):
+        lens = polylens.attach(each, tokens, exclude_first=False, progress=False)
+        with lens.replaced(), torch.no_grad():
+            found.append(each(tokens).logits)
+    torch.testing.assert_close(*found)

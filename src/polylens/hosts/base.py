@@ -142,8 +142,9 @@ class Arrival:
                     f"{n} inputs arrive where the given ones have {counted.numel()} positions "
                     f"({' x '.join(map(str, counted.shape))}), so that nothing says which of them "
                     "are padding or starts of sequences: is something put in front of the tokens "
-                    "(a learned prompt), or do frames become fewer? Give exclude_first=False and "
-                    "inputs without padding to count all"
+                    "(a learned prompt), do frames become fewer, or is the layer run on a chunk at "
+                    "a time (chunk_size_feed_forward)? Give exclude_first=False and inputs without "
+                    "padding to count all"
                 )
             flags = counted.reshape(-1)
         else:
