@@ -16,8 +16,8 @@ R = TypeVar("R")
 
 
 class Verified(Protocol):
-    def refresh(self, degree: int) -> None:
-        """Raise unless the weights are those that the optimum of this degree was fitted to."""
+    def refresh(self) -> None:
+        """Raise unless the weights are those that were fitted to."""
 
 
 class Watch:
@@ -50,4 +50,4 @@ _WATCHED: WeakValueDictionary[int, Verified] = WeakValueDictionary()
 def _verify(mark: Tensor, key: int) -> None:
     watched = _WATCHED.get(key)
     if watched is not None:
-        watched.refresh(0)
+        watched.refresh()

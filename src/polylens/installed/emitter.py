@@ -70,7 +70,7 @@ class SiteEmitter:
         if replacing is None and not wanted:
             return y
         degree = self.polynomial.degree if replacing is None else replacing
-        self.refresh(degree)
+        self.refresh()
         x = tap("in", x) if "in" in wanted else x
         if any(name.startswith("degree_") for name in wanted):
             out = self._sum_of_parts(x, degree, tap)
@@ -92,7 +92,7 @@ class SiteEmitter:
         """What the out-projection reads while replacing, from what the host has computed."""
         replacing = self.replacing
         assert replacing is not None
-        self.refresh(replacing)
+        self.refresh()
         polynomial = self.truncated(replacing)
         assert isinstance(polynomial, Polynomial)
         return polynomial.neurons(y, z)
@@ -104,17 +104,17 @@ class SiteEmitter:
                 self._truncated[degree] = self.polynomial.truncate(degree)
         return self._truncated[degree]
 
-    def refresh(self, degree: int) -> None:
+    def refresh(self) -> None:
         """`verify`, but cheap unless the tensors are other objects or were written to."""
         if torch.compiler.is_compiling():
-            self._ready(degree)
+            self._ready()
             self._watch()
         elif self._identified() != self._identity:
             self.verify()
 
     @when_compiled
-    def _ready(self, degree: int) -> None:
-        """Verified, and with all that the optimum of this degree derives from its tensors."""
+    def _ready(self) -> None:
+        """Verified, and with all that the optimum which flows derives from its tensors."""
         if torch.compiler.is_exporting():
             raise AttachmentError(
                 f"layer {self.site.layer} ({self.site.path}) is replaced, or read at a point of "
@@ -126,7 +126,8 @@ class SiteEmitter:
                 self.verify()
             weights = self.polynomial.weights
             nothing = torch.empty(0, weights.d_in, dtype=weights.dtype, device=weights.device)
-            self.truncated(degree)(nothing)
+            flowing = self._flow.degree
+            self.truncated(self.polynomial.degree if flowing is None else flowing)(nothing)
 
     def verify(self) -> Fingerprint:
         """Make sure the polynomial belongs to the weights that the host has now.
