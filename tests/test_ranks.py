@@ -136,8 +136,9 @@ def test_one_rank_is_one_process():
 BEGIN = """
 import os, sys, torch, polylens
 from polylens import demo
-torch.distributed.init_process_group("gloo")
-rank = torch.distributed.get_rank()
+rank, size = int(sys.argv[1]), int(sys.argv[2])
+where = dict(init_method="file://" + os.path.abspath("store"), rank=rank, world_size=size)
+torch.distributed.init_process_group("gloo", **where)
 ranks = polylens.Ranks(timeout={timeout})
 model = demo.load_model().double()
 tokens = demo.batches(demo.texts()[0], 140, 64)
@@ -157,22 +158,19 @@ def run(tmp_path, code, timeout=60, size=2):
     """What each of two processes printed, and their exit codes."""
     file = tmp_path / "script.py"
     file.write_text(BEGIN.format(timeout=timeout) + textwrap.dedent(code))
-    return started([[sys.executable, str(file)]] * size, tmp_path)
-
-
-def started(commands, tmp_path):
-    from torch.distributed import TCPStore
-
-    with_port = TCPStore("127.0.0.1", 0, 1, True, wait_for_workers=False)
-    port = with_port.port
-    del with_port
-    processes = []
-    for rank, command in enumerate(commands):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(len(commands))}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        processes.append(subprocess.Popen(command, env=env, cwd=tmp_path, **pipes))
-    said = [process.communicate(timeout=120)[0] for process in processes]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(file), str(rank), str(size)], env=env, cwd=tmp_path, **pipes
+        )
+        for rank in range(size)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     return said, [process.returncode for process in processes]
 
 
@@ -251,11 +249,15 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(tmp_path, late):
 @pytest.mark.more
 def test_the_command_prints_and_saves_once(tmp_path):
     arguments = ["demo", "--calibration-tokens", "8192", "--layers", "0", "--save", "lens"]
-    command = [sys.executable, "-m", "polylens", "fit", *arguments]
-    said, codes = started([command] * 2, tmp_path)
-    assert codes == [0, 0], said
-    assert said[0].count("wrote lens") == 1
-    assert "wrote" not in said[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*launcher, "--nproc-per-node", "2", "-m", "polylens", "fit", *arguments]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote lens") == 1
+    assert "error" not in done.stdout + done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["lens"]
     model = demo.load_bridge()
     with polylens.load(tmp_path / "lens", model) as lens:
