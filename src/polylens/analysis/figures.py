@@ -125,7 +125,12 @@ def class_features_figure(
             "give (values, patterns) of one EigenFeatures per class, and the shape of their images"
         )
     names = [str(i) for i in range(len(by_class))] if names is None else list(names)
-    with figure((0.68 * len(by_class) + 0.3, 1.85)) as drawn:
+    with figure((0.68 * len(by_class) + 0.3, 2.3)) as drawn:
+        drawn.suptitle("Strongest quadratic features of each class's output", fontsize=8)
+        drawn.supxlabel(
+            "numbers: eigenvalues; pictures: what an input looks like where the feature is active",
+            fontsize=6.5,
+        )
         panels = drawn.subplots(2, len(by_class), squeeze=False)
         for column, (name, (values, patterns)) in enumerate(zip(names, by_class, strict=True)):
             sizes = values.cpu().numpy()
