@@ -89,7 +89,8 @@ class Lens(Installation):
                 from those. The loss columns are about the token ids (of an encoder with a decoder
                 the decoder's), or the `labels` [batch, pos] in a mapping, where -100 is not
                 scored; nor are special tokens, where a tokenizer's `special_tokens_mask` is among
-                the inputs. There are none without token ids.
+                the inputs. Without token ids there are KL and top-1 of a model that returns logits
+                [batch, classes], which need no labels, and no losses of others.
             degree: of the replacement whose loss is measured; fitted degree by default.
             layers: which rows; all attached layers by default.
             attention_mask: [batch, pos], 0 at padding.

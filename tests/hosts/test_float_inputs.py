@@ -56,7 +56,36 @@ def test_every_activation_is_calibrated_on_and_reported_on(case, host):
             residual = (lens[layer](x) - y).square().sum() / (y - y.mean(0)).square().sum()
             assert report[layer].r2_replacement == pytest.approx(1 - float(residual), abs=1e-9)
             assert report.n_tokens == len(x)
-    assert report.all_row is report.base_ce is None
+    assert report.base_ce is report.n_targets is None
+
+
+def test_kl_and_top_1_of_a_classifier_need_no_labels():
+    module, data = classifier()
+    module[4].weight.data *= 10
+    with polylens.attach(module, data, degree=1, progress=False) as lens:
+        report = lens.report(data[:90], prefixes=True, progress=False, batch_size=40)
+        true = module(data[:90].double()).log_softmax(-1).detach()
+        for layers, row in ((0, report[0]), (1, report[1]), (None, report.all_row)):
+            with lens.replaced(layers=layers), torch.no_grad():
+                found = module(data[:90].double()).log_softmax(-1)
+            kl = (true.exp() * (true - found)).sum(-1).mean()
+            assert row.kl == pytest.approx(float(kl))
+            assert row.kl > 1e-4
+            same = (found.argmax(-1) == true.argmax(-1)).double().mean()
+            assert row.agreement == pytest.approx(float(same))
+            assert row.delta_ce is row.ablation_delta_ce is row.loss_recovered is None
+        assert report[1].prefix_kl == report.all_row.kl
+        assert "3 numbers that the model returns" in str(report)
+        assert report.plot()
+        assert polylens.Report.from_dict(report.to_dict()) == report
+
+
+def test_what_is_returned_is_no_class_without_two_of_them():
+    module, data = classifier()
+    module[4] = nn.Linear(21, 1).double()
+    with polylens.attach(module, data, degree=2, progress=False) as lens:
+        report = lens.report(data[:90], progress=False)
+    assert report.all_row is None
     assert "no loss columns" in str(report)
 
 

@@ -17,17 +17,14 @@ from polylens.calibration.tokens import read, token_names
 from polylens.checks import Layer, check_at_least, real_numbers
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Function
-from polylens.hosts.batch import Batch, Inputs, Stream
+from polylens.hosts.batch import Batch, Inputs
 from polylens.report.columns import MISSING
 from polylens.report.rendering import as_frame, as_html
-from polylens.report.scores import Cost, lead_of, score, scored
+from polylens.report.scores import Cost, lead_of, of_each_input, predictions, score, scored
 
 if TYPE_CHECKING:
     from pandas import DataFrame
     from rich.table import Table
-
-# The stream of a model without tokens: one prediction for each input.
-ONE = "predictions"
 
 Part = Tensor | Callable[[Tensor], Tensor]
 TokenScores = list[tuple[str, float]]
@@ -209,10 +206,7 @@ def intervene(
     require_deterministic(host.module)
     has_tokens = data.targets is not None
     if data.targets is None:
-        # one prediction for each input, and none of what comes next
-        one = torch.zeros(len(data), 1, dtype=torch.long)
-        streams = {**data.streams, ONE: Stream.of(one)}
-        data = replace(data, streams=streams, about=ONE, targets=one, lead=1)
+        data = of_each_input(data)
     real, lead = data.streams[data.about].there.to(host.device), lead_of(host, data)
     placed = {
         name: [(_checked(lens, edit), _flags(edit.at, real)) for edit in several]
@@ -232,7 +226,7 @@ def intervene(
         here = slice(start, start + len(batch))
         start += len(batch)
         shape = real[here].shape
-        truth = _predictions(lens, batch, has_tokens)
+        truth = _predictions(lens, batch)
         true = score(truth, None, batch, lead)
         base += true.ce.sum().to(base.device)
         together = max(1, batch_size // len(batch))
@@ -242,7 +236,7 @@ def intervene(
             rows = [[(edit, flags[here]) for edit, flags in placed[name]] for name in group]
             with host.edit(_functions(rows, shape, has_tokens)):
                 stacked = batch.rows(torch.arange(len(batch)).repeat(n))
-                logits = _predictions(lens, stacked, has_tokens)
+                logits = _predictions(lens, stacked)
             for name, changed in zip(group, logits.split(len(batch)), strict=True):
                 scores = score(changed, truth, batch, lead)
                 measured[name].update(scores, true, changed, truth, here)
@@ -257,15 +251,13 @@ def intervene(
     return Effects(float(base) / total if total else None, total, n_positions, tuple(effects))
 
 
-def _predictions(lens: Any, batch: Batch, has_tokens: bool) -> Tensor:
+def _predictions(lens: Any, batch: Batch) -> Tensor:
     """Logits [batch, pos, d_vocab]; [batch, 1, classes] of a model that reads no tokens.
 
     Raises:
         UnsupportedModel: others.
     """
-    logits, shape = lens.host.logits(batch), batch.streams[batch.about].there.shape
-    if not has_tokens and logits.dim() == 2:
-        logits = logits[:, None]
+    logits, shape = predictions(lens.host, batch), batch.streams[batch.about].there.shape
     if logits.dim() != 3 or logits.shape[:2] != shape:
         raise UnsupportedModel(
             "interventions need logits [batch, pos, d_vocab], or [batch, classes] of a model that "

@@ -14,7 +14,7 @@ from polylens.hosts.base import Arrival, Function
 from polylens.hosts.batch import Batch
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
-from polylens.report.scores import Cost, Scores, score, scored
+from polylens.report.scores import Cost, Scores, predictions, score, scored
 from polylens.report.worst import Rise, WorstRises
 
 # Below this many nats an ablation is harmless, and the share of it recovered means nothing.
@@ -28,14 +28,14 @@ class Losses:
     """Of the true model, and of every way in which layers were replaced.
 
     Attributes:
-        base_ce: cross entropy of the true model, nats per token.
+        base_ce: cross entropy of the true model, nats per token; None where there are no tokens.
         n_targets: predicted tokens.
         by_group: the loss columns of each group of layers, by their names in a LayerRow.
         r2_replaced: of each layer on the stream of all replaced; None where too little came.
         rises: the tokens that rise most with all replaced.
     """
 
-    base_ce: float
+    base_ce: float | None
     n_targets: int
     by_group: dict[Group, dict[str, float | None]]
     r2_replaced: dict[Layer, float | None]
@@ -58,9 +58,9 @@ def prefixes_of(layers: Sequence[Layer]) -> dict[Layer, Group]:
     return {layers[i]: tuple(layers[: i + 1]) for i in ends}
 
 
-def passes_per_batch(layers: Sequence[Layer], prefixes: bool, zero: bool) -> int:
+def passes_per_batch(layers: Sequence[Layer], prefixes: bool, zero: bool, tokens: bool) -> int:
     """Forward passes of `measure_losses`: the true model, those replaced, those ablated."""
-    ablated = (1 + zero) * len(alone_and_all(layers))
+    ablated = (1 + zero) * len(alone_and_all(layers)) * tokens
     return 1 + len(_replaced_groups(layers, prefixes)) + ablated
 
 
@@ -80,25 +80,28 @@ def measure_losses(
     zero: bool,
     worst: int,
     lead: int,
+    about_tokens: bool,
 ) -> Losses:
     """Replace and ablate each layer alone and all of them, and with `prefixes` replace those.
 
     While all are replaced every MLP is observed, so that polynomials are evaluated beside the
-    true layers; what flows on is the same up to rounding.
+    true layers; what flows on is the same up to rounding. Of a batch `of_each_input`, which has no
+    tokens, there are KL and agreement, and nothing is ablated.
 
     Args:
         means: of each layer's output, what an ablation puts there.
         steps: the batches.
         zero: also put zero there.
         worst: how many tokens to list.
-        lead: of the predicted tokens, see `scoring.lead_of`.
+        lead: of the predicted tokens, see `scores.lead_of`.
+        about_tokens: whether the predictions are of tokens.
 
     Raises:
         InvalidInputError: logits that are not [batch, pos, d_vocab], or nothing to predict.
     """
     everything = tuple(layers)
-    constants = {"ablation_delta_ce": means}
-    if zero:
+    constants = {"ablation_delta_ce": means} if about_tokens else {}
+    if zero and about_tokens:
         constants["zero_delta_ce"] = {n: torch.zeros_like(mean) for n, mean in means.items()}
     ablated = {(g, name): Cost() for name in constants for g in alone_and_all(layers)}
     replaced = {group: Cost() for group in _replaced_groups(layers, prefixes)}
@@ -115,9 +118,9 @@ def measure_losses(
             whole = group == everything
             watching = stream.watch(batch) if whole else nullcontext()
             with lens.flowing(dict.fromkeys(group, degree)), watching:
-                changed = score(lens.host.logits(batch), truth, batch, lead)
+                changed = score(predictions(lens.host, batch), truth, batch, lead)
             cost.update(changed, true)
-            if whole:
+            if whole and about_tokens:
                 rises.update(changed, true)
             bar.update()
         for (group, name), cost in ablated.items():
@@ -127,7 +130,7 @@ def measure_losses(
                 cost.update(ablation, true)
             bar.update()
     counts = torch.cat(n_targets).cpu()
-    if counts.sum() == 0:
+    if about_tokens and counts.sum() == 0:
         raise InvalidInputError("no token follows another one that is not padding: no loss")
     by_group = {
         group: _columns(
@@ -135,7 +138,7 @@ def measure_losses(
         )
         for group, cost in replaced.items()
     }
-    base_ce = float(base) / int(counts.sum())
+    base_ce = float(base) / int(counts.sum()) if about_tokens else None
     return Losses(base_ce, int(counts.sum()), by_group, stream.r2(), rises.found)
 
 
@@ -167,7 +170,7 @@ class _ReplacedStream:
 
 
 def _truth(lens: Installation, batch: Batch, lead: int) -> tuple[Tensor, Scores]:
-    truth, shape = lens.host.logits(batch), batch.streams[batch.about].there.shape
+    truth, shape = predictions(lens.host, batch), batch.streams[batch.about].there.shape
     if truth.dim() != 3 or truth.shape[:2] != shape:
         raise InvalidInputError(
             f"the loss columns need logits [batch, pos, d_vocab]; {lens.model_name} returns "
@@ -180,10 +183,14 @@ def _columns(
     cost: Cost, ablations: dict[str, Cost], n_targets: Tensor, n_positions: int
 ) -> dict[str, float | None]:
     found: dict[str, float | None] = {
-        "delta_ce": (delta := cost.delta_ce(n_targets)),
-        "delta_ce_se": cost.delta_ce_se(n_targets),
         "kl": cost.kl(n_positions),
         "agreement": cost.agreement(n_positions),
+    }
+    if not n_targets.any():
+        return found
+    found |= {
+        "delta_ce": (delta := cost.delta_ce(n_targets)),
+        "delta_ce_se": cost.delta_ce_se(n_targets),
         **{name: ablation.delta_ce(n_targets) for name, ablation in ablations.items()},
     }
     harm = found.get("ablation_delta_ce")

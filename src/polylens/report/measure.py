@@ -21,7 +21,7 @@ from polylens.polynomials.joint import Fitted
 from polylens.report.likeness import Likeness
 from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of
 from polylens.report.report import LayerRow, Report
-from polylens.report.scores import lead_of
+from polylens.report.scores import lead_of, number_of_classes, of_each_input
 from polylens.report.standing_out import Remarks, StandingOut
 from polylens.report.worst import Decode, decoder, explain
 
@@ -31,6 +31,10 @@ NO_OPTIMUM = "no R² by degree: the lens is of a version that kept only what rep
 BOTH_WAYS = "the model reads both ways: CE is of each token itself, not of the next one"
 # Share of held-out passages that may be those of the calibration by chance.
 OVERLAP = 0.05
+AS_CLASSES = (
+    "KL and top-1 are per input, of the {classes} numbers that the model returns for it as logits "
+    "of classes; no cross entropy: no labels"
+)
 NO_LOSS = "no loss columns: the model reads no tokens whose prediction could be scored"
 
 
@@ -59,8 +63,8 @@ def measure(
     Args:
         tokens: [batch, pos] token ids. R2 and the ablation's mean count neither padding nor, with
             lens.exclude_first, the first one of each sequence; losses count every token that is
-            not padding. Floats [batch, ...] where the model reads those: all count, and there is
-            no loss.
+            not padding. Floats [batch, ...] where the model reads those: all count, and of what is
+            returned for each as logits [batch, classes] there are KL and top-1.
         degree: of the replacement, fitted degree by default.
         layers: which rows, all by default.
         attention_mask: [batch, pos], 0 at padding.
@@ -77,12 +81,16 @@ def measure(
     _check_options(loss, prefixes, zero_ablation, worst)
     check_at_least("batch_size", batch_size, 1)
     data = read(lens.host, tokens, attention_mask, lens.layers, exclude_first=lens.exclude_first)
-    targets = data.targets if loss else None
-    loss = targets is not None
     as_text = decoder(lens, decode, _some_ids(data))
     require_deterministic(lens.host.module)
     steps = list(data.split(batch_size))
-    per_batch = 1 + (loss and passes_per_batch(chosen, prefixes, zero_ablation))
+    tokens_scored, classes = data.targets is not None, None
+    if loss and not tokens_scored:
+        with torch.no_grad():
+            classes = number_of_classes(lens.host, data)
+        loss = classes is not None
+    passes = loss and passes_per_batch(chosen, prefixes, zero_ablation, tokens_scored)
+    per_batch = 1 + passes
     losses, all_row, found, lead = None, None, (), 1
     with (
         memory_named("report", "give a smaller batch_size"),
@@ -95,9 +103,12 @@ def measure(
         rows = [fits[n].row(n) for n in chosen]
         if loss:
             means = {layer: sums[layer].mean for layer in chosen if sums[layer].n}
-            lead = lead_of(lens.host, data)
-            options = prefixes, zero_ablation, worst, lead
-            losses = measure_losses(lens, degree, chosen, means, steps, bar, *options)
+            about = data if tokens_scored else of_each_input(data)
+            lead = lead_of(lens.host, about)
+            batches, options = about.split(batch_size), (prefixes, zero_ablation, worst, lead)
+            losses = measure_losses(
+                lens, degree, chosen, means, batches, bar, *options, tokens_scored
+            )
             all_row = replace(LayerRow(None, None), **losses.by_group[tuple(chosen)])
             rows = _with_losses(rows, losses, prefixes_of(chosen) if prefixes else {})
             if losses.rises:
@@ -109,12 +120,12 @@ def measure(
         degree=degree,
         fitted_degree=lens.degree,
         n_tokens=_counted(lens, data, sums),
-        n_targets=None if losses is None else losses.n_targets,
+        n_targets=losses.n_targets if losses is not None and tokens_scored else None,
         base_ce=None if losses is None else losses.base_ce,
         rows=tuple(rows),
         all_row=all_row,
         refused=dict(lens.refused),
-        notes=(*_notes(lens, data, fits, lead), *_standing_out(lens, data, fits, as_text)),
+        notes=(*_notes(lens, data, fits, lead, classes), *_standing_out(lens, data, fits, as_text)),
         worst=found,
     )
 
@@ -138,7 +149,7 @@ def _with_losses(
         found = dict(losses.by_group.get((row.layer,), {}))
         if row.layer in prefixes:
             prefix = losses.by_group[prefixes[row.layer]]
-            found |= {"prefix_delta_ce": prefix["delta_ce"], "prefix_kl": prefix["kl"]}
+            found |= {"prefix_delta_ce": prefix.get("delta_ce"), "prefix_kl": prefix["kl"]}
         filled.append(replace(row, r2_replaced=losses.r2_replaced[row.layer], **found))
     return filled
 
@@ -148,6 +159,7 @@ def _notes(
     data: Batch,
     fits: Mapping[Layer, "_Fit"],
     lead: int,
+    classes: int | None,
 ) -> Iterator[str]:
     if lens.calibrated_on is not None:
         share = lens.calibrated_on.share_of(data)
@@ -158,7 +170,9 @@ def _notes(
             )
     if lens.exclude_first and any(bool(s.starts.any()) for s in data.streams.values()):
         yield FIRST_POSITION
-    if data.targets is None:
+    if classes is not None:
+        yield AS_CLASSES.format(classes=classes)
+    elif data.targets is None:
         yield NO_LOSS
     if lead == 0 and data.lead is None:
         yield BOTH_WAYS

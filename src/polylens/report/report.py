@@ -154,7 +154,7 @@ class Report:
         """
         return report_figure(
             self.rows,
-            self.all_row,
+            self.all_row if self.base_ce is not None else None,
             title=self.model,
             degree=self.degree,
             fitted_degree=self.fitted_degree,

@@ -1,5 +1,6 @@
 """The sums behind a report's losses: cross entropy, KL and agreement."""
 
+from dataclasses import replace
 from math import isfinite
 from typing import NamedTuple
 
@@ -7,9 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Host
-from polylens.hosts.batch import IGNORED, Batch
+from polylens.hosts.batch import IGNORED, Batch, Stream
 from polylens.hosts.direction import sees_behind
+
+# The one prediction for each input of a model that reads no tokens.
+ONE = "predictions"
 
 
 class Scores(NamedTuple):
@@ -36,6 +41,33 @@ def lead_of(host: Host, batch: Batch) -> int:
     if batch.lead is not None:
         return batch.lead
     return 0 if sees_behind(batch, batch.about, lambda each: [host.logits(each)]) else 1
+
+
+def of_each_input(data: Batch) -> Batch:
+    """These inputs with one prediction for each, and none of what comes next."""
+    one = torch.zeros(len(data), 1, dtype=torch.long)
+    streams = {**data.streams, ONE: Stream.of(one)}
+    return replace(data, streams=streams, about=ONE, targets=one, lead=1)
+
+
+def predictions(host: Host, batch: Batch) -> Tensor:
+    """Logits [batch, pos, d_vocab]; [batch, 1, classes] of a batch `of_each_input`."""
+    logits = host.logits(batch)
+    return logits[:, None] if batch.about == ONE and logits.dim() == 2 else logits
+
+
+def number_of_classes(host: Host, data: Batch) -> int | None:
+    """What a model that reads no tokens returns for each input, if that may be logits of classes.
+
+    None of hidden states, or of one number for each. A forward pass over the first inputs.
+    """
+    few = data.rows(torch.arange(min(2, len(data))))
+    try:
+        out = host.logits(few)
+    except UnsupportedModel:
+        return None
+    classes = isinstance(out, Tensor) and out.dim() == 2 and len(out) == len(few)
+    return out.shape[1] if classes and out.shape[1] > 1 else None
 
 
 def score(logits: Tensor, truth: Tensor | None, batch: Batch, lead: int = 1) -> Scores:
