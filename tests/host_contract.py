@@ -68,6 +68,7 @@ def ways(model: Any) -> Iterator[tuple[str, Tensor]]:
             "attention_mask": among[None, None].to(module.dtype),
             "position_ids": torch.arange(n).repeat(2)[None],
         }
+        given = {name: each.to(module.device) for name, each in given.items()}
         with torch.no_grad():
             yield "packed", module(**given).logits[0, n:]
     interval = sys.getswitchinterval()
@@ -84,6 +85,7 @@ def in_parts(model: Any, sizes: list[int]) -> Tensor | None:
     module, text, name = host_for(model).module, TOKENS[:1], "input_ids"
     if not module.can_generate():
         return None
+    text = text.to(module.device)
     given, found = {"use_cache": True}, []
     if module.config.is_encoder_decoder:
         given["encoder_outputs"], name = module.get_encoder()(text), "decoder_input_ids"
@@ -95,9 +97,10 @@ def in_parts(model: Any, sizes: list[int]) -> Tensor | None:
 
 
 def loss(module: Any) -> Tensor:
-    given = inputs_of(module, TOKENS[:1])
+    text = TOKENS[:1].to(module.device)
+    given = inputs_of(module, text)
     given = given if isinstance(given, dict) else {"input_ids": given}
-    return module(**given, labels=TOKENS[:1], use_cache=False).loss
+    return module(**given, labels=text, use_cache=False).loss
 
 
 def gradient(module: Any) -> Tensor:

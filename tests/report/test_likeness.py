@@ -46,7 +46,7 @@ def test_a_polynomial_is_like_itself_and_a_constant_like_nothing():
     assert likeness(dead, 1, x)[1] == {"cosine": None, "norm_ratio": None}
 
 
-def test_an_activation_without_a_forward_derivative_has_the_other_figures():
+def test_an_activation_without_a_derivative_has_the_other_figures():
     class Own(torch.autograd.Function):
         @staticmethod
         def forward(ctx, y):

@@ -290,7 +290,8 @@ def _solve(
         for _ in range(AGAIN):
             left = right[:, :some] - system @ part + ridge[:, None] * part
             left = linalg.solve_triangular(lower, left, upper=False)
-            part += linalg.solve_triangular(lower.mT, left, upper=True)
+            more = linalg.solve_triangular(lower.mT, left, upper=True)
+            part += torch.where(collinear[:, None, None], more, 0.0)
     return found.squeeze(3) * scale, collinear
 
 

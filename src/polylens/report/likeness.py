@@ -17,13 +17,13 @@ class Likeness:
 
         cosine           mean of <y, f> / (|y| |f|)
         norm_ratio       mean of |f| / |y|
-        jacobian_cosine  sum <Y v, F v> / sqrt(sum |Y v|^2 sum |F v|^2)
+        jacobian_cosine  sum <Y u, F u> / sqrt(sum |Y u|^2 sum |F u|^2)
 
     with Y and F the Jacobians [d_in, d_out] at some inputs of every batch and a random direction
-    v ~ N(0, 1) at each: an estimate of the cosine between them as vectors of all their entries.
+    u ~ N(0, 1) at each: an estimate of the cosine between them as vectors of all their entries.
     Inputs whose y or f is zero have no cosine and are left out of the first two.
 
-    Cost: a derivative along one direction, forwards, at `DERIVATIVES` inputs of a batch.
+    Cost: a gradient along one direction at `DERIVATIVES` inputs of a batch.
     """
 
     def __init__(self, layer: Fitted, replacement: Fitted) -> None:
@@ -46,9 +46,9 @@ class Likeness:
         if self._products is None:
             return
         x = x[:: max(1, len(x) // DERIVATIVES)][:DERIVATIVES]
-        v = torch.randn(x.shape, generator=self._random).to(x)
+        u = torch.randn(len(x), y.shape[1], generator=self._random).to(x)
         try:
-            true, replaced = (_along(each, x, v) for each in (self._layer, self._replacement))
+            true, replaced = (_gradient(each, x, u) for each in (self._layer, self._replacement))
         except (NotImplementedError, RuntimeError):  # of an activation without a derivative
             self._products = None
             return
@@ -69,6 +69,8 @@ class Likeness:
         return found
 
 
-def _along(function: Any, x: Tensor, v: Tensor) -> Tensor:
-    """The derivative [n, d_out] at x [n, d_in] along v [n, d_in], in float64."""
-    return torch.func.jvp(function, (x,), (v,))[1].double()
+def _gradient(function: Any, x: Tensor, u: Tensor) -> Tensor:
+    """That of <function(x), u> at inputs x [n, d_in], in float64; u [n, d_out]."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = x.detach().clone().requires_grad_()
+        return torch.autograd.grad(function(x), x, u)[0].double()
