@@ -30,6 +30,11 @@ def test_the_ten_lines_run_as_they_stand():
     assert polylens.attached(names["model"]) is None
 
 
+def test_the_site_has_them_too():
+    page = (PROJECT / "docs" / "start.md").read_text(encoding="utf-8")
+    assert '\n\n--8<-- "README.md:ten-lines"\n\n' in page  # in a fence it would be formatted
+
+
 def test_it_is_short():
     assert len(README.split()) <= 900
 

@@ -266,6 +266,8 @@ def test_mistakes_are_one_line(model_dir, text_file, not_a_model, tmp_path):
     missing = tmp_path / "missing"
     _fails([model_dir, "--text", missing], missing, "cannot be read")
     _fails([missing, *text], missing, "no such file")
+    for relative in ("./nowhere", "../nowhere", "nowhere/.."):
+        _fails([relative, *text], relative, "no such file")
     _fails([f"{missing}.gguf", *text], "no such file")
     _fails([not_a_model, *text], "is not a model", "b'thes'")
     _fails([tmp_path, *text], "config.json")
@@ -282,6 +284,11 @@ def test_mistakes_are_one_line(model_dir, text_file, not_a_model, tmp_path):
     _fails([model_dir, *text, "--json", missing / "a.json"], "no such directory")
     _fails([model_dir, *text, "--html", missing / "a.html"], "no such directory")
     _fails([model_dir, *text, "--plot", tmp_path / "a.xyz"], "png")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe")
+        for option in ("--json", "--html", "--save"):
+            _fails([model_dir, *text, option, tmp_path / "pipe"], "is a device, pipe or socket")
+        assert (tmp_path / "pipe").is_fifo()
     (tmp_path / "latin.txt").write_bytes("schön".encode("latin-1"))
     _fails([model_dir, "--text", tmp_path / "latin.txt"], "not UTF-8")
 

@@ -165,3 +165,11 @@ def test_prefixes_are_inverse():
     several = {**storage.prefixed(tensors(), "0."), **storage.prefixed(tensors(), "10.")}
     assert storage.within(several, "10.").keys() == tensors().keys()
     assert issubclass(ArtifactError, PolylensError)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes by name here")
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a device, pipe or socket"):
+        storage.write(tmp_path / "pipe", "thing", METADATA, tensors())
+    assert [each.is_fifo() for each in tmp_path.iterdir()] == [True]

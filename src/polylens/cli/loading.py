@@ -25,7 +25,7 @@ SECONDS = 5
 _STEP = re.compile(r"(?<![0-9])([0-9]+)$")
 # Of which a directory with a tokenizer has at least one.
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"(?![.-])[\w.-]+(/(?![.-])[\w.-]+)?")
 
 
 def load_model(

@@ -46,8 +46,8 @@ class Output:
         """Before hours of work: can the results be written?
 
         Raises:
-            InvalidInputError: a directory, one that is not there or without rights, a full disk,
-                or a kind of figure that there is not.
+            InvalidInputError: a directory, one that is not there or without rights, a device, a
+                full disk, or a kind of figure that there is not.
         """
         for name in ("json", "plot", "html", "save"):
             path = getattr(self, name)
@@ -120,6 +120,8 @@ def check_writable(path: Path) -> None:
     path = path.absolute()
     if path.is_dir():
         raise InvalidInputError(f"{path} is a directory; give the name of a file in it")
+    if path.exists() and not path.is_file():
+        raise InvalidInputError(f"{path} is a device, pipe or socket; give the name of a file")
     if not path.parent.is_dir():
         raise InvalidInputError(
             f"{path} cannot be written: there is no such directory, {path.parent}"

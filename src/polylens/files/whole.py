@@ -4,7 +4,7 @@ import os
 import uuid
 from collections.abc import Generator
 from contextlib import contextmanager
-from errno import EISDIR, ENOENT
+from errno import EINVAL, EISDIR, ENOENT
 from pathlib import Path
 
 
@@ -20,6 +20,9 @@ def beside(path: str | os.PathLike[str]) -> Generator[Path]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(EISDIR, "a directory; give the name of a file in it", str(path))
+    if target.exists() and not target.is_file():
+        message = "a device, pipe or socket, which a file would take the place of"
+        raise OSError(EINVAL, f"{message}; give the name of a file", str(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(ENOENT, "no such directory", str(Path(path).absolute().parent))
     temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
