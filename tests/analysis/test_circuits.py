@@ -396,35 +396,78 @@ def test_what_cannot_be_taken_out_is_named(lens):
         along.ablate(along.top(2, "rest"))
 
 
-# What the published schemas ask for: Neuronpedia's graph-schema.json 1.0.0, and the fields of
-# circuit_tracer.frontend.graph_models, by JSON type.
-TEXT, NUMBER, INTEGER = (str,), (int, float), (int,)
-METADATA = {"slug": TEXT, "scan": TEXT, "prompt_tokens": (list,), "prompt": TEXT}
-METADATA |= {"transcoder_list": (list,), "node_threshold": NUMBER, "schema_version": INTEGER}
-QUERY = {"pinnedIds": (list,), "supernodes": (list,), "linkType": TEXT, "clickedId": TEXT}
-QUERY |= {"sg_pos": TEXT}
-NODE = {"node_id": TEXT, "feature": INTEGER, "layer": TEXT, "ctx_idx": INTEGER}
-NODE |= {"feature_type": TEXT, "token_prob": NUMBER, "is_target_logit": (bool,), "clerp": TEXT}
-NODE |= {"run_idx": INTEGER, "reverse_ctx_idx": INTEGER, "jsNodeId": TEXT}
-NODE |= {"influence": (*NUMBER, type(None)), "activation": (*NUMBER, type(None))}
-LINK = {"source": TEXT, "target": TEXT, "weight": NUMBER}
+# What is published: required fields and JSON types of Neuronpedia's graph-schema.json 1.0.0, and
+# the fields of circuit_tracer.frontend.graph_models, which are all written. [x]: a list of x.
+TEXT, NUMBER, INTEGER, FLAG = (str,), (int, float), (int,), (bool,)
+SOME = (*NUMBER, type(None))
+SCHEMA = {
+    "metadata": {
+        **{"slug": TEXT, "scan": TEXT, "prompt": TEXT, "prompt_tokens": [TEXT]},
+        **{"transcoder_list": [TEXT], "node_threshold": NUMBER, "schema_version": INTEGER},
+        "info": {"description": TEXT, "generator": {"name": TEXT, "url": TEXT}},
+        "pruning_settings": {"node_threshold": NUMBER, "edge_threshold": NUMBER},
+    },
+    "qParams": {
+        **{"pinnedIds": [TEXT], "supernodes": [[TEXT]], "linkType": TEXT},
+        **{"clickedId": TEXT, "sg_pos": TEXT},
+    },
+    "nodes": [
+        {
+            **{"node_id": TEXT, "jsNodeId": TEXT, "clerp": TEXT, "feature_type": TEXT},
+            **{"feature": INTEGER, "layer": TEXT, "ctx_idx": INTEGER, "token_prob": NUMBER},
+            **{"is_target_logit": FLAG, "run_idx": INTEGER, "reverse_ctx_idx": INTEGER},
+            **{"influence": SOME, "activation": SOME},
+        }
+    ],
+    "links": [{"source": TEXT, "target": TEXT, "weight": NUMBER}],
+}
 TYPES = {"cross layer transcoder", "mlp reconstruction error", "embedding", "logit"}
 
 
+def require_shape(value, schema, place="graph"):
+    if isinstance(schema, dict):
+        assert set(value) == set(schema), place
+        for name, own in schema.items():
+            require_shape(value[name], own, f"{place}.{name}")
+    elif isinstance(schema, list):
+        assert type(value) is list, place
+        for i, each in enumerate(value):
+            require_shape(each, schema[0], f"{place}[{i}]")
+    else:
+        assert type(value) in schema, (place, value)
+
+
 def require_schema(graph):
-    assert set(graph) == {"metadata", "qParams", "nodes", "links"}
-    parts = [(graph["metadata"], METADATA), (graph["qParams"], QUERY)]
-    parts += [(node, NODE) for node in graph["nodes"]] + [(e, LINK) for e in graph["links"]]
-    for part, fields in parts:
-        for name, types in fields.items():
-            assert type(part[name]) in types, (name, part[name])
-    assert {node["feature_type"] for node in graph["nodes"]} <= TYPES
-    ids = [node["node_id"] for node in graph["nodes"]]
-    assert len(set(ids)) == len(ids) == len({node["jsNodeId"] for node in graph["nodes"]})
+    require_shape(graph, SCHEMA)
+    nodes = graph["nodes"]
+    assert {node["feature_type"] for node in nodes} <= TYPES
+    ids = [node["node_id"] for node in nodes]
+    assert len(set(ids)) == len(ids) == len({node["jsNodeId"] for node in nodes})
     assert {e[end] for e in graph["links"] for end in ("source", "target")} <= set(ids)
     n = len(graph["metadata"]["prompt_tokens"])
-    assert all(0 <= node["ctx_idx"] < n for node in graph["nodes"])
-    assert all(-1 <= (node["influence"] or 0) <= 1 + 1e-9 for node in graph["nodes"])
+    assert all(0 <= node["ctx_idx"] < n for node in nodes)
+    assert all(-1 <= (node["influence"] or 0) <= 1 + 1e-9 for node in nodes)
+
+
+def require_opens(graph):
+    """What the code of both front ends does with a node, and the published tests of ids."""
+    nodes = graph["nodes"]
+    for node in nodes:
+        layer, number, at = node["node_id"].split("_")
+        assert (layer, int(at)) == (node["layer"], node["ctx_idx"])
+        if node["feature_type"] == "logit":
+            assert float(node["clerp"].split("(p=")[1].split(")")[0]) == pytest.approx(
+                node["token_prob"], abs=6e-4
+            )
+            assert node["clerp"].split('"')[1]
+        elif node["feature_type"] == "mlp reconstruction error":
+            assert (int(number), node["feature"]) == (-1, -1)
+        elif node["feature_type"] != "embedding":
+            x, y = int(layer), int(number)
+            assert node["feature"] == (x + y) * (x + y + 1) // 2 + y
+    # one that is at more than two thirds of the positions would be left out
+    places = [(n["layer"], n["feature"]) for n in nodes if "error" not in n["feature_type"]]
+    assert len(places) == len(set(places))
 
 
 def test_the_graph_file_is_what_front_ends_read(traced, tmp_path):
@@ -433,6 +476,7 @@ def test_the_graph_file_is_what_front_ends_read(traced, tmp_path):
         each.save_graph(tmp_path / "graph.json", "mine", "tiny")
         graph = json.loads((tmp_path / "graph.json").read_text())
         require_schema(graph)
+        require_opens(graph)
         assert graph["metadata"]["slug"] == "mine"
         assert graph["metadata"]["scan"] == "tiny"
         (target,) = (node for node in graph["nodes"] if node["feature_type"] == "logit")
@@ -444,6 +488,9 @@ def test_the_graph_file_is_what_front_ends_read(traced, tmp_path):
     graph["nodes"][0]["clerp"] = None
     with pytest.raises(AssertionError):
         require_schema(graph)
+    graph["nodes"][0]["clerp"] = "logit of 11"
+    with pytest.raises(IndexError):
+        require_opens(graph)
 
 
 def test_the_page_holds_what_the_circuit_does(traced, tmp_path):

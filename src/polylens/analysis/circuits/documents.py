@@ -38,6 +38,9 @@ def attribution_graph(document: dict[str, Any], slug: str, scan: str) -> dict[st
     theirs, too, and says so; errors are "mlp reconstruction error". Weights are in units of the
     target.
 
+    Both front ends take a logit's probability and token out of its label, `Output "token" (p=0.5)`,
+    and do not open a file without.
+
     Sources: `circuit_tracer.frontend.graph_models` of circuit-tracer, and Neuronpedia's
     graph-schema.json, version 1.0.0.
     """
@@ -108,7 +111,8 @@ def _node(node: dict[str, Any], node_id: str, document: dict[str, Any]) -> dict[
         token = document["vocabulary_index"]
         own |= {"feature": token, "layer": str(document["layers"] + 1), "feature_type": "logit"}
         own |= {"token_prob": document["probability"], "is_target_logit": True}
-        return own | {"jsNodeId": f"L_{token}-{at}", "clerp": document["target"]}
+        label = f'Output "{document["target"]}" (p={document["probability"]:.3f})'
+        return own | {"jsNodeId": f"L_{token}-{at}", "clerp": label}
     if kind == "error":
         own |= {"feature": -1, "layer": str(layer), "feature_type": "mlp reconstruction error"}
         return own | {"jsNodeId": f"{layer}_-1-{at}"}
