@@ -12,11 +12,10 @@ import torch
 import polylens
 from polylens import InvalidInputError, demo
 from polylens.calibration.seen import Calibration
-from polylens.fitting.estimator import Estimator
 from polylens.fitting.fit import ESTIMATORS
 from polylens.hosts import host_for
 from polylens.ranks import Forget
-from tests.fitting.test_estimators import TAILS, batches
+from tests.fitting.test_estimators import TAILS, Mine, batches
 from tests.oracles import random_layer
 
 TOKENS = demo.batches(demo.texts()[0], 140, 64)
@@ -74,14 +73,6 @@ def test_sums_of_two_estimators_are_those_of_one(name, kind):
 
 
 def test_an_estimator_that_does_not_say_how_is_refused():
-    class Mine(Estimator):
-        name = "mine"
-        default_tails = {"true": None, "replaced": None}  # noqa: RUF012
-
-        def update(self, x, sample_weights=None): ...
-
-        def solve(self): ...
-
     with pytest.raises(InvalidInputError, match="Mine does not say how"):
         Mine(random_layer(1), 2).merge(Forget())
 

@@ -54,15 +54,16 @@ def test_verbs_and_estimators_are_one(tails):
         assert isinstance(streamed.inputs, Samples)
 
 
+class Mine(Estimator):
+    name = "mine"
+    default_tails = {"true": None, "replaced": None}  # noqa: RUF012
+
+    def update(self, x, sample_weights=None): ...
+
+    def solve(self): ...
+
+
 def test_an_estimator_of_ones_own_is_taken_and_others_are_refused():
-    class Mine(Estimator):
-        name = "mine"
-        default_tails = {"true": None, "replaced": None}  # noqa: RUF012
-
-        def update(self, x, sample_weights=None): ...
-
-        def solve(self): ...
-
     assert estimator(Mine) is Mine
     for unknown in ("cauchy", "mixture", int, None):
         with pytest.raises(InvalidInputError, match="'gaussian', 'samples', 'joint'"):

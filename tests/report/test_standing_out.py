@@ -9,7 +9,7 @@ import polylens
 from polylens.calibration.overlap import TokenSketch
 from polylens.hosts.batch import batch_of
 from polylens.inputs.residuals import ResidualSums
-from polylens.report.standing_out import Remarks, StandingOut
+from polylens.report.standing_out import StandingOut, remarks
 
 
 def normal(*shape, seed=0):
@@ -38,7 +38,7 @@ def test_inputs_of_much_variance_are_named_with_the_r2_of_the_others():
     centred = y[left] - y[left].mean(0)
     expected = 1 - (y - f)[left].square().sum() / centred.square().sum()
     assert without == pytest.approx(float(expected), abs=1e-10)
-    (remark,) = Remarks(lambda index: f"input {index}")({3: (found, sums)})
+    (remark,) = remarks({3: (found, sums)}, lambda index: f"input {index}")
     assert "input 7 (" in remark
     assert f"of layer 3, R² {without:.4f} without" in remark
 
@@ -46,7 +46,7 @@ def test_inputs_of_much_variance_are_named_with_the_r2_of_the_others():
 def test_ordinary_inputs_are_not_named():
     y = normal(100, 5)
     found, sums = seen_in_two_batches(y, y, y, torch.stack([y.amin(0), y.amax(0)]))
-    assert list(Remarks(str)({0: (found, sums)})) == []
+    assert list(remarks({0: (found, sums)}, str)) == []
     assert (found.unlike, found.unseen) == (0, 0)
 
 
@@ -60,7 +60,7 @@ def test_inputs_unlike_those_of_calibration():
     assert found.unlike == 1
     assert found.unseen == pytest.approx(13 / 4000)
     assert list(found.far()) == [(3, 0.25)]
-    (remark,) = Remarks(lambda index: f"input {index}")({0: (found, sums)})
+    (remark,) = remarks({0: (found, sums)}, lambda index: f"input {index}")
     assert "input 3 (25% of layer 0)" in remark
 
 

@@ -102,16 +102,15 @@ class Calibration:
         """How many batches come first on every rank: LEADING inputs of each layer."""
         if self.ranks is None:
             return len(self.steps)
-        for i in range(len(self.steps)):
-            sizes = Counter[str]()
-            for step in self.steps[: i + 1]:
-                for name in step.streams:
-                    there = step.counted(name, exclude_first=self.exclude_first)
-                    sizes[name] += len(step) if there is None else int(there.sum())
-                if not step.streams:
-                    sizes[""] += len(step)
+        sizes = Counter[str]()
+        for i, step in enumerate(self.steps, 1):
+            for name in step.streams:
+                there = step.counted(name, exclude_first=self.exclude_first)
+                sizes[name] += len(step) if there is None else int(there.sum())
+            if not step.streams:
+                sizes[""] += len(step)
             if min(sizes.values()) >= LEADING:
-                return i + 1
+                return i
         return len(self.steps)
 
     @cached_property
@@ -140,9 +139,9 @@ class Calibration:
 
     def solved(self, seen: Estimator, layer: Layer, site: MLPSite) -> Fitted:
         """The fit to what all ranks saw, the same on each to the bit; warns as `solved`."""
-        if self.ranks is None:
-            return solved(seen, layer, site)
         found = solved(seen, layer, site)
+        if self.ranks is None:
+            return found
         weights = site.weights().tensors().keys()
         for name, buffer in found.named_buffers():
             if name.split(".")[-1] not in weights:

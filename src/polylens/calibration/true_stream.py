@@ -79,8 +79,7 @@ def on_true_stream(
             "experts are not fitted over ranks: each sees tokens of its own, too few of the first "
             "to decide by; attach in one process, or leave them out with layers="
         )
-    require_room_for_all(sites, method, degree)
-    estimators = {layer: method.begin(site.weights(), degree) for layer, site in sites.items()}
+    estimators = _begun(sites, method, degree)
 
     def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
         method.show(estimators[layer], arrival, kept)
@@ -109,13 +108,20 @@ def on_true_stream(
         yield layer, calibration.solved(seen, layer, site)
 
 
-def require_room_for_all(sites: Mapping[Layer, MLPSite], method: TrueStream, degree: int) -> None:
-    """OutOfMemory if what is kept of all layers at once is more than is free on their devices."""
+def _begun(
+    sites: Mapping[Layer, MLPSite], method: TrueStream, degree: int
+) -> dict[Layer, Estimator]:
+    """Estimators that have seen nothing yet, of all layers at once.
+
+    Raises:
+        OutOfMemory: they keep more than is free on the layers' devices.
+    """
+    weights = {layer: site.weights() for layer, site in sites.items()}
     needed = Counter[torch.device]()
-    for site in sites.values():
-        weights = site.weights()
-        needed[weights.device] += method.kind.kept_bytes(weights, degree)
+    for each in weights.values():
+        needed[each.device] += method.kind.kept_bytes(each, degree)
     for device, size in needed.items():
-        what = f"{method.kind.name}, degree {degree}, for {len(sites)} layers at once"
+        what = f"{method.kind.name}, degree {degree}, for {len(weights)} layers at once"
         remedy = "Sequential() keeps one layer at a time; or fewer layers, or a lower degree"
         require_room(size, device, what, remedy)
+    return {layer: method.begin(each, degree) for layer, each in weights.items()}

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from polylens.errors import InvalidInputError
-from polylens.files.whole import beside
+from polylens.files.whole import beside, is_device
 
 # A path that stands for the standard output.
 PIPE = Path("-")
@@ -120,7 +120,7 @@ def check_writable(path: Path) -> None:
     path = path.absolute()
     if path.is_dir():
         raise InvalidInputError(f"{path} is a directory; give the name of a file in it")
-    if path.exists() and not path.is_file():
+    if is_device(path):
         raise InvalidInputError(f"{path} is a device, pipe or socket; give the name of a file")
     if not path.parent.is_dir():
         raise InvalidInputError(

@@ -20,7 +20,7 @@ def beside(path: str | os.PathLike[str]) -> Generator[Path]:
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise IsADirectoryError(EISDIR, "a directory; give the name of a file in it", str(path))
-    if target.exists() and not target.is_file():
+    if is_device(target):
         message = "a device, pipe or socket, which a file would take the place of"
         raise OSError(EINVAL, f"{message}; give the name of a file", str(path))
     if not target.parent.is_dir():
@@ -36,6 +36,11 @@ def beside(path: str | os.PathLike[str]) -> Generator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     _sync_directory(target.parent)
+
+
+def is_device(path: Path) -> bool:
+    """A device, pipe or socket, which a file must not take the place of."""
+    return path.exists() and not (path.is_file() or path.is_dir())
 
 
 def _sync_directory(directory: Path) -> None:

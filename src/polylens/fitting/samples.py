@@ -129,13 +129,12 @@ class SamplesEstimator(SampleEstimator):
     """The best P_i(y_i) + z_i Q_i(y_i) for act(y_i) z_i over the inputs, per neuron."""
 
     name = "samples per neuron"
+    _standardise: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def kept_bytes(cls, weights: MLPWeights | GLUWeights, degree: int) -> int:
         size = NeuronGram.size_of(weights, degree)
         return 8 * (weights.d_in**2 + 2 * weights.d_mlp * size**2)
-
-    _standardise: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def prepare(self, batches: Callable[[], Iterable[Batch]]) -> None:
         moments, drawn = NeuronMoments(self.weights), _Drawn() if self.tails else None

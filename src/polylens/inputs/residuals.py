@@ -41,7 +41,12 @@ class ResidualSums:
     n = 0
     weight: Tensor | float = 0.0
 
-    def update(self, y: Tensor, predictions: Tensor, sample_weights: Tensor | None = None) -> None:
+    def update(
+        self,
+        y: Tensor,
+        predictions: Tensor | list[Tensor],
+        sample_weights: Tensor | None = None,
+    ) -> None:
         """Add outputs y [n, d] and predictions [degree + 1, n, d], weighted by [n] or equally."""
         if len(y) == 0:
             return

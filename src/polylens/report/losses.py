@@ -76,6 +76,7 @@ def measure_losses(
     means: dict[Layer, Tensor],
     steps: Iterable[Batch],
     bar: tqdm,
+    *,
     prefixes: bool,
     zero: bool,
     worst: int,

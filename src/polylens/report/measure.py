@@ -22,7 +22,7 @@ from polylens.report.likeness import Likeness
 from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of
 from polylens.report.report import LayerRow, Report
 from polylens.report.scores import lead_of, number_of_classes, of_each_input
-from polylens.report.standing_out import Remarks, StandingOut
+from polylens.report.standing_out import StandingOut, remarks
 from polylens.report.worst import Decode, decoder, explain
 
 FIRST_POSITION = "the first position of each sequence is left out of R²: attention sink"
@@ -105,9 +105,18 @@ def measure(
             means = {layer: sums[layer].mean for layer in chosen if sums[layer].n}
             about = data if tokens_scored else of_each_input(data)
             lead = lead_of(lens.host, about)
-            batches, options = about.split(batch_size), (prefixes, zero_ablation, worst, lead)
             losses = measure_losses(
-                lens, degree, chosen, means, batches, bar, *options, tokens_scored
+                lens,
+                degree,
+                chosen,
+                means,
+                about.split(batch_size),
+                bar,
+                prefixes=prefixes,
+                zero=zero_ablation,
+                worst=worst,
+                lead=lead,
+                about_tokens=tokens_scored,
             )
             all_row = replace(LayerRow(None, None), **losses.by_group[tuple(chosen)])
             rows = _with_losses(rows, losses, prefixes_of(chosen) if prefixes else {})
@@ -204,7 +213,7 @@ def _standing_out(
             return f"{text}{at[0]}:{at[1]}"
 
         mine = {n: (fit.standing_out, fit.sums) for n, fit in fits.items() if streams[n] == stream}
-        yield from Remarks(name)(mine)
+        yield from remarks(mine, name)
 
 
 def _some_ids(data: Batch) -> Tensor:
@@ -234,7 +243,7 @@ class _Fit:
         self._ended = polynomial.ends is not None
         self._replacement = polynomial.truncate(degree)
         self._beyond: Tensor | float = 0.0
-        self._seen = getattr(polynomial, "base", polynomial).seen
+        self._seen = polynomial.seen
         self._likeness = Likeness(polynomial, self._replacement)
         self.sums, self.standing_out = ResidualSums(), StandingOut(self._seen)
         try:
@@ -250,7 +259,8 @@ class _Fit:
         """
         optima = [] if self.optimum is None else list(self.optimum.all_degrees(x))
         replaced = self._replacement(x) if self._ended else optima[self._degree]
-        self.sums.update(y, torch.stack([*optima, *[replaced] * self._ended]))
+        y, replaced = y.double(), replaced.double()  # once for all that follows
+        self.sums.update(y, [*optima, replaced] if self._ended else optima)
         self._likeness.update(x, y, replaced)
         if not len(x):
             return
@@ -258,7 +268,7 @@ class _Fit:
         if self._ended or self._seen is not None:
             gate = self._polynomial.weights.neurons(x)["y"]
             self._beyond = self._beyond + self._polynomial.outside(gate)[self._degree].sum()
-        error = (y.double() - replaced.double()).square().sum(1)
+        error = (y - replaced).square().sum(1)
         self.standing_out.update(index, self.sums.centred(y), error, gate)
 
     def row(self, layer: Layer) -> LayerRow:

@@ -1,7 +1,6 @@
 """Inputs that stand out: which hold much of a layer's variance, or are unlike calibration's."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,8 +15,8 @@ UNLIKE = 0.05
 # How many are remembered of each layer, and named in all.
 KEPT, NAMED = 8, 4
 
-# (sequence, position) -> what a reader knows the input by.
-Name = Callable[[int, int], str]
+# Of an input, by its index: what a reader knows it by.
+Name = Callable[[int], str]
 
 
 class StandingOut:
@@ -36,7 +35,6 @@ class StandingOut:
         self._far: Tensor | None = None
         self._heavy: Tensor | None = None
         self._outputs = torch.empty(0)
-        self._squares = torch.empty(0)
 
     def update(
         self, index: Tensor, centred: Tensor, error: Tensor, preactivations: Tensor | None
@@ -58,7 +56,7 @@ class StandingOut:
         outputs = centred
         if self._heavy is not None:
             new, outputs = torch.cat([self._heavy, new], 1), torch.cat([self._outputs, centred])
-        kept = new[0].topk(min(KEPT, new.shape[1])).indices
+        kept = _largest(new[0])
         self._heavy, self._outputs = new[:, kept], outputs[kept]
         if self._seen is None or preactivations is None:
             return
@@ -68,7 +66,7 @@ class StandingOut:
         self._unlike = self._unlike + (share > UNLIKE).sum()
         far = torch.stack([share, index])
         far = far if self._far is None else torch.cat([self._far, far], 1)
-        self._far = far[:, far[0].topk(min(KEPT, far.shape[1])).indices]
+        self._far = far[:, _largest(far[0])]
 
     @property
     def unlike(self) -> int | None:
@@ -103,46 +101,41 @@ class StandingOut:
         return found, sums.last_without(self._outputs[there], errors)
 
 
-@dataclass(frozen=True)
-class Remarks:
-    """What a report says of them.
+def remarks(layers: Mapping[Layer, tuple[StandingOut, ResidualSums]], name: Name) -> Iterator[str]:
+    """What a report says of the inputs of these layers, which have one index in all of them."""
+    heavy, far = dict[int, list[str]](), dict[int, list[str]]()
+    for layer, (found, sums) in layers.items():
+        inputs, without = found.heavy(sums)
+        r2 = "" if without is None else f", R² {without:.4f} without"
+        for index, share in inputs:
+            heavy.setdefault(index, []).append(f"{share:.0%} of layer {label(layer)}{r2}")
+        for index, share in found.far():
+            far.setdefault(index, []).append(f"{share:.0%} of layer {label(layer)}")
+    if heavy:
+        yield (
+            f"inputs that hold more than {MUCH:.0%} of a layer's variance each, which R² there "
+            f"is about first: {_named(heavy, name)}"
+        )
+    if far:
+        most = max(found.unlike or 0 for found, _ in layers.values())
+        yield (
+            f"inputs unlike those of calibration, with more than {UNLIKE:.0%} of a layer's "
+            f"preactivations beyond all that it saw (at most {most:,} in one layer): "
+            f"{_named(far, name)}"
+        )
 
-    Args:
-        name: of an input by its index.
-    """
 
-    name: Callable[[int], str]
+def _largest(sizes: Tensor) -> Tensor:
+    """Indices of the KEPT largest."""
+    return sizes.topk(min(KEPT, len(sizes))).indices
 
-    def __call__(self, layers: Mapping[Layer, tuple[StandingOut, ResidualSums]]) -> Iterator[str]:
-        heavy = dict[int, list[str]]()
-        for layer, (found, sums) in layers.items():
-            inputs, without = found.heavy(sums)
-            for index, share in inputs:
-                r2 = "" if without is None else f", R² {without:.4f} without"
-                heavy.setdefault(index, []).append(f"{share:.0%} of layer {label(layer)}{r2}")
-        if heavy:
-            yield (
-                f"inputs that hold more than {MUCH:.0%} of a layer's variance each, which R² there "
-                f"is about first: {self._named(heavy)}"
-            )
-        far = dict[int, list[str]]()
-        for layer, (found, _) in layers.items():
-            for index, share in found.far():
-                far.setdefault(index, []).append(f"{share:.0%} of layer {label(layer)}")
-        if far:
-            most = max(found.unlike or 0 for found, _ in layers.values())
-            yield (
-                f"inputs unlike those of calibration, with more than {UNLIKE:.0%} of a layer's "
-                f"preactivations beyond all that it saw (at most {most:,} in one layer): "
-                f"{self._named(far)}"
-            )
 
-    def _named(self, inputs: Mapping[int, list[str]]) -> str:
-        order = sorted(inputs, key=lambda index: -len(inputs[index]))
-        named: list[str] = []
-        for index in order[:NAMED]:
-            where = inputs[index]
-            several = f" and {len(where) - 1} more" if len(where) > 1 else ""
-            named.append(f"{self.name(index)} ({where[0]}{several})")
-        more = f" and {len(order) - NAMED} more" if len(order) > NAMED else ""
-        return ", ".join(named) + more
+def _named(inputs: Mapping[int, list[str]], name: Name) -> str:
+    order = sorted(inputs, key=lambda index: -len(inputs[index]))
+    named: list[str] = []
+    for index in order[:NAMED]:
+        where = inputs[index]
+        several = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        named.append(f"{name(index)} ({where[0]}{several})")
+    more = f" and {len(order) - NAMED} more" if len(order) > NAMED else ""
+    return ", ".join(named) + more
