@@ -1,4 +1,4 @@
-"""Circuits checked on the true model: nodes and pairs taken out, predicted and measured.
+"""Circuits checked on the true model: nodes, edges, pairs taken out, predicted and measured.
 
     python benchmarks/circuits.py                                   # the embedded model
     python benchmarks/circuits.py --model model.gguf --prompts 20   # SmolLM2, 1 to 2 minutes each
@@ -17,9 +17,11 @@ import torch
 
 import polylens
 from polylens import analysis, demo
+from polylens.analysis.circuits.ablation import Ablations
 from polylens.cli.loading import load_model
 
 BY = {"circuit": "predicted", "values": "linear", "gradient": "gradient"}
+EDGES = ("strong edges", "random edges", "weak edges")
 PROMPTS = (
     "The Eiffel Tower is in the city of Paris. The Colosseum is in the city of",
     "The capital of France is Paris. The capital of Japan is",
@@ -54,21 +56,35 @@ def second_differences(changes: torch.Tensor) -> torch.Tensor:
     return both - a - b
 
 
-def checked(circuit: analysis.Circuit, count: int, seed: int) -> dict[str, dict[str, float]]:
-    """By group of nodes the correlations, and shares of signs, of one prompt."""
+def grouped(some: list, count: int, seed: int) -> dict[str, list]:
+    """Of what is sorted from the strongest down."""
+    chosen = random.Random(seed).sample(some, min(count, len(some)))
+    return {"strong": some[:count], "random": chosen, "weak": some[-count:]}
+
+
+def told(ablations: Ablations) -> dict[str, float]:
+    """Correlations, and shares of signs."""
+    found = {by: ablations.correlation(of) for by, of in BY.items()}
+    found |= {f"sign, {by}": ablations.agreement(of) for by, of in BY.items()}
+    return found | {"size": float(ablations.measured.abs().mean())}
+
+
+def checked(
+    circuit: analysis.Circuit, pruned: analysis.Circuit, count: int, seed: int
+) -> dict[str, dict[str, float]]:
+    """By group of nodes or edges what `told` says, of one prompt."""
     nodes = [node for node in circuit.top(len(circuit)) if node.kind in ("feature", "rest")]
-    some = random.Random(seed)
-    groups = {
-        "strong": nodes[:count],
-        "random": some.sample(nodes, min(count, len(nodes))),
-        "weak": nodes[-count:],
-    }
-    found = {}
-    for name, group in groups.items():
-        ablations = circuit.ablate(group)
-        found[name] = {by: ablations.correlation(of) for by, of in BY.items()}
-        found[name] |= {f"sign, {by}": ablations.agreement(of) for by, of in BY.items()}
-        found[name]["size"] = float(ablations.measured.abs().mean())
+    found = {name: told(circuit.ablate(own)) for name, own in grouped(nodes, count, seed).items()}
+    # of all edges most are nothing: those that the pruned circuit keeps, but into the target
+    edges = [
+        (edge, source, reader)
+        for reader in pruned.nodes[1 : len(pruned.edges)]
+        if reader.kind in ("feature", "rest")
+        for source, edge in pruned.sources(reader)
+    ]
+    edges = [(s, r) for _, s, r in sorted(edges, key=lambda each: -abs(each[0]))]
+    for name, own in grouped(edges, count, seed).items():
+        found[f"{name} edges"] = told(pruned.ablate_edges(own))
     pairs = [(a, b) for i, a in enumerate(nodes[:8]) for b in nodes[:i]]
     ablations = circuit.ablate([group for a, b in pairs for group in ([a], [b], [a, b])])
     true = second_differences(ablations.measured)
@@ -113,7 +129,7 @@ def main() -> None:
         traced = time.perf_counter() - start
         pruned = circuit.pruned()
         seconds = time.perf_counter() - start
-        found = checked(circuit, args.count, i)
+        found = checked(circuit, pruned, args.count, i)
         scores = pruned.scores
         assert scores is not None
         row = {
@@ -132,17 +148,20 @@ def main() -> None:
             **found,
         }
         rows.append(row)
-        strong = ", ".join(f"{by} {found['strong'][by]:.3f}" for by in BY)
+        strong, edges = (
+            ", ".join(f"{by} {found[group][by]:.3f}" for by in BY)
+            for group in ("strong", "strong edges")
+        )
         print(
             f"{prompt!r} -> {circuit.target} = {circuit.value:.3f} (errors {circuit.errors:+.3f}), "
             f"{seconds:.1f} s, {scores.nodes[0]} nodes, completeness {scores.completeness:.3f}, "
-            f"replacement {scores.replacement:.3f}; strongest: {strong}; pairs "
+            f"replacement {scores.replacement:.3f}; strongest: {strong}; edges: {edges}; pairs "
             f"{found['pairs']['circuit']:.3f}",
             flush=True,
         )
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1))
-    for group in ("strong", "random", "weak", "pairs"):
+    for group in ("strong", "random", "weak", *EDGES, "pairs"):
         keys = rows[0][group]
         means = {key: torch.tensor([row[group][key] for row in rows]).mean() for key in keys}
         print(group, ", ".join(f"{key} {float(value):.3f}" for key, value in means.items()))

@@ -10,6 +10,7 @@ from tests.models import HOSTS, hooked
 import polylens
 from polylens import InvalidInputError, UnsupportedModel, analysis
 from polylens.analysis.circuits.documents import page, rounded
+from polylens.analysis.circuits.paths import arriving
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning", "ignore::UserWarning")
 
@@ -375,13 +376,60 @@ def test_a_small_change_is_predicted_to_first_order():
         block.attn.W_Q.data.zero_()  # patterns depend on nothing
         block.attn.b_Q.data.zero_()
     with attach(model, degree=2) as lens:
-        circuit = analysis.circuit(lens, PROMPT, 11, features=2, mlps=8)
-        found = circuit.ablate(circuit.top(12, "feature"))
-    # patterns that do not change: what is predicted is what happens
-    torch.testing.assert_close(found.predicted, found.measured, atol=1e-8, rtol=1e-6)
-    assert found.correlation() == pytest.approx(1)
-    assert found.agreement() == 1
-    assert found.correlation("gradient") < 1 - 1e-6
+        circuit = analysis.circuit(lens, PROMPT, 11, features=2, mlps=ALL)
+        readers = circuit.top(6, "feature") + circuit.top(3, "rest")
+        edges = [(source, node) for node in readers for source, _ in circuit.sources(node)[:3]]
+        assert {source.kind for source, _ in edges} > {"token", "feature"}
+        # patterns that do not change: what is predicted is what happens
+        for found in (circuit.ablate(circuit.top(12, "feature")), circuit.ablate_edges(edges)):
+            torch.testing.assert_close(found.predicted, found.measured, atol=1e-8, rtol=1e-6)
+            assert found.measured.abs().min() > 1e-6
+            assert found.correlation() == pytest.approx(1)
+            assert found.agreement() == 1
+            assert found.correlation("gradient") < 1 - 1e-6
+
+
+def test_an_edge_taken_out_is_a_path_patched_in_the_true_model(traced):
+    """Off the reader's input alone what it reads of the source, whatever it makes of that."""
+    lens, circuit = traced
+    host, weights = lens.host, lens[1].weights
+
+    def target(scale, taken, position):
+        def out(arrival):
+            now = arrival.x.clone()
+            now[..., position, :] -= scale * taken
+            change = weights(now) - weights(arrival.x)
+            return arrival.y + change.reshape(arrival.y.shape)
+
+        with host.edit({1: out}):
+            logits = host.logits(PROMPT[None])[0, -1]
+        return logits[11] - logits[4]
+
+    for kind in ("feature", "rest"):
+        node = next(n for n in circuit.top(99, kind) if n.layer == 1)
+        sources = [source for source, _ in circuit.sources(node)[:3]]
+        found = circuit.ablate_edges([(source, node.name) for source in sources], batch_size=2)
+        t = node.position
+        features = torch.stack(circuit._features(1, t))
+        every = torch.eye(features.shape[1], dtype=torch.float64)
+        read = features[node.index].outer(features[node.index])
+        read = read if kind == "feature" else every - features.T @ features
+        for i, source in enumerate(sources):
+            edge = circuit.edges[circuit.number(node), circuit.number(source)]
+            assert float(found.linear[i]) == pytest.approx(-float(edge), abs=1e-9)
+            written = circuit._written(circuit.number(source))
+            taken = (read @ arriving(circuit.replacement, [written], 1, t)[0]).float()
+            scale = torch.zeros((), requires_grad=True)
+            target(scale, taken, t).backward()
+            assert float(found.gradient[i]) == pytest.approx(float(scale.grad), abs=1e-5)
+            with torch.no_grad():
+                expected = float(target(1.0, taken, t) - target(0.0, taken, t))
+            assert float(found.measured[i]) == pytest.approx(expected, abs=1e-5)
+        pruned = circuit.pruned(1.0, 1.0)
+        again = pruned.ablate_edges([(sources[0].name, node.name)])
+        assert again.names == found.names[:1]
+        torch.testing.assert_close(again.linear, found.linear[:1])
+        torch.testing.assert_close(again.predicted, found.predicted[:1], atol=1e-5, rtol=1e-5)
 
 
 def test_what_cannot_be_taken_out_is_named(lens):
@@ -389,6 +437,20 @@ def test_what_cannot_be_taken_out_is_named(lens):
     for node in ("target", "token@2", 0):
         with pytest.raises(InvalidInputError, match="no part of an MLP"):
             circuit.ablate([node])
+    rest = circuit.top(1, "rest")[0]
+    for reader in ("target", "token@2"):
+        with pytest.raises(InvalidInputError, match="no feature or rest"):
+            circuit.ablate_edges([("token@1", reader)])
+    for take_out in (circuit.ablate, circuit.ablate_edges):
+        with pytest.raises(InvalidInputError, match="nothing to take out"):
+            take_out([])
+    with pytest.raises(InvalidInputError, match="must be pairs"):
+        circuit.ablate_edges(("token@1", rest.name))
+    with pytest.raises(InvalidInputError, match="batch_size"):
+        circuit.ablate([rest], batch_size=0)
+    for source in ("target", rest):
+        with pytest.raises(InvalidInputError, match=f"{rest.name} reads nothing of"):
+            circuit.ablate_edges([(source, rest)])
     with pytest.raises(InvalidInputError, match="two ablations"):
         circuit.ablate([circuit.top(1, "rest")[0]]).correlation()
     along = analysis.circuit(lens, PROMPT, torch.ones(24), layer=2, mlps=2)

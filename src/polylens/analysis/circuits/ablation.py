@@ -1,4 +1,5 @@
-"""Nodes taken out: what the circuit's model says of the target then, and what the true one does."""
+"""Nodes and edges taken out: what the circuit's model says of the target then, and what the true
+one does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +17,32 @@ from polylens.hosts.frozen import biased, following
 
 
 @dataclass(frozen=True, eq=False, repr=False)
+class Read(Brief):
+    """A part of what the MLP of a layer reads at a position.
+
+    Attributes:
+        vector: [d_in], behind the norm in front of it.
+    """
+
+    layer: int
+    position: int
+    vector: Tensor
+
+
+# What is taken out together: off what is written, or off what is read.
+Group = Sequence[Written | Read]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Ablations(Brief):
-    """How much the target changes when nodes are taken out, by three predictions and in truth.
+    """How much the target changes when nodes or edges are taken out, by three predictions and in
+    truth.
 
     Attributes:
         names: of what was taken out.
         predicted: [n] by the circuit's model: polynomials, errors and attention patterns as they
             were; norms divide by what they would then.
-        linear: [n] less the values of the nodes.
+        linear: [n] less the values of the nodes, or the edges.
         gradient: [n] by attribution patching: the true model's gradient times what is taken out.
         measured: [n] of the true model, its attention and norms as they are then.
     """
@@ -50,15 +69,15 @@ class Ablations(Brief):
         return len(self.names)
 
 
-def predicted(replacement: Replacement, groups: Sequence[Sequence[Written]]) -> Tensor:
-    """[groups]: change of the target of the replacement without what is written in each group.
+def predicted(replacement: Replacement, groups: Sequence[Group]) -> Tensor:
+    """[groups]: change of the target of the replacement without what is in each group.
 
     Attention patterns are held; norms divide by what they would then.
     """
     frozen, target = replacement.frozen, replacement.target
     streams = frozen.streams()
     x = frozen.embedding.expand(len(groups), -1, -1).clone()
-    _take_out(x, groups, -1)
+    _take_out(x, groups, -1, Written)
     for n, (layer, stream) in enumerate(zip(replacement.layers, streams, strict=False)):
         block, before = layer.block, layer.block.before
         attended, attended_before = x, stream
@@ -68,9 +87,10 @@ def predicted(replacement: Replacement, groups: Sequence[Sequence[Written]]) -> 
             attended = x + biased(following(attention.behind, out_before, out), out)
             attended_before = stream + biased(attention.behind, out_before)
         reads = (x, stream) if block.parallel else (attended, attended_before)
-        read = biased(following(before, reads[1], reads[0]), reads[0])
+        read = biased(following(before, reads[1], reads[0]), reads[0]).clone()
+        _take_out(read, groups, n, Read)
         written = block.written + _changed(layer, read)
-        _take_out(written, groups, n)
+        _take_out(written, groups, n, Written)
         x = attended + biased(following(block.behind, block.written, written), written)
     top = streams[target.layer]
     if not target.tokens:
@@ -94,30 +114,30 @@ def _changed(layer: Layer, read: Tensor) -> Tensor:
     return out
 
 
-def _take_out(x: Tensor, groups: Sequence[Sequence[Written]], n: int) -> None:
-    """Off x [groups, pos, d] what each group has at layer n."""
+def _take_out(x: Tensor, groups: Sequence[Group], n: int, kind: type[Written] | type[Read]) -> None:
+    """Off x [groups, pos, d] what each group has of a kind at layer n."""
     for i, group in enumerate(groups):
-        for written in group:
-            if written.layer == n:
-                x[i, written.position] -= written.vector.to(x)
+        for part in group:
+            if part.layer == n and isinstance(part, kind):
+                x[i, part.position] -= part.vector.to(x)
 
 
 def measured(
-    lens: Any, replacement: Replacement, groups: Sequence[Sequence[Written]], batch_size: int
+    lens: Any, replacement: Replacement, groups: Sequence[Group], batch_size: int
 ) -> Tensor:
     """[groups]: the same of the true model."""
     found = [torch.zeros(0, dtype=torch.float64)]
     for start in range(0, len(groups), batch_size):
         some = groups[start : start + batch_size]
-        with lens.suspended(), lens.host.edit(_edits([[], *some])):
+        with lens.suspended(), lens.host.edit(_edits(lens, [[], *some])):
             values = target_of(lens, replacement, len(some) + 1)
         found.append((values[1:] - values[0]).cpu())
     return torch.cat(found)
 
 
-def gradients(lens: Any, replacement: Replacement, groups: Sequence[Sequence[Written]]) -> Tensor:
+def gradients(lens: Any, replacement: Replacement, groups: Sequence[Group]) -> Tensor:
     """[groups]: change of the target to first order in what is taken out of the true model."""
-    layers = sorted({written.layer for group in groups for written in group})
+    layers = sorted({part.layer for group in groups for part in group})
     outputs: dict[int, Tensor] = {}
 
     def begin(n: int, arrival: Arrival) -> Tensor:
@@ -128,9 +148,18 @@ def gradients(lens: Any, replacement: Replacement, groups: Sequence[Sequence[Wri
     with torch.enable_grad(), lens.suspended(), lens.host.edit(functions):
         value = target_of(lens, replacement, 1).sum()
         found = torch.autograd.grad(value, [outputs[n] for n in layers])
-    by_layer = dict(zip(layers, (g.detach().double()[0] for g in found), strict=True))
+    by_layer = dict(zip(layers, (g.detach()[0] for g in found), strict=True))
+
+    def slope(part: Written | Read) -> Tensor:
+        g = by_layer[part.layer][part.position]
+        if isinstance(part, Written):
+            return g.double()
+        weights, x = lens[part.layer].weights, replacement.layers[part.layer].read[part.position]
+        (of_input,) = torch.func.vjp(weights, x.to(weights.dtype))[1](g.to(weights.dtype))
+        return of_input.double()
+
     return torch.tensor(
-        [-sum(float(by_layer[w.layer][w.position] @ w.vector) for w in group) for group in groups],
+        [-sum(float(slope(part) @ part.vector) for part in group) for group in groups],
         dtype=torch.float64,
     )
 
@@ -148,12 +177,19 @@ def target_of(lens: Any, replacement: Replacement, copies: int) -> Tensor:
     return logits[:, first] - logits[:, against[0]] if against else logits[:, first]
 
 
-def _edits(groups: Sequence[Sequence[Written]]) -> dict[int, Function]:
-    layers = {written.layer for group in groups for written in group}
+def _edits(lens: Any, groups: Sequence[Group]) -> dict[int, Function]:
+    layers = {part.layer for group in groups for part in group}
+    read = {part.layer for group in groups for part in group if isinstance(part, Read)}
 
     def function(n: int, arrival: Arrival) -> Tensor:
         y = arrival.y.clone()
-        _take_out(y, groups, n)
+        if n in read:
+            weights = lens[n].weights
+            x = arrival.x.to(weights.dtype)
+            now = x.clone()
+            _take_out(now, groups, n, Read)
+            y += (weights(now) - weights(x)).to(y)
+        _take_out(y, groups, n, Written)
         return y
 
     return {n: (lambda arrival, n=n: function(n, arrival)) for n in layers}

@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from polylens.analysis.circuits.ablation import Ablations, gradients, measured, predicted
+from polylens.analysis.circuits.ablation import (
+    Ablations,
+    Group,
+    Read,
+    gradients,
+    measured,
+    predicted,
+)
 from polylens.analysis.circuits.documents import attribution_graph, page
 from polylens.analysis.circuits.influence import SMALLEST, Scores, completeness, influence, keep
 from polylens.analysis.circuits.paths import Written, arriving, behind, first_heads
@@ -22,7 +29,7 @@ from polylens.analysis.figures import circuit_figure
 from polylens.analysis.readout import top_tokens
 from polylens.brief import Brief
 from polylens.calibration.tokens import token_names
-from polylens.checks import Layer
+from polylens.checks import Layer, check_at_least
 from polylens.errors import InvalidInputError
 from polylens.files.whole import beside
 from polylens.hosts.base import Arrival, Function
@@ -326,8 +333,8 @@ class Circuit(Brief):
         follows, attention and norms included, is as it is then.
 
         Raises:
-            InvalidInputError: no such node, a token or the target, a layer that the lens lacks; a
-                circuit along a direction.
+            InvalidInputError: no nodes, no such node, a token or the target, a layer that the lens
+                lacks; a circuit along a direction.
         """
         chosen = [
             [self.number(each)]
@@ -342,13 +349,74 @@ class Circuit(Brief):
                     f"{node.name} is no part of an MLP that the lens has; only those are taken out"
                 )
         written = [[self._written(i) for i in group] for group in chosen]
-        names = tuple(" + ".join(self.nodes[i].name for i in group) for group in chosen)
+        names = [" + ".join(self.nodes[i].name for i in group) for group in chosen]
         own = [-sum(self.nodes[i].value for i in group) for group in chosen]
+        return self._without(written, names, own, batch_size)
+
+    def ablate_edges(
+        self, edges: Iterable[tuple[Node | str | int, Node | str | int]], *, batch_size: int = 16
+    ) -> Ablations:
+        """How the target changes when single edges are taken out, as `ablate` has it of nodes.
+
+        What the source does in the reader's input, by attention and norms as they were, is taken
+        off what the reader reads, and off nothing else: of a feature, along its reading direction;
+        of a rest, the part that no feature reads. The MLP at that position, the true one where it
+        is measured, makes of it what it does, and all that follows is as it is then.
+
+        Args:
+            edges: (source, reader), as `sources` and `readers` have them.
+
+        Raises:
+            InvalidInputError: no edges, no such node; a reader that is no feature or rest (into
+                the target nothing has to be predicted: what it reads is linear but for its norm);
+                a source that it cannot read; a circuit along a direction.
+        """
+        edges = list(edges)
+        if not all(isinstance(edge, tuple) and len(edge) == 2 for edge in edges):
+            raise InvalidInputError(f"edges must be pairs (source, reader), got {edges!r}")
+        chosen = [(self.number(source), self.number(reader)) for source, reader in edges]
+        for j, i in chosen:
+            source, reader = self.nodes[j], self.nodes[i]
+            if reader.kind not in ("feature", "rest"):
+                raise InvalidInputError(
+                    f"{reader.name} is no feature or rest of an MLP; only edges into those are "
+                    "taken out"
+                )
+            if source.layer >= reader.layer or source.position > reader.position:
+                raise InvalidInputError(f"{reader.name} reads nothing of {source.name}")
+        groups: list[Group] = []
+        values: list[float] = []
+        for j, i in chosen:
+            place = self.nodes[i].layer, self.nodes[i].position
+            (x,) = arriving(self.replacement, [self._written(j)], *place)
+            groups.append([Read(*place, self._part(i, x))])
+            values.append(-float(self.reads[i - 1] @ x))
+        names = [f"{self.nodes[j].name} > {self.nodes[i].name}" for j, i in chosen]
+        return self._without(groups, names, values, batch_size)
+
+    def _without(
+        self, groups: Sequence[Group], names: Sequence[str], values: list[float], batch_size: int
+    ) -> Ablations:
+        if not groups:
+            raise InvalidInputError("there is nothing to take out: no nodes or edges were given")
+        check_at_least("batch_size", batch_size, 1)
+        some = [groups[i : i + batch_size] for i in range(0, len(groups), batch_size)]
         with torch.no_grad():
-            said = predicted(self.replacement, written).cpu()
-            true = measured(self.lens, self.replacement, written, batch_size)
-        slopes = gradients(self.lens, self.replacement, written)
-        return Ablations(names, said, torch.tensor(own, dtype=torch.float64), slopes, true)
+            said = torch.cat([predicted(self.replacement, each) for each in some]).cpu()
+            true = measured(self.lens, self.replacement, groups, batch_size)
+        slopes = gradients(self.lens, self.replacement, groups)
+        linear = torch.tensor(values, dtype=torch.float64)
+        return Ablations(tuple(names), said, linear, slopes, true)
+
+    def _part(self, i: int, x: Tensor) -> Tensor:
+        """[d_in]: what a feature or rest reads of what its MLP reads."""
+        reader = self.nodes[i]
+        if reader.kind == "feature":
+            v = torch.nn.functional.normalize(self.reads[i - 1], dim=0)
+            return (x @ v) * v
+        for v in (self.whole or self)._features(reader.layer, reader.position):
+            x = x - (x @ v) * v
+        return x
 
     @contextmanager
     def steered(
