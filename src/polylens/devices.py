@@ -1,4 +1,4 @@
-"""What differs between devices: how much is done at once, waiting for numbers, memory."""
+"""What differs between devices: which there are, how much is done at once, waiting, memory."""
 
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -8,10 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polylens.errors import OutOfMemory
+from polylens.errors import InvalidInputError, OutOfMemory
 
 # Devices with a cache that blocks should fit into; others want plenty of work at once.
 CACHED = {"cpu"}
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device of this name; InvalidInputError if this machine has none such."""
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0].strip() if str(error) else type(error).__name__
+        raise InvalidInputError(
+            f"device {str(device)!r} cannot be used here: {first}; cpu always can"
+        ) from error
+    return found
 
 
 def per_block(device: torch.device, cached: int, other: int) -> int:

@@ -230,6 +230,8 @@ def validate_tokens(
             f"tokens have {shape[1]} positions per sequence, the model has {n_positions}; cut them "
             "into shorter sequences"
         )
+    if tokens.is_meta:
+        raise InvalidInputError("tokens are on the meta device, where tensors have no values")
     tokens = tokens.cpu().long()
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (d_vocab is not None and high >= d_vocab):

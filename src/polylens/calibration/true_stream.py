@@ -117,10 +117,12 @@ def _begun(
         OutOfMemory: they keep more than is free on the layers' devices.
     """
     weights = {layer: site.weights() for layer, site in sites.items()}
-    needed = Counter[torch.device]()
+    kept, solving = Counter[torch.device](), Counter[torch.device]()
     for each in weights.values():
-        needed[each.device] += method.kind.kept_bytes(each, degree)
-    for device, size in needed.items():
+        at, size = each.device, method.kind.solving_bytes(each, degree)
+        kept[at] += method.kind.kept_bytes(each, degree)
+        solving[at] = max(solving[at], size)  # one layer after the other
+    for device, size in (kept + solving).items():
         what = f"{method.kind.name}, degree {degree}, for {len(weights)} layers at once"
         remedy = "Sequential() keeps one layer at a time; or fewer layers, or a lower degree"
         require_room(size, device, what, remedy)

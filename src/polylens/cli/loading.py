@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from polylens.calibration.tokens import ids_of, leading_bos, windows
+from polylens.devices import usable_device
 from polylens.errors import InvalidInputError, UnsupportedModel
 
 DEMO = "demo"
@@ -50,7 +51,7 @@ def load_model(
         InvalidInputError: no such file, directory, model, device or dtype.
         UnsupportedModel: a model that transformers or TransformerLens cannot build.
     """
-    torch_dtype, torch_device = parse_dtype(dtype), parse_device(device)
+    torch_dtype, torch_device = parse_dtype(dtype), usable_device(device)
     if source == DEMO and not Path(source).exists():
         from polylens import demo
 
@@ -216,18 +217,6 @@ def parse_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise InvalidInputError(f"unknown dtype {name!r}; there are {', '.join(DTYPES)}")
     return getattr(torch, name)
-
-
-def parse_device(name: str) -> torch.device:
-    """The device of this name; InvalidInputError if there is none such on this machine."""
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise InvalidInputError(
-            f"device {name!r} cannot be used here: {_first_line(error)}; cpu always can"
-        ) from error
-    return device
 
 
 def _model_only(source: str, device: str, dtype: str, revision: str | None = None) -> Any:

@@ -14,6 +14,7 @@ from rich.markup import escape
 from polylens.checks import layers_in
 from polylens.cli.options import Measures, OneLayer
 from polylens.cli.outputs import Output, check_writable
+from polylens.devices import usable_device
 from polylens.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -92,13 +93,13 @@ def open_model(
 
     from polylens.attachment import attach, load
     from polylens.calibration.sampling import sample_tokens
-    from polylens.cli.loading import load_model, parse_device, parse_dtype, token_windows
+    from polylens.cli.loading import load_model, parse_dtype, token_windows
     from polylens.fitting.estimator import require_degree
     from polylens.ranks import Ranks
 
     require_degree(source.degree)
     parse_dtype(source.dtype)
-    parse_device(source.device)
+    usable_device(source.device)
     quiet_libraries()
     ranks = Ranks.of_launcher()
     rank = 0 if ranks is None else ranks.rank

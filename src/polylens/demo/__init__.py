@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from polylens.devices import usable_device
 from polylens.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def load_model(
     from safetensors.torch import load
     from transformers import GPT2Config, GPT2LMHeadModel
 
+    device = None if device is None else usable_device(device)
     folder = files(__name__)
     config = GPT2Config(**json.loads((folder / "config.json").read_text()))
     model = GPT2LMHeadModel._from_config(config, attn_implementation="eager")

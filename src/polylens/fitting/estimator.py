@@ -82,6 +82,11 @@ class Estimator(ABC):
         return 0
 
     @classmethod
+    def solving_bytes(cls, weights: MLPWeights | GLUWeights, degree: int) -> int:
+        """What `solve` needs beside the sums."""
+        return 0
+
+    @classmethod
     def check_tails(cls, tails: float | None) -> None:
         """InvalidInputError for tails that this estimator does not know."""
         require_tails(tails)

@@ -46,13 +46,17 @@ class JointEstimator(SampleEstimator):
     ) -> None:
         super().__init__(weights, degree, tails)
         size = feature_count(weights, degree)
-        what = f"Gram matrices of {size:,} features"
-        require_room(self.kept_bytes(weights, degree), weights.device, what, REMEDY)
+        needed = self.kept_bytes(weights, degree) + self.solving_bytes(weights, degree)
+        require_room(needed, weights.device, f"Gram matrices of {size:,} features", REMEDY)
 
     @classmethod
     def kept_bytes(cls, weights: MLPWeights | GLUWeights, degree: int) -> int:
         size = feature_count(weights, degree)
         return 8 * (weights.d_in**2 + 2 * size * (size + weights.d_out))
+
+    @classmethod
+    def solving_bytes(cls, weights: MLPWeights | GLUWeights, degree: int) -> int:
+        return 16 * feature_count(weights, degree) ** 2  # the system and its Cholesky factor
 
     def _begun(self, seen: PreactivationRange | None, deciding: Batch | None) -> "JointGram":
         if seen is not None and seen.inner is not None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from polylens.checks import check_at_least, floating
+from polylens.devices import usable_device
 from polylens.errors import InvalidInputError, NumericalWarning
 from polylens.files.format import Record
 from polylens.inputs.model import Fitted, InputModel
@@ -124,7 +125,8 @@ class Gaussian(InputModel):
         return (values[kept].sqrt() * vectors[:, kept]).T * deviations
 
     def to(self, device: torch.device | str) -> "Gaussian":
-        if torch.device(device) == self.device:
+        device = usable_device(device)
+        if device == self.device:
             return self
         return Gaussian.trusted(self.mean.to(device), self.cov.to(device))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from polylens.checks import check_at_least, floating, real_numbers
+from polylens.devices import usable_device
 from polylens.errors import InvalidInputError
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
@@ -170,7 +171,8 @@ class GaussianMixture(InputModel):
         return self.means.device
 
     def to(self, device: torch.device | str) -> "GaussianMixture":
-        if torch.device(device) == self.device:
+        device = usable_device(device)
+        if device == self.device:
             return self
         return GaussianMixture.trusted(
             self.weights.to(device), self.means.to(device), self.covs.to(device)

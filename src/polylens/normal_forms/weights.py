@@ -10,6 +10,7 @@ from torch import Tensor
 from polylens.activations.activation import Activation
 from polylens.activations.recognition import activation, activation_of, activation_record
 from polylens.checks import check_features, floating
+from polylens.devices import usable_device
 from polylens.errors import ArtifactError, InvalidInputError
 from polylens.files.format import Record, prefixed, within
 
@@ -131,6 +132,9 @@ class _Weights(_Declared):
 
     def to(self: _W, *args: Any, **kwargs: Any) -> _W:
         """The same weights on another device or in another dtype, as `Tensor.to`."""
+        for each in (*args, *kwargs.values()):
+            if isinstance(each, str | torch.device):
+                usable_device(each)
         changed = {f.name: getattr(self, f.name) for f in fields(self)}
         for name in self._roles():
             if changed[name] is not None:

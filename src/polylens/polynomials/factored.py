@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from polylens.activations.activation import MAX_DEGREE
 from polylens.activations.hermite import hermite_to_monomial
 from polylens.checks import check_at_least, check_degree, check_features, real_numbers
+from polylens.devices import require_room
 from polylens.errors import ArtifactError, InvalidInputError
 from polylens.files.format import Record
 from polylens.inputs.gaussian import Gaussian
@@ -493,6 +494,7 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
 
         Raises:
             InvalidInputError: the tensors would take more than max_bytes.
+            OutOfMemory: they, and what is held to make them, are more than is free.
         """
         check_at_least("max_bytes", max_bytes, 0)
         needed = 8 * sum(self.d_out * self.d_in**k for k in range(self.degree + 1))
@@ -502,6 +504,9 @@ class Polynomial(Sized, Approximation):  # pyright: ignore[reportIncompatibleVar
                 f"take {needed:,} bytes, more than max_bytes={max_bytes:,}; truncate, use "
                 "quadratic_form(u) for one output direction, or raise max_bytes"
             )
+        held = needed + 3 * 8 * self.d_out * self.d_in**self.degree
+        what = f"dense tensors of degree {self.degree} and what is held to make them"
+        require_room(held, self.W_out.device, what, "truncate, or use quadratic_form(u)")
         gate, b, V, b_V = self._activated_first()
         W = gate.double()
         powers, z_powers = self.optimum()._monomials(self.degree)

@@ -5,6 +5,9 @@ import math
 import torch
 from torch import Tensor
 
+# Neurons whose products are held at a time, if there are not more inputs.
+NEURONS = 1024
+
 
 def expanded_about(powers: Tensor, shift: Tensor) -> Tensor:
     """Coefficients of y^l, where `powers` are those of (y + shift)^j."""
@@ -16,10 +19,19 @@ def expanded_about(powers: Tensor, shift: Tensor) -> Tensor:
 
 
 def outer_powers(readout: Tensor, columns: list[Tensor]) -> Tensor:
-    """sum_i readout[i] (x) columns_1[:, i] (x) ... (x) columns_k[:, i], as [d_out, d_in, ...]."""
+    """sum_i readout[i] (x) columns_1[:, i] (x) ... (x) columns_k[:, i], as [d_out, d_in, ...].
+
+    Memory: where d_in >= NEURONS, twice the result beside it, however many neurons there are.
+    """
     if not columns:
         return readout.sum(0)
-    product = readout.T
-    for column in columns[:-1]:
-        product = product.unsqueeze(-2) * column
-    return product @ columns[-1].T
+    d_in, d_mlp = columns[0].shape
+    total = readout.new_zeros(readout.shape[1], *[d_in] * len(columns))
+    # so many neurons that their products are no larger than the sum
+    step = max(d_in, NEURONS)
+    for i in range(0, d_mlp, step):
+        product = readout[i : i + step].T
+        for column in columns[:-1]:
+            product = product.unsqueeze(-2) * column[:, i : i + step]
+        total += product @ columns[-1][:, i : i + step].T
+    return total

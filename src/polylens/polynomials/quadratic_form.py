@@ -8,6 +8,7 @@ from torch import Tensor
 
 from polylens.brief import Brief
 from polylens.checks import real_numbers
+from polylens.devices import require_room
 from polylens.errors import InvalidInputError
 
 
@@ -65,7 +66,16 @@ class QuadraticForm(Brief):
         return x.double()
 
     def to_dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """[d_in, d_in], computed in this dtype."""
+        """[d_in, d_in], computed in this dtype.
+
+        Raises:
+            OutOfMemory: it and two matrices [d_in, d_mlp] are more than is free; products
+                `form @ X` need neither.
+        """
+        d_in, d_mlp = self.W.shape
+        needed = dtype.itemsize * d_in * (2 * d_mlp + 2 * d_in)
+        what = f"a dense form [{d_in}, {d_in}] of {d_mlp:,} neurons"
+        require_room(needed, self.W.device, what, "use products form @ X")
         W = self.W.to(dtype)
         right = W * self.p.to(dtype)
         if self.V is not None and self.q is not None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from polylens.checks import floating, renamed
+from polylens.devices import require_room
 from polylens.errors import ConvergenceError, InvalidInputError
 from polylens.fitting.estimator import require_fit
 from polylens.fitting.global_optimum import conjugate_gradients, least_squares
@@ -17,8 +18,6 @@ from polylens.polynomials.base import kept
 from polylens.polynomials.dense import DensePolynomial
 
 MAX_ITERATIONS = 500
-# Bytes of one dense quadratic for all outputs in float64; the solver holds about eight.
-MAX_QUADRATIC_BYTES = 1 << 30
 
 
 @renamed()
@@ -51,8 +50,8 @@ def fit_global(
         tolerance: relative residual of conjugate gradients.
 
     Raises:
-        InvalidInputError: outputs of another size; too many monomials for degree >= 3, too many
-            outputs for degree 2 (with the sizes).
+        InvalidInputError: outputs of another size; too many monomials for degree >= 3.
+        OutOfMemory: too many outputs for degree 2 (with the sizes).
         ConvergenceError: the tolerance was not reached.
 
     Warns:
@@ -82,7 +81,7 @@ def fit_global(
     try:
         white = coordinates(mixture.to(layer.device))
         if degree == 2 and not least_squares.is_small(white.rank, 2):
-            _check_size(layer.d_out, white.rank)
+            _require_room(layer, white.rank)
             white = white.rotated(common_basis(_components(white)))
         solution = _solve(layer, white, degree, tolerance, max_iterations)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
@@ -171,11 +170,8 @@ def _along(layer: MLPWeights | GLUWeights, outputs: Tensor | None) -> MLPWeights
     return replace(layer, W_out=layer.W_out @ U, b_out=b_out)
 
 
-def _check_size(d_out: int, r: int) -> None:
-    size = 8 * d_out * r * r
-    if size > MAX_QUADRATIC_BYTES:
-        raise InvalidInputError(
-            f"quadratic forms of {d_out} output directions in {r} dimensions take {size:,} bytes, "
-            f"and conjugate gradients hold eight times that; choose directions with outputs=U "
-            f"[{d_out}, k]"
-        )
+def _require_room(layer: MLPWeights | GLUWeights, r: int) -> None:
+    """For what conjugate gradients hold: eight quadratic forms of every output."""
+    what = f"eight quadratic forms of {layer.d_out} output directions in {r} dimensions"
+    remedy = f"choose directions with outputs=U [{layer.d_out}, k]"
+    require_room(8 * 8 * layer.d_out * r * r, layer.device, what, remedy)
