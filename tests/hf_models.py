@@ -18,6 +18,25 @@ DECODER = dict(
     bos_token_id=1,
     eos_token_id=2,
 )
+MOE = {**DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+DEEPSEEK = dict(
+    n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1, kv_lora_rank=8,
+    q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
+)  # fmt: skip
+# Configurations and models, and which layers are mixtures of four experts.
+MIXTURES: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
+    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**MOE, "num_local_experts": 4}, (0, 1)),
+    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {**MOE, "num_experts": 4}, (0, 1)),
+    "qwen2_moe": (
+        "Qwen2MoeConfig", "Qwen2MoeForCausalLM",
+        {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 40}, (0, 1),
+    ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
+        {**MOE, "num_experts": 4, "num_local_experts": 4, "head_dim": 6}, (0, 1),
+    ),
+    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**MOE, **DEEPSEEK}, (1,)),
+}  # fmt: skip
 ENCODER = {**DECODER, "max_position_embeddings": 64}
 ENCODER.pop("num_key_value_heads")
 GPT = dict(

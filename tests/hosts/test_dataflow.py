@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from tests.hf_models import (
     ARCHITECTURES,
-    DECODER,
     GEMMA,
+    MOE,
     NUMBER_OF_BLOCKS,
     build,
     example,
@@ -20,8 +20,6 @@ from polylens import Expert
 from polylens.errors import UnsupportedModel
 from polylens.hosts.torch.dataflow import find_blocks
 from polylens.hosts.torch.host import TorchHost
-
-MOE = {**DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 
 def snapshot(model):

@@ -5,42 +5,25 @@ import json
 
 import pytest
 import torch
-from tests.hf_models import D_VOCAB, DECODER, from_config
+from tests.hf_models import D_VOCAB, MIXTURES, MOE, from_config
 from tests.host_contract import module_snapshot
+from tests.hosts.test_hosts_agree import bridge
 
 import polylens
 from polylens import Expert
 from polylens.checks import check_layers, from_json, label, labelled, to_json
 from polylens.cli.page import html_page
+from polylens.hosts.moe import find_experts
 from polylens.hosts.torch.host import TorchHost
-from polylens.hosts.torch.moe import find_experts
 
 pytestmark = pytest.mark.filterwarnings("ignore::polylens.NumericalWarning")
 
 TOKENS = torch.randint(3, D_VOCAB, (4, 12), generator=torch.Generator().manual_seed(3))
-MOE = {**DECODER, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-DEEPSEEK = dict(
-    n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1, kv_lora_rank=8,
-    q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=4,
-)  # fmt: skip
-MODELS = {
-    "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**MOE, "num_local_experts": 4}, (0, 1)),
-    "olmoe": ("OlmoeConfig", "OlmoeForCausalLM", {**MOE, "num_experts": 4}, (0, 1)),
-    "qwen2_moe": (
-        "Qwen2MoeConfig", "Qwen2MoeForCausalLM",
-        {**MOE, "num_experts": 4, "shared_expert_intermediate_size": 40}, (0, 1),
-    ),
-    "qwen3_moe": (
-        "Qwen3MoeConfig", "Qwen3MoeForCausalLM",
-        {**MOE, "num_experts": 4, "num_local_experts": 4, "head_dim": 6}, (0, 1),
-    ),
-    "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**MOE, **DEEPSEEK}, (1,)),
-}  # fmt: skip
 
 
-@pytest.fixture(params=MODELS)
+@pytest.fixture(params=MIXTURES)
 def case(request):
-    config, model, changes, layers = MODELS[request.param]
+    config, model, changes, layers = MIXTURES[request.param]
     return from_config(config, model, changes), layers
 
 
@@ -110,7 +93,7 @@ def test_replacing_an_expert_by_itself_changes_nothing_and_by_nothing_a_lot(case
 
 
 def test_experts_of_a_copy_belong_to_the_copy():
-    config, name, changes, _ = MODELS["mixtral"]
+    config, name, changes, _ = MIXTURES["mixtral"]
     model = from_config(config, name, changes)
     sites, _ = find(model)
     twin, theirs = copy.deepcopy((model, sites[0]))
@@ -255,9 +238,36 @@ def test_a_copy_made_while_replaced_is_the_true_model(case):
     torch.testing.assert_close(logits(twin), true)
 
 
+@pytest.mark.parametrize("case", ["qwen2_moe"], indirect=True)
+def test_experts_of_a_bridge_are_those_of_the_model_in_it(case, tmp_path):
+    model, _ = case
+    options = {"loss": False, "progress": False}
+    with attach(copy.deepcopy(model)) as lens:
+        expected = lens.report(HELD_OUT[:8], **options)
+        lens.save(tmp_path / "lens")
+        with lens.replaced():
+            replaced = logits(lens.host.module)
+    model = bridge(model)
+    with attach(model) as lens:
+        assert lens.refused == {}
+        report = lens.report(HELD_OUT[:8], **options)
+    assert [(r.layer, r.n_tokens) for r in report] == [(r.layer, r.n_tokens) for r in expected]
+    r2, other = (torch.tensor([row.r2 for row in each]) for each in (report, expected))
+    torch.testing.assert_close(r2, other, atol=1e-5, rtol=0)
+    with polylens.load(tmp_path / "lens", model) as lens, lens.replaced(), torch.no_grad():
+        torch.testing.assert_close(lens.host.logits(TOKENS), replaced, atol=1e-4, rtol=0)
+
+
+def test_experts_of_a_bridge_without_a_normal_form_are_refused_by_name():
+    changes = {**MOE, "head_dim": 8, "num_local_experts": 4}
+    model = bridge(from_config("GptOssConfig", "GptOssForCausalLM", changes))
+    with pytest.raises(polylens.UnsupportedModel, match=r"blocks\.0\.mlp\.experts.*GPT-OSS"):
+        attach(model)
+
+
 def test_experts_of_an_nnsight_model():
     nnsight = pytest.importorskip("nnsight", minversion="0.8")
-    config, name, changes, _ = MODELS["qwen2_moe"]
+    config, name, changes, _ = MIXTURES["qwen2_moe"]
     model = nnsight.NNsight(from_config(config, name, changes))
     before, reference = module_snapshot(model._module), logits(model._module)
     with attach(model) as lens:
@@ -272,7 +282,7 @@ def test_experts_of_an_nnsight_model():
 
 
 def test_an_expert_that_saw_too_few_tokens_is_named_and_not_fitted():
-    config, name, changes, _ = MODELS["mixtral"]
+    config, name, changes, _ = MIXTURES["mixtral"]
     model = from_config(config, name, changes)
     with torch.no_grad():  # the router of layer 0 shuns expert 1
         gate = model.model.layers[0].mlp.gate.weight
@@ -302,7 +312,7 @@ def test_an_expert_that_saw_too_few_tokens_is_named_and_not_fitted():
 
 @pytest.mark.parametrize("options", [dict(method=polylens.FromNorm()), dict(layers=Expert(0, 9))])
 def test_what_experts_cannot_do_is_said(options):
-    config, name, changes, _ = MODELS["mixtral"]
+    config, name, changes, _ = MIXTURES["mixtral"]
     model = from_config(config, name, changes)
     tokens = None if "method" in options else MANY
     with pytest.raises((polylens.UnsupportedModel, polylens.InvalidInputError), match=r"router|9"):

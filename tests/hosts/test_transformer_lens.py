@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from tests.hf_models import MIXTURES
 from tests.host_contract import (
     POINTS,
     TOKENS,
@@ -155,6 +156,48 @@ class TestHost(HostContract):
             assert float(plain.mean(-1).abs().max()) < 5e-2
 
 
+@pytest.mark.more
+class TestMixture(TestHost):
+    """What holds of a layer holds of every expert, without a shared one and beside it."""
+
+    @pytest.fixture(scope="class", params=["mixtral", "qwen2_moe"])
+    def specimen(self, request):
+        config, model, changes, _ = MIXTURES[request.param]
+        return Specimen(request.param, lambda: settled(bridge(config, model, **changes)))
+
+    @pytest.fixture(autouse=True)
+    def _few_tokens(self, monkeypatch):
+        monkeypatch.setattr("polylens.calibration.true_stream.FEW_TOKENS", 4)
+
+    def test_the_points_are_in_the_cache_of_an_unchanged_run(self, attached):
+        model, lens = attached
+        reference = logits(model)
+        with torch.no_grad():
+            out, cache = model.run_with_cache(TOKENS)
+        assert torch.equal(out, reference)
+        for layer in lens:
+            x, value = (cache[self.point(lens, layer, name).name] for name in ("in", "out"))
+            assert_close(value, lens[layer](x))
+        assert "blocks.1.mlp.experts.expert_3.hook_poly_error" in cache
+
+    def test_hooks_on_polynomial_points_are_effective(self, attached):
+        model, lens = attached
+        with torch.no_grad(), lens.replaced():
+            reference = logits(model)
+            hooks = [("blocks.0.mlp.experts.expert_2.hook_poly_out", lambda value, hook: 0 * value)]
+            changed = model.run_with_hooks(TOKENS, fwd_hooks=hooks)
+            assert not torch.equal(changed, reference)
+
+    def test_norm_in_front_of_the_mlp(self, specimen):
+        host = host_for(specimen.bare())
+        for site in host.sites()[0]:
+            if isinstance(site.layer, int):
+                assert host.norm(site).weight is not None
+            else:
+                with pytest.raises(polylens.UnsupportedModel, match="router"):
+                    host.norm(site)
+
+
 @pytest.mark.parametrize("exclude_first", [True, False])
 def test_position_zero_is_replaced_like_the_others(exclude_first):
     model = BRIDGES["gpt2"]()
@@ -186,21 +229,6 @@ def test_user_edits_of_the_mlp_input_reach_the_polynomial():
 def test_what_has_no_normal_form_is_refused(make):
     with pytest.raises(polylens.UnsupportedModel, match="layer 0"):
         attach(make())
-
-
-def test_mixture_of_experts_is_refused_with_the_reason():
-    model = bridge(
-        "MixtralConfig",
-        "MixtralForCausalLM",
-        hidden_size=24,
-        intermediate_size=40,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        num_local_experts=2,
-    )
-    with pytest.raises(polylens.UnsupportedModel, match=r"blocks\.0\.mlp.*mixture of experts"):
-        attach(model)
 
 
 @pytest.mark.parametrize("name", ["bridge-gpt2", "hooked-layer_norm"])

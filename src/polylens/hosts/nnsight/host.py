@@ -8,11 +8,11 @@ from torch import nn
 
 from polylens.errors import AttachmentError, UnsupportedModel
 from polylens.hosts.base import Emitter, MLPSite
+from polylens.hosts.moe import ExpertSite
 from polylens.hosts.nnsight.inline import InlinePolynomial
 from polylens.hosts.passage import Emitting, PolyPoint, Taps
 from polylens.hosts.torch.dataflow import Block
 from polylens.hosts.torch.host import TorchHost
-from polylens.hosts.torch.moe import ExpertSite
 from polylens.polynomials.evaluation import PerNeuron
 from polylens.polynomials.factored import Polynomial
 

@@ -40,6 +40,7 @@ from polylens.hosts.batch import (
     require_taken,
     takes,
 )
+from polylens.hosts.moe import ExpertPassages, ExpertSite, Member, find_experts, in_order, no_norm
 from polylens.hosts.norms import Call, norm_behind, norm_giving, norm_read
 from polylens.hosts.offloaded import is_dispatched, parameter
 from polylens.hosts.passage import Emitting, PolyPoint, Step, Taps, editing, observing, substituting
@@ -48,7 +49,6 @@ from polylens.hosts.recording import position
 from polylens.hosts.torch.copying import Place, clean_copy, place_of, require_apart
 from polylens.hosts.torch.dataflow import Block, find_blocks
 from polylens.hosts.torch.guessing import Example, guessed_inputs
-from polylens.hosts.torch.moe import ExpertPassage, ExpertSite, Member, find_experts
 from polylens.hosts.torch.splice import Splice, around
 
 _SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "num_beams": 1}
@@ -79,7 +79,7 @@ class TorchHost(Host):
         self._from_zero: bool | None = None
         self._blocks: dict[int, Block] = {}
         self._experts: dict[Layer, ExpertSite] = {}
-        self._passages: dict[nn.Module, ExpertPassage] = {}
+        self._passages = ExpertPassages()
 
     @property
     def tokenizer(self) -> Any | None:
@@ -148,7 +148,7 @@ class TorchHost(Host):
         self._experts = {site.layer: site for site in experts}
         if isinstance(self._examples, dict) and isinstance(self._examples.get(TOKENS), Tensor):
             self._counts_from_zero(self._examples[TOKENS])  # not within somebody's hooks
-        sites = sorted([*map(_site, blocks), *experts], key=_place)
+        sites = sorted([*map(_site, blocks), *experts], key=in_order)
         return sites, _still_refused(refused, experts, problems)
 
     def offer(self, inputs: Any) -> None:
@@ -291,7 +291,7 @@ class TorchHost(Host):
         if not _is_hugging_face(inner):
             return TOKENS
         if isinstance(layer, Expert):
-            path = self._passage(layer).stack.path
+            path = self._expert(layer).stack.path
         else:
             path = self._block(layer).path
         model: Any = self.module
@@ -388,7 +388,7 @@ class TorchHost(Host):
 
     def _join(self, layer: Layer, function: Step, first: bool) -> Splice | Member:
         if isinstance(layer, Expert):
-            return self._passage(layer).add(layer.expert, function, first)
+            return self._passages.join(self._expert(layer), function, first)
         block = self._block(layer)
         return Splice(self.module, block, self._end(block), function, first)
 
@@ -397,13 +397,10 @@ class TorchHost(Host):
             self.sites()
         return self._blocks[layer]
 
-    def _passage(self, layer: Expert) -> ExpertPassage:
+    def _expert(self, layer: Expert) -> ExpertSite:
         if layer not in self._experts:
             self.sites()
-        stack = self._experts[layer].stack
-        if stack.module not in self._passages:
-            self._passages[stack.module] = ExpertPassage(stack)
-        return self._passages[stack.module]
+        return self._experts[layer]
 
     def _end(self, block: Block) -> nn.Module:
         """The module whose output a polynomial replaces."""
@@ -412,7 +409,8 @@ class TorchHost(Host):
     def install(self, site: MLPSite, emitter: Emitter) -> Callable[[], None]:
         points = {name: PolyPoint(f"hook_poly_{name}") for name in emitter.point_names}
         with ExitStack() as undo:
-            owner = self._owner(site, undo)
+            expert = isinstance(site, ExpertSite)
+            owner = site.add_owner(undo) if expert else self._block(site.layer).owner  # type: ignore
             for point in points.values():
                 owner.add_module(point.name, point)
                 undo.callback(owner._modules.pop, point.name, None)
@@ -420,15 +418,6 @@ class TorchHost(Host):
             self._points[site.layer] = points
             undo.callback(self._points.pop, site.layer, None)
             return undo.pop_all().close
-
-    def _owner(self, site: MLPSite, undo: ExitStack) -> nn.Module:
-        """The module that gets the hook points: of an expert a new one, `expert_<number>`."""
-        if not isinstance(site, ExpertSite):
-            return self._block(site.layer).owner  # type: ignore[arg-type]
-        owner, name = nn.Module(), f"expert_{site.layer.expert}"
-        site.stack.module.add_module(name, owner)
-        undo.callback(site.stack.module._modules.pop, name, None)
-        return owner
 
     def copied(self, layers: Iterable[Layer]) -> tuple[nn.Module, dict[Layer, Place]]:
         """A copy of the module without a lens, and where in it these layers' activations are.
@@ -460,10 +449,7 @@ class TorchHost(Host):
 
     def norm(self, site: MLPSite) -> Norm:
         if isinstance(site, ExpertSite):
-            raise UnsupportedModel(
-                f"{site.path} sees the inputs that its router sends there, about which the norm "
-                "says nothing; give tokens"
-            )
+            raise no_norm(site)
         layer, read = site.layer, list[Tensor]()
         with self.observe({layer: lambda arrival: read.append(arrival.x.detach().clone())}):
             passed = self._norm_calls()
@@ -601,12 +587,6 @@ def _floats(out: Any) -> Iterator[Tensor]:
     elif isinstance(out, Mapping | tuple | list):
         for value in out.values() if isinstance(out, Mapping) else out:
             yield from _floats(value)
-
-
-def _place(site: MLPSite) -> tuple[int, int]:
-    """What is in front of what: a layer's experts after its shared ones."""
-    layer = site.layer
-    return (layer.layer, layer.expert) if isinstance(layer, Expert) else (layer, -1)
 
 
 def _still_refused(

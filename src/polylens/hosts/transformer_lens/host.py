@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from polylens.activations.activation import Activation
 from polylens.activations.recognition import activation
-from polylens.checks import Layer
+from polylens.checks import Expert, Layer
 from polylens.errors import InvalidInputError, PolylensError, UnsupportedModel
 from polylens.hosts.base import (
     TOLERANCE,
@@ -39,13 +39,16 @@ from polylens.hosts.batch import (
     plain,
     require_taken,
 )
+from polylens.hosts.moe import ExpertPassages, ExpertSite, Member, find_experts, in_order, no_norm
 from polylens.hosts.norms import Call, matching_norm, norm_behind, norm_read
 from polylens.hosts.passage import Emitting, Step, Taps, editing, observing, substituting
 from polylens.hosts.quiet import quiet
+from polylens.hosts.recording import stacked
 from polylens.hosts.transformer_lens.junction import Junction, Wiring, interior_of
 from polylens.normal_forms.weights import ROLES, GLUWeights, MLPWeights
 
 _ACTIVATIONS = ("act", "act_fn", "activation_fn", "activation", "gelu_impl", "intermediate_act_fn")
+_WRAPPED = "_original_component"
 _NORMS = ("ln1", "ln2", "ln1_post", "ln2_post")
 _SAMPLING: dict[str, Any] = dict(do_sample=True, temperature=1.0, stop_at_eos=False)
 _SAMPLING |= dict(prepend_bos=False, return_type="tokens", verbose=False)
@@ -58,6 +61,8 @@ class TransformerLensHost(Host):
         self.is_bridge = hasattr(model, "_hook_registry")
         super().__init__(model, "TransformerBridge" if self.is_bridge else "HookedTransformer")
         self._wirings: dict[Layer, Wiring] = {}
+        self._experts: dict[Layer, ExpertSite] = {}
+        self._passages = ExpertPassages()
 
     @property
     def model_name(self) -> str:
@@ -146,29 +151,41 @@ class TransformerLensHost(Host):
         return tokens
 
     def sites(self) -> tuple[list[MLPSite], dict[Layer, str]]:
-        candidates: dict[int, list[Wiring]] = {}
+        found: dict[int, tuple[str, nn.Module]] = {}
+        stacks: dict[str, nn.Module] = {}
         refused: dict[Layer, str] = {}
         blocks = getattr(self.model, "blocks", None)
         if blocks is None:
             raise UnsupportedModel(f"{self.name} has no single stack of blocks (encoder-decoder?)")
         for layer, block in enumerate(blocks):
-            mlp = getattr(block, "mlp", None)
+            mlp, path = getattr(block, "mlp", None), f"blocks.{layer}.mlp"
             if mlp is None:
                 refused[layer] = f"layer {layer}: block has no MLP"
             elif any(p.is_meta for p in block.parameters()):
                 refused[layer] = f"layer {layer}: weights are on the meta device; load them first"
+            elif routed := _stacks(path, mlp):
+                stacks |= routed
+                if shared := _shared(path, mlp):
+                    found[layer] = shared
             else:
-                candidates[layer] = self._candidate_wirings(block, mlp)
-        captured = self._capture(candidates) if candidates else {}
+                found[layer] = path, mlp
+        wirings = {n: self._candidate_wirings(blocks[n], mlp) for n, (_, mlp) in found.items()}
+        captured = self._capture(wirings) if found else {}
         sites: list[MLPSite] = []
-        for layer, wirings in candidates.items():
-            path = f"blocks.{layer}.mlp"
+        for layer, (path, mlp) in found.items():
             try:
-                site, self._wirings[layer] = self._verified(layer, path, wirings, captured[layer])
+                site, self._wirings[layer] = self._verified(
+                    layer, path, mlp, wirings[layer], captured[layer]
+                )
                 sites.append(site)
             except PolylensError as error:
                 refused[layer] = f"layer {layer} ({path}): {error}"
-        return sites, refused
+        experts, problems = find_experts(self.module, self._probe, stacks.items())
+        self._experts = {site.layer: site for site in experts}
+        for path, problem in problems.items():
+            layer = int(path.split(".")[1])
+            refused.setdefault(layer, f"layer {layer}: {problem}")
+        return sorted([*sites, *experts], key=in_order), refused
 
     def _candidate_wirings(self, block: nn.Module, mlp: Any) -> list[Wiring]:
         inside = interior_of(mlp)
@@ -223,9 +240,13 @@ class TransformerLensHost(Host):
                 ) from error
 
     def _verified(
-        self, layer: int, path: str, wirings: list[Wiring], captured: dict[Any, Any]
+        self,
+        layer: int,
+        path: str,
+        mlp: nn.Module,
+        wirings: list[Wiring],
+        captured: dict[Any, Any],
     ) -> tuple[MLPSite, Wiring]:
-        mlp = self.model.blocks[layer].mlp
         reader = Reader(mlp, self._activation(mlp), gated_bias_after=not self.is_bridge)
         weights = reader.weights()
         errors = [_relative_error(weights, captured.get(i)) for i in range(len(wirings))]
@@ -273,7 +294,11 @@ class TransformerLensHost(Host):
     def edit(self, functions: Mapping[Layer, Function]) -> AbstractContextManager[None]:
         return editing(self._join, functions)
 
-    def _join(self, layer: Layer, function: Step, first: bool) -> Junction:
+    def _join(self, layer: Layer, function: Step, first: bool) -> Junction | Member:
+        if isinstance(layer, Expert):
+            if layer not in self._experts:
+                self.sites()
+            return self._passages.join(self._experts[layer], function, first)
         return Junction(self._wiring(layer), function, first)
 
     def _wiring(self, layer: Layer) -> Wiring:
@@ -287,8 +312,12 @@ class TransformerLensHost(Host):
         points = {name: HookPoint() for name in emitter.point_names}
         undo = ExitStack()
         try:
+            if isinstance(site, ExpertSite):
+                owner, path = site.add_owner(undo), f"{site.stack.path}.expert_{site.layer.expert}"
+            else:
+                owner, path = self.module.get_submodule(site.path), site.path
             for name, point in points.items():
-                self._add_point(site, name, point, undo)
+                self._add_point(owner, path, f"hook_poly_{name}", point, undo)
             self._points[site.layer] = points
             undo.callback(self._points.pop, site.layer, None)
             undo.callback(self._join(site.layer, Emitting(emitter, Taps(points)), False).remove)
@@ -297,12 +326,13 @@ class TransformerLensHost(Host):
             raise
         return undo.close
 
-    def _add_point(self, site: MLPSite, name: str, point: nn.Module, undo: ExitStack) -> None:
-        mlp, name = self.model.blocks[site.layer].mlp, f"hook_poly_{name}"
-        full = f"{site.path}.{name}"
+    def _add_point(
+        self, owner: nn.Module, path: str, name: str, point: nn.Module, undo: ExitStack
+    ) -> None:
+        full = f"{path}.{name}"
         point.name = full  # type: ignore[assignment]
-        mlp.add_module(name, point)
-        undo.callback(mlp._modules.pop, name, None)
+        owner.add_module(name, point)
+        undo.callback(owner._modules.pop, name, None)
         for registry in self._registries():
             registry[full] = point
         undo.callback(self._forget, full)
@@ -320,13 +350,16 @@ class TransformerLensHost(Host):
         return [self.model.mod_dict, self.model.hook_dict]
 
     def norm(self, site: MLPSite) -> Norm:
+        if isinstance(site, ExpertSite):
+            raise no_norm(site)
         inputs: list[Tensor] = []
         with self.observe({site.layer: lambda arrival: inputs.append(arrival.x.detach().clone())}):
             calls = self._norm_calls([site.layer])
         return norm_read(site, calls[site.layer], inputs[0])
 
     def norms_behind(self, layers: Iterable[Layer], part: str) -> dict[Layer, Norm]:
-        layers, outputs = list(layers), {}
+        layers = [layer for layer in layers if not isinstance(layer, Expert)]
+        outputs: dict[Layer, Tensor] = {}
 
         def keep(layer: Layer, module: nn.Module, args: tuple, out: Any) -> None:
             outputs[layer] = (out[0] if isinstance(out, tuple) else out).detach().clone()
@@ -419,6 +452,28 @@ class Reader:
                 b_out = tensors.get("b_out", torch.zeros_like(W_out[0])).double()
                 tensors["b_out"] = (b_out + b_in.double() @ W_out.double()).to(W_out.dtype)
         return GLUWeights(act=self.act, **tensors)
+
+
+def _stacks(path: str, mlp: nn.Module) -> dict[str, nn.Module]:
+    """The stacks of experts in an MLP component, by TransformerLens' name of each."""
+    named = ((_named(path, name), m) for name, m in mlp.named_modules())
+    return {name: m for name, m in named if len(stacked(m)) >= 2}
+
+
+def _shared(path: str, mlp: nn.Module) -> tuple[str, nn.Module] | None:
+    """The shared experts of a mixture's component: the one in it with matrices by role."""
+    found = [(_named(path, name), m) for name, m in mlp.named_modules() if _has_matrices(m)]
+    return found[0] if len(found) == 1 else None
+
+
+def _has_matrices(part: nn.Module) -> bool:
+    W_in, W_out = (getattr(part, role, None) for role in ("W_in", "W_out"))
+    return isinstance(W_in, Tensor) and isinstance(W_out, Tensor) and W_in.dim() == W_out.dim() == 2
+
+
+def _named(path: str, name: str) -> str:
+    """What TransformerLens calls a part of a component, which wraps the model's own."""
+    return ".".join([path, *(part for part in name.split(".") if part not in ("", _WRAPPED))])
 
 
 def _relative_error(weights: Weights, pair: tuple[Tensor, Tensor] | None) -> float:

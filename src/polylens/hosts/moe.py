@@ -1,6 +1,6 @@
 """Mixtures of experts: each expert of a stack as a GLU, on the tokens that are routed to it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -36,6 +36,13 @@ class ExpertSite(MLPSite):
 
     layer: Expert
     stack: "Stack" = field(repr=False)
+
+    def add_owner(self, undo: ExitStack) -> nn.Module:
+        """A new module `expert_<number>` in the stack, for hook points; `undo` takes it out."""
+        owner, name = nn.Module(), f"expert_{self.layer.expert}"
+        self.stack.module.add_module(name, owner)
+        undo.callback(self.stack.module._modules.pop, name, None)
+        return owner
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +104,9 @@ class Routing:
 
 
 def find_experts(
-    model: nn.Module, run: Callable[[], object]
+    model: nn.Module,
+    run: Callable[[], object],
+    named: Iterable[tuple[str, nn.Module]] | None = None,
 ) -> tuple[list[ExpertSite], dict[str, str]]:
     """Every expert of every stack that one run passes through, verified on what was routed.
 
@@ -108,11 +117,13 @@ def find_experts(
     Args:
         model: any module with loaded weights.
         run: one small forward pass.
+        named: modules of it that may be stacks, by path; all of them by default.
 
     Returns:
         Sites in order of execution, and for each refused stack (by path) the reason.
     """
-    stacks = [(path, m) for path, m in model.named_modules() if len(stacked(m)) >= 2]
+    named = model.named_modules() if named is None else named
+    stacks = [(path, m) for path, m in named if len(stacked(m)) >= 2]
     if not stacks:
         return [], {}
     calls: dict[str, tuple[nn.Module, Routing | None, Any]] = {}
@@ -140,6 +151,19 @@ def find_experts(
         layer = place[1] if one_each and place is not None else order
         sites += [_site(stack, layer, expert, error) for expert in range(stack.n_experts)]
     return sites, refused
+
+
+def in_order(site: MLPSite) -> tuple[int, int]:
+    """What sorts sites as they are executed: a layer's experts after its shared ones."""
+    layer = site.layer
+    return (layer.layer, layer.expert) if isinstance(layer, Expert) else (layer, -1)
+
+
+def no_norm(site: ExpertSite) -> UnsupportedModel:
+    return UnsupportedModel(
+        f"{site.path} sees the inputs that its router sends there, about which the norm says "
+        "nothing; give tokens"
+    )
 
 
 class ExpertPassage:
@@ -197,6 +221,15 @@ class ExpertPassage:
                 flat = out.reshape(len(routing.x), -1) if changed is None else changed
                 changed = flat.index_add(0, rows, change)
         return None if changed is None else changed.reshape(out.shape)
+
+
+class ExpertPassages(dict[nn.Module, ExpertPassage]):
+    """The passage of each stack."""
+
+    def join(self, site: ExpertSite, function: Step, first: bool) -> "Member":
+        """Put a function at an expert; see `ExpertPassage.add`."""
+        passage = self.setdefault(site.stack.module, ExpertPassage(site.stack))
+        return passage.add(site.layer.expert, function, first)
 
 
 @dataclass(frozen=True)
