@@ -18,11 +18,11 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from matplotlib.figure import Figure
 
 import polylens
 from polylens.calibration.tokens import windows as all_windows
 from polylens.cli.loading import load_model
+from polylens.drawing import figure, style_of, tidy
 from polylens.hosts.batch import batch_of
 from polylens.report.scores import Cost, score
 
@@ -69,30 +69,33 @@ def described(row):
     )
 
 
-def draw(rows, path):
+def draw(rows, path, title):
     """KL by degree and tails: mean of the texts, and from the least to the most costly one."""
-    figure = Figure(figsize=(5.2, 3.4), layout="constrained")
-    axes = figure.subplots()
     names = {None: "nowhere", 0.0: "beyond\nthe seen"}
     shares = sorted(
         {row["tails"] for row in rows}, key=lambda share: -1 if share is None else share
     )
-    for degree in sorted({row["degree"] for row in rows}):
-        found = [
-            [row["kl"] for row in rows if (row["degree"], row["tails"]) == (degree, share)]
-            for share in shares
-        ]
-        x, low, high = range(len(shares)), list(map(min, found)), list(map(max, found))
-        (line,) = axes.plot(x, list(map(fmean, found)), "o-", label=f"degree {degree}")
-        axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
-    labels = [names.get(s, f"and in\n{100 * (s or 0):.3g} %") for s in shares]
-    axes.set_xticks(range(len(shares)), labels)
-    axes.set(
-        yscale="log", ylabel="KL, nats per token", xlabel="where neurons follow asymptotes instead"
-    )
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=160)
+    with figure((3.5, 2.6)) as drawn:
+        panel = drawn.subplots()
+        for degree in sorted({row["degree"] for row in rows}):
+            found = [
+                [row["kl"] for row in rows if (row["degree"], row["tails"]) == (degree, share)]
+                for share in shares
+            ]
+            x, low, high = range(len(shares)), list(map(min, found)), list(map(max, found))
+            colour, marker = style_of(degree)
+            style = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.2}
+            panel.plot(x, list(map(fmean, found)), label=f"degree {degree}", **style)
+            panel.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+        labels = [names.get(s, f"and in\n{100 * (s or 0):.3g} %") for s in shares]
+        panel.set_xticks(range(len(shares)), labels)
+        panel.set_yscale("log")
+        panel.set_ylabel("KL [nats per token]")
+        panel.set_xlabel("where neurons follow asymptotes instead")
+        panel.set_title(title)
+        panel.legend(frameon=False)
+        tidy(panel)
+    drawn.savefig(path)
 
 
 def share(text):
@@ -143,7 +146,12 @@ def main():
         if options.json:
             Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
     if options.plot:
-        draw(rows, options.plot)
+        name = Path(options.model).name.removesuffix(".gguf")
+        draw(
+            rows,
+            options.plot,
+            f"Every MLP of {name} replaced,\nmean and range of {len(held_out)} texts",
+        )
 
 
 if __name__ == "__main__":

@@ -251,7 +251,9 @@ def run(
         name = result.activation
         result.trace.plot().savefig(out / f"{name}-training.png")
         result.attacks.plot().savefig(out / f"{name}-attacks.png")
-        result.features[3].plot(images.shape).savefig(out / f"{name}-spectrum-3.png")
+        title = f"Quadratic features of the logit of 3, {name} network"
+        spectrum = result.features[3].plot(images.shape, title=title)
+        spectrum.savefig(out / f"{name}-spectrum-3.png")
         patterns = [(features.values, features.patterns) for features in result.features]
         class_features_figure(patterns, images.shape).savefig(out / f"{name}-classes.png")
     console.print(f"figures in {out}")

@@ -522,6 +522,10 @@ def test_figures_draw_and_refuse(tmp_path):
     drawn = (features.plot((2, 5)), attacks.plot(), found.plot())
     for i, figure in enumerate((*drawn, figures.class_features_figure(by_class, (5, 2)))):
         figure.savefig(tmp_path / f"{i}.png")
+    linear = analysis.singular_features(polynomial).plot((2, 5), title="what it is of")
+    assert linear.get_suptitle() == "what it is of"
+    assert len([panel for panel in linear.get_axes() if panel.images]) == 4  # no empty row
+    assert "along u" in features.plot().get_suptitle()
     (panel,) = features.plot().axes
     assert all(float(place).is_integer() for place in panel.get_xticks())
     with pytest.raises(InvalidInputError, match="height"):

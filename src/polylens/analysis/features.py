@@ -181,9 +181,25 @@ class EigenFeatures(Brief):
         outputs = self.values[which, None] * self.u / self.u.square().sum()
         return feature_part(self.metric, self.vectors[:, which], outputs, 2)
 
-    def plot(self, shape: tuple[int, int] | None = None, n: int = 4) -> "Figure":
+    def plot(
+        self,
+        shape: tuple[int, int] | None = None,
+        n: int = 4,
+        *,
+        title: str = "Quadratic features of the output along u",
+    ) -> "Figure":
         """Spectrum, and of images of this shape the first n patterns of either sign."""
-        return spectrum_figure(self.values, self.patterns, float(self.share[-1]), shape, n)
+        share = float(self.share[-1])
+        return spectrum_figure(
+            self.values,
+            self.patterns,
+            share,
+            shape,
+            n,
+            title=title,
+            value="eigenvalue",
+            signed=True,
+        )
 
 
 @overload

@@ -24,16 +24,26 @@ SIGNED = ((0.0, COLOURS[0]), (0.5, "#FFFFFF"), (1.0, COLOURS[1]))
 
 
 def spectrum_figure(
-    values: Tensor, patterns: Tensor, share: float, shape: tuple[int, int] | None, n: int = 4
+    values: Tensor,
+    patterns: Tensor,
+    share: float,
+    shape: tuple[int, int] | None,
+    n: int = 4,
+    *,
+    title: str,
+    value: str,
+    signed: bool,
 ) -> "Figure":
-    """Left the eigenvalues, right the first n patterns of either sign as images.
+    """Left the values, right the first n patterns, of either sign, as images.
 
     Args:
         values: [k] by falling absolute value; patterns: [d_in, k].
         share: of the energy that they keep together.
         shape: (height, width) of an image; height * width = d_in. None for inputs that are no
-            images: the eigenvalues alone.
+            images: the values alone.
         n: pictures per row.
+        title: of the whole figure.
+        value: what the values are; signed, whether features raise or lower something.
 
     Raises:
         InvalidInputError: a shape that does not give d_in, n < 1.
@@ -45,8 +55,10 @@ def spectrum_figure(
             f"{shape!r} and {n}"
         )
     sizes = values.cpu().numpy()
-    signed = {"+": np.flatnonzero(sizes > 0)[:n], "−": np.flatnonzero(sizes < 0)[:n]}
-    with figure((3.2 if shape is None else 1.7 + 0.85 * n, 2.2)) as drawn:
+    kinds = {"raises": (sizes > 0, 1), "lowers": (sizes < 0, 0)}
+    kinds = kinds if signed else {"": (sizes > 0, 0)}
+    with figure((3.2 if shape is None else 1.7 + 0.85 * n, 2.4)) as drawn:
+        drawn.suptitle(title, fontsize=8)
         left: Any = drawn
         right: Any = None
         if shape is not None:
@@ -54,28 +66,24 @@ def spectrum_figure(
             left, right = parts
         panel = left.subplots()
         ranks = np.arange(1, len(sizes) + 1)
-        for sign, style, colour in (
-            ("raises", sizes > 0, COLOURS[1]),
-            ("lowers", sizes < 0, COLOURS[0]),
-        ):
-            marker = MARKERS[0] if sign == "raises" else MARKERS[1]
-            panel.plot(
-                ranks[style], np.abs(sizes[style]), marker, color=colour, markersize=3, label=sign
-            )
+        for (verb, (which, colour)), marker in zip(kinds.items(), MARKERS, strict=False):
+            points = (ranks[which], np.abs(sizes[which]), marker)
+            panel.plot(*points, color=COLOURS[colour], markersize=3, label=verb)
         panel.set_xlabel("feature")
         panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_ylabel("|eigenvalue|")
+        panel.set_ylabel(f"|{value}|" if signed else value)
         panel.set_ylim(bottom=0)
         panel.set_title(f"{len(sizes)} features:\n{share:.1%} of energy")
-        panel.legend(frameon=False, handletextpad=0.1, borderaxespad=0.1)
+        if signed:
+            panel.legend(frameon=False, handletextpad=0.1, borderaxespad=0.1)
         tidy(panel)
         if shape is None:
             return drawn
-        pictures = right.subplots(2, n, squeeze=False)
-        for row, (sign, chosen) in zip(pictures, signed.items(), strict=True):
-            _draw_pictures(row, values, patterns, chosen, shape)
-            verb = "raises" if sign == "+" else "lowers"
-            row[0].set_ylabel(f"{verb} it", color=COLOURS[1 if sign == "+" else 0])
+        pictures = right.subplots(len(kinds), n, squeeze=False)
+        for row, (verb, (which, colour)) in zip(pictures, kinds.items(), strict=True):
+            _draw_pictures(row, values, patterns, np.flatnonzero(which)[:n], shape)
+            if signed:
+                row[0].set_ylabel(f"{verb} it", color=COLOURS[colour])
     return drawn
 
 

@@ -57,9 +57,24 @@ class SingularFeatures(Brief):
         outputs = self.values[which, None] * self.outputs[:, which].T
         return feature_part(self.metric, self.vectors[:, which], outputs, 1)
 
-    def plot(self, shape: tuple[int, int] | None = None, n: int = 4) -> "Figure":
+    def plot(
+        self,
+        shape: tuple[int, int] | None = None,
+        n: int = 4,
+        *,
+        title: str = "Linear features of the output",
+    ) -> "Figure":
         """Spectrum, and of images of this shape the first n patterns."""
-        return spectrum_figure(self.values, self.patterns, float(self.share[-1]), shape, n)
+        return spectrum_figure(
+            self.values,
+            self.patterns,
+            float(self.share[-1]),
+            shape,
+            n,
+            title=title,
+            value="singular value",
+            signed=False,
+        )
 
 
 @torch.no_grad()
