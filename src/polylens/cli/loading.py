@@ -264,7 +264,7 @@ def _require_gguf(path: Path, source: str) -> None:
             f"file (this file starts with {magic!r})"
         )
     if find_spec("gguf") is None:
-        raise InvalidInputError('reading GGUF needs the gguf package: pip install "polylens[gguf]"')
+        raise InvalidInputError("reading GGUF needs the gguf package: pip install gguf")
 
 
 def _bridge(model: Any, tokenizer: Any, name: str, source: str) -> Any:

@@ -118,7 +118,7 @@ def as_frame(rows: "Iterable[Mapping[str, Any]]") -> "DataFrame":
     try:
         from pandas import DataFrame
     except ImportError as error:
-        raise ImportError('to_pandas() needs pandas: pip install "polylens[notebooks]"') from error
+        raise ImportError("to_pandas() needs pandas: pip install pandas") from error
     flat: list[dict[str, Any]] = []
     for row in rows:
         flat.append({})
