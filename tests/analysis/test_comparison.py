@@ -134,7 +134,7 @@ def test_lenses_are_compared_layer_by_layer(models, tmp_path):
         assert len(linear[1].by_degree) == 2
         along = analysis.compare(a, b, layers=1, k=2, u={1: torch.ones(24)})
         assert sum(change.kind == "quadratic" for change in along[1].changes) == 4
-        assert "vanished" in found._repr_html_()
+        assert "gone" in found._repr_html_()
         assert found.to_dict()["rows"][1]["distance"] == found[1].distance
         found.plot().savefig(tmp_path / "distances.png")
 

@@ -143,6 +143,9 @@ def test_a_saved_lens_is_reported_as_it_was_fitted(tmp_path):
     result = run(app, [*arguments, "--json", "-"])
     assert (result.exit_code, result.stderr) == (0, ""), result.output
     assert json.loads(result.stdout) == fitted
+    lower = run(app, [*arguments, "--degree", "2", "--layers", "1-2", "--json", "-"])
+    lower = Report.from_dict(json.loads(lower.stdout))
+    assert (lower.degree, [row.layer for row in lower]) == (2, [1, 2])
     assert run(app, [*arguments, "--html", str(page)]).output == ""
     assert "<h3>Layer 3</h3>" in page.read_text(encoding="utf-8")
     with polylens.load(saved, demo.load_bridge()) as lens:
@@ -197,6 +200,10 @@ def test_two_lenses_of_one_model_are_compared(tmp_path):
         [row["distance"] for row in json.loads(result.stdout)["rows"]] for result in (same, other)
     ]
     assert max(distances[0]) < 1e-6
+    lower = run(app, [*arguments, saved[1], "--degree", "1", "--layers", "1"])
+    assert "deg 1   kept" in lower.output
+    assert "deg 2" not in lower.output
+    _fails(["demo", "demo", *arguments[3:], saved[1], "--degree", "2"], "got 2", command="compare")
     assert min(distances[1]) > 0.01
 
 
@@ -213,6 +220,18 @@ def test_outputs_are_checked_before_anything_is_loaded(tmp_path, text_file):
     _fails([missing, "--text", text_file, "--html", "-"], "only --json goes to a pipe")
     _fails([missing, "--text", text_file, "--degree", 99], "degree must be")
     _fails([missing, "--text", text_file, "--checkpoint", "c"], "--stream sequential")
+    for command, option, value in (
+        ("report", "--estimator", "gaussian"),
+        ("features", "--degree", "2"),
+        ("interactions", "--text", text_file),
+        ("fit", "--layers", "1"),
+        ("compare", "--stream", "true"),
+    ):
+        words = {"features": ["--layer", 0, "--direction", "a"], "fit": ["--save", tmp_path / "b"]}
+        words |= {"interactions": ["--layer", 0, "--prompt", "a"]}
+        words |= {"compare": [missing, "--other-lens", "b"]}
+        given = [missing, *words.get(command, []), "--lens", "a", option, value]
+        _fails(given, f"{option} {value} says how to fit", "--lens a", command=command)
     _fails(["org/model"], "--text FILE")
     if os.geteuid():
         (tmp_path / "locked").mkdir(mode=0o500)

@@ -1,6 +1,6 @@
 """How far two lenses are apart: checkpoints, a base model and what was tuned of it, texts."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from polylens.analysis.figures import distances_figure
 from polylens.analysis.layer_tokens import input_moments
 from polylens.analysis.linear import SingularFeatures, singular_features
 from polylens.brief import Brief
-from polylens.checks import Layer, check_at_least, check_layers, label, to_json
+from polylens.checks import Layer, Layers, check_at_least, check_layers, label, to_json
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
@@ -111,13 +111,20 @@ class Comparison(Brief):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
         table.title = f"{self.first} → {self.second}: E|f − g|² / Var f"
         degrees = range(max((len(row.by_degree) for row in self.rows), default=0))
-        fates = ("kept", "turned", "vanished", "appeared")
-        for title in ("layer", "distance", *(f"deg {k}" for k in degrees), *fates):
+        # short titles: with four degrees it fits 80 columns
+        fates = {"kept": "kept", "turned": "turned", "vanished": "gone", "appeared": "new"}
+        for title in ("layer", "distance", *(f"deg {k}" for k in degrees), *fates.values()):
             table.add_column(title, justify="right")
         for row in self.rows:
-            parts = (f"{part:.3g}" for part in row.by_degree)
+            parts = (f"{part:.2g}" for part in row.by_degree)
             counts = (str(row.count(fate)) for fate in fates)
-            table.add_row(label(row.layer), f"{row.distance:.3g}", *parts, *counts)
+            table.add_row(label(row.layer), f"{row.distance:.2g}", *parts, *counts)
+        table.caption = (
+            "distance: the share of f's variance that g leaves unexplained, of each degree deg k\n"
+            "kept, turned, gone, new: how many of the strongest features of either lens are in the "
+            "other, with another direction in it, only in the first, only in the second"
+        )
+        table.caption_justify = "left"
         return table
 
     def _repr_html_(self) -> str:
@@ -186,7 +193,7 @@ def compare(
     first: Any,
     second: Any,
     *,
-    layers: Iterable[Layer] | Layer | None = None,
+    layers: Layers | None = None,
     degree: int | None = None,
     k: int = 8,
     u: Tensor | Mapping[Layer, Tensor] | None = None,

@@ -22,6 +22,7 @@ from polylens.cli.opening import (
     windows_of,
 )
 from polylens.cli.options import (
+    FITTING,
     Against,
     Device,
     Direction,
@@ -106,7 +107,8 @@ def demo(source: Source, measures: Measures, out: WithLens) -> None:
 def _report(model: str, source: Source, measures: Measures, out: WithLens) -> None:
     out.check()
     measures.check()
-    opened = open_model(model, source, out, measures)
+    of_loaded = ("text", "degree", "layers")
+    opened = open_model(model, source, out, measures, of_loaded=of_loaded)
     lens, tokenizer = opened.lens, opened.tokenizer
     if opened.rank:
         return
@@ -115,6 +117,8 @@ def _report(model: str, source: Source, measures: Measures, out: WithLens) -> No
     assert opened.heldout is not None
     result = lens.report(
         opened.heldout,
+        degree=source.degree,
+        layers=source.layers,
         decode=tokenizer.decode,
         loss=not measures.no_loss,
         prefixes=measures.prefixes,
@@ -152,7 +156,9 @@ def features(
     """The quadratic features of one layer along a token's logit, with the tokens they read."""
     with _one_line_errors():
         out.check()
-        opened = open_model(model, source, out, layer=layer, estimator="gaussian")
+        opened = open_model(
+            model, source, out, layer=layer, estimator="gaussian", of_loaded=("text",)
+        )
         from polylens.analysis import layer_features
 
         token = opened.token(direction)
@@ -215,9 +221,13 @@ def compare(
         out.check()
         from polylens.analysis import compare
 
-        first = open_model(model, source, out)
-        second = open_model(other, replace(source, lens=other_lens, checkpoint=None), out)
-        found = compare(first.lens, second.lens, k=k)
+        both = source.lens is not None and other_lens is not None
+        of_loaded = ("degree", "layers") if both else FITTING
+        first = open_model(model, source, out, of_loaded=of_loaded)
+        second = replace(source, lens=other_lens, checkpoint=None)
+        second = open_model(other, second, out, of_loaded=of_loaded)
+        degree = source.degree if both else None  # else the fitted one has it
+        found = compare(first.lens, second.lens, layers=source.layers, degree=degree, k=k)
         out.show(found)
         out.figures(json.dumps(found.to_dict(), indent=1, ensure_ascii=False))
 

@@ -1,7 +1,7 @@
 """The model, the text and the lens that a command is about."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from polylens.checks import layers_in
-from polylens.cli.options import Measures, OneLayer
+from polylens.cli.options import DEGREE, Measures, OneLayer
 from polylens.cli.outputs import Output, check_writable
 from polylens.devices import usable_device
 from polylens.errors import InvalidInputError
@@ -63,6 +63,7 @@ def open_model(
     *,
     layer: int | None = None,
     estimator: str | None = None,
+    of_loaded: Collection[str] = (),
 ) -> Opened:
     """The model and the lens of a command. What can be checked is, before the model loads.
 
@@ -72,6 +73,7 @@ def open_model(
     Args:
         layer: the only one that is fitted; `source.layers` otherwise.
         estimator: where the command line names none.
+        of_loaded: options of a fit that mean something of a loaded lens, too.
 
     Raises:
         PolylensError, OSError: options, texts, models and lenses that cannot be used.
@@ -79,6 +81,7 @@ def open_model(
     layers = source.layers if layer is None else layer
     if isinstance(layers, str) and layers != "all":
         layers_in(layers)
+    source.check_loaded(of_loaded)
     method = method_of(source, estimator)
     content, other = _texts(model, source, measures)
     calibration = windows_of("calibration", source.calibration_tokens, source.seq_len)
@@ -97,7 +100,8 @@ def open_model(
     from polylens.fitting.estimator import require_degree
     from polylens.ranks import Ranks
 
-    require_degree(source.degree)
+    degree = DEGREE if source.degree is None else source.degree
+    require_degree(degree)
     parse_dtype(source.dtype)
     usable_device(source.device)
     quiet_libraries()
@@ -128,7 +132,7 @@ def open_model(
             return attach(
                 bridge,
                 seen,
-                degree=source.degree,
+                degree=degree,
                 method=method,
                 layers=layers,
                 batch_size=source.batch_size,
@@ -154,14 +158,13 @@ def method_of(source: OneLayer, estimator: str | None = None) -> Any:
     from polylens.calibration.true_stream import TrueStream
 
     methods = {"true": TrueStream, "sequential": Sequential}
-    if source.stream not in methods:
-        raise InvalidInputError(
-            f"--stream {source.stream!r} is unknown; there are {', '.join(methods)}"
-        )
+    stream = source.stream or "true"
+    if stream not in methods:
+        raise InvalidInputError(f"--stream {stream!r} is unknown; there are {', '.join(methods)}")
     chosen = source.estimator or estimator
     options: dict[str, Any] = {} if chosen is None else {"estimator": chosen}
     if source.checkpoint is not None:
-        if source.stream != "sequential":
+        if stream != "sequential":
             raise InvalidInputError(
                 "--checkpoint keeps layers as they are done, one after the other: give --stream "
                 "sequential with it; the true stream is one pass, and --save keeps its lens"
@@ -169,7 +172,7 @@ def method_of(source: OneLayer, estimator: str | None = None) -> Any:
         if not source.checkpoint.exists():
             check_writable(source.checkpoint)
         options["checkpoint"] = source.checkpoint
-    return methods[source.stream](**options)
+    return methods[stream](**options)
 
 
 def windows_of(name: str, tokens: int, seq_len: int) -> int:

@@ -1,7 +1,7 @@
 """The options that several commands share, in groups: what is fitted, and what is measured."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
@@ -27,6 +27,11 @@ Against = Annotated[
 ]
 
 
+DEGREE = 3
+# What says how to fit; some commands read some of it with a loaded lens, too.
+FITTING = ("text", "degree", "stream", "estimator", "sampled_tokens", "layers", "checkpoint")
+
+
 @dataclass(frozen=True)
 class OneLayer:
     """The lens that a command is about: fitted, or with `--lens` loaded.
@@ -42,14 +47,16 @@ class OneLayer:
         str | None,
         typer.Option(help="A lens that `fit` saved, or hf://user/name; nothing is fitted."),
     ] = None
-    degree: Annotated[int, typer.Option(help="Highest degree that is fitted.")] = 3
+    degree: Annotated[
+        int | None, typer.Option(help="Highest degree that is fitted.", show_default=str(DEGREE))
+    ] = None
     stream: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help='"true": fitted to what the model itself computes. "sequential": layer by layer '
-            "to what the replaced layers below produce, to replace all at once.",
+            help='"true" (default): fitted to what the model itself computes. "sequential": layer '
+            "by layer to what the replaced layers below produce, to replace all at once.",
         ),
-    ] = "true"
+    ] = None
     estimator: Annotated[
         str | None,
         typer.Option(
@@ -59,8 +66,8 @@ class OneLayer:
     ] = None
     calibration_tokens: Tokens = 4096
     sampled_tokens: Annotated[
-        int, typer.Option(min=0, help="Calibrate on so many that the model writes, too.")
-    ] = 0
+        int | None, typer.Option(min=0, help="Calibrate on so many that the model writes, too.")
+    ] = None
     seq_len: SeqLen = 128
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 8
     device: Device = "cpu"
@@ -70,6 +77,23 @@ class OneLayer:
     # What a command about a single layer has no options for.
     layers = None
     checkpoint = None
+
+    def check_loaded(self, read: Collection[str]) -> None:
+        """Refuse what says how to fit where the lens is loaded.
+
+        Args:
+            read: the options that mean something of a loaded lens, too.
+
+        Raises:
+            InvalidInputError: an option that would be passed over.
+        """
+        given = {name: getattr(self, name) for name in FITTING if name not in read}
+        for name, value in given.items():
+            if self.lens is not None and value is not None:
+                raise InvalidInputError(
+                    f"--{name.replace('_', '-')} {value} says how to fit, and the polynomials of "
+                    f"--lens {self.lens} are fitted: leave one of the two away"
+                )
 
 
 @dataclass(frozen=True)
