@@ -176,14 +176,18 @@ class Adapted(nn.Linear):
 
 
 class Packed(nn.Module):
-    """A linear map whose weights are small integers, as quantisation libraries have it."""
+    """A linear map whose weights are small integers; inputs are rounded to `levels`, if any."""
 
-    def __init__(self, d_in, d_out):
+    def __init__(self, d_in, d_out, levels=None):
         super().__init__()
+        self.levels = levels
         self.in_features, self.out_features = d_in, d_out
         self.register_buffer("qweight", torch.randint(-8, 8, (d_out, d_in), dtype=torch.int8))
 
     def forward(self, x):
+        if self.levels is not None:
+            step = x.abs().amax(-1, keepdim=True).clamp(min=1e-9) / self.levels
+            x = (x / step).round() * step
         return F.linear(x, self.qweight.to(x.dtype) / 8)
 
 
@@ -199,7 +203,7 @@ Packed.__name__ = "QuantLinear"
             "SoLU computes none of the known",
         ),
         ((Adapted(20, 30), nn.ReLU(), nn.Linear(30, 20)), "merge the adapter"),
-        ((nn.Linear(20, 30), nn.ReLU(), Packed(30, 20)), "quantised"),
+        ((nn.Linear(20, 30), nn.ReLU(), Packed(30, 20, 7)), "more than inputs rounded to 8 bits"),
         ((nn.Linear(20, 30), nn.LayerNorm(30), nn.ReLU(), nn.Linear(30, 20)), "normalisation"),
     ],
 )

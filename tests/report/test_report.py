@@ -4,6 +4,7 @@ import io
 import json
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -113,6 +114,7 @@ class TinyLens:
     def __init__(self, host: TinyHost, degree: int = 3, exclude_first: bool = True) -> None:
         self.host, self.degree, self.exclude_first = host, degree, exclude_first
         self.layers = (0, 1, 2)
+        self.sites = {layer: SimpleNamespace(dequantised="") for layer in self.layers}
         self.refused = {7: "layer 7 (blocks.7.mlp): SoLU is not elementwise"}
         inputs = polylens.Gaussian(torch.zeros(D).double(), 2 * torch.eye(D).double())
         self.polynomials = [polylens.fit(w, inputs, degree) for w in host.model.weights]

@@ -55,6 +55,7 @@ class MLPSite:
         parameters: by name, the tensors that the weights are read from, as the host has them now,
             before any operation; cheap.
         weights: the validated normal form over them, without copying a matrix.
+        dequantised: of quantised weights, the formats that the normal form is dequantised from.
     """
 
     layer: Layer
@@ -67,6 +68,7 @@ class MLPSite:
     error: float
     parameters: Callable[[], dict[str, Tensor]] = field(repr=False)
     weights: Callable[[], Weights] = field(repr=False)
+    dequantised: str = ""
 
 
 @dataclass(frozen=True)
@@ -235,11 +237,14 @@ class Host(ABC):
     Attributes:
         model: what the user has.
         name: of the framework, as reports show it.
+        rounding: how far outputs may be off, of the largest, for what other tokens there are:
+            formats that round inputs to 8 bits look at all of a batch. Known after `sites`.
     """
 
     def __init__(self, model: Any, name: str) -> None:
         self.model = model
         self.name = name
+        self.rounding = 0.0
         self._points: dict[Layer, Mapping[str, nn.Module]] = {}
         # whether a stream is read both ways, by its name and what else is given
         self.both_ways: dict[tuple[str, frozenset[str]], bool] = {}

@@ -12,7 +12,12 @@ from polylens.hosts.base import TOLERANCE, Arrival, Host, relative_error
 from polylens.hosts.batch import Batch
 
 
-def sees_behind(batch: Batch, name: str, outputs: Callable[[Batch], Iterable[Tensor]]) -> bool:
+def sees_behind(
+    batch: Batch,
+    name: str,
+    outputs: Callable[[Batch], Iterable[Tensor]],
+    rounding: float = 0.0,
+) -> bool:
     """Whether what is computed at positions of a stream depends on a token behind them.
 
     Two forward passes over its longest sequence, which differ in the last token.
@@ -20,6 +25,7 @@ def sees_behind(batch: Batch, name: str, outputs: Callable[[Batch], Iterable[Ten
     Args:
         outputs: of a batch of one row, tensors [1, pos, d], perhaps without padding; of other
             shapes they tell nothing.
+        rounding: `Host.rounding` of the model.
     """
     stream = batch.streams.get(name)
     if stream is None or stream.ids is None:
@@ -37,7 +43,7 @@ def sees_behind(batch: Batch, name: str, outputs: Callable[[Batch], Iterable[Ten
     # what is computed at padding may depend on anything
     before = {len(there): torch.arange(len(there) - 1), ids.shape[1]: there[:-1]}
     return any(
-        relative_error(b[:, some], a[:, some]) > TOLERANCE[a.dtype]
+        relative_error(b[:, some], a[:, some]) > max(TOLERANCE[a.dtype], rounding)
         for a, b in zip(here, then, strict=True)
         if a.dim() == 3 and (some := before.get(a.shape[1])) is not None
     )
@@ -56,7 +62,7 @@ def both_ways(host: Host, batch: Batch, layers: Iterable[Layer]) -> set[str]:
     for name, members in streams.items():
         kind = name, frozenset(batch.kwargs)
         if kind not in host.both_ways:
-            seen = sees_behind(batch, name, partial(_arriving, host, members))
+            seen = sees_behind(batch, name, partial(_arriving, host, members), host.rounding)
             host.both_ways[kind] = seen
     return {name for name in streams if host.both_ways[name, frozenset(batch.kwargs)]}
 

@@ -35,7 +35,7 @@ class ExpertSite(MLPSite):
     """
 
     layer: Expert
-    stack: "Stack" = field(repr=False)
+    stack: "Stack" = field(repr=False, kw_only=True)
 
     def add_owner(self, undo: ExitStack) -> nn.Module:
         """A new module `expert_<number>` in the stack, for hook points; `undo` takes it out."""

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polylens.hosts.quantised import unwrapped
+
 
 def is_dispatched(model: nn.Module) -> bool:
     """Whether accelerate moves what flows, or weights, between devices."""
@@ -43,19 +45,20 @@ def without_values(model: nn.Module) -> list[str]:
 
 
 def state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What `state_dict` holds, one tensor after the other, offloaded ones too."""
+    """What `state_dict` holds, one plain tensor after the other, offloaded and packed ones too."""
     kept = set(model.state_dict())
     for path, module, name, value in _own(model):
         key = f"{path}.{name}" if path else name
         if key in kept:
-            yield key, parameter(module, name) if value.is_meta else value.detach()
+            value = parameter(module, name) if value.is_meta else value.detach()
+            yield from unwrapped(key, value).items()
 
 
 def execution_device(model: nn.Module) -> torch.device:
     """Where the first module with parameters is computed; the CPU of a model without any."""
     for module in model.modules():
         hook = _hook(module)
-        for value in module.parameters(recurse=False):
+        for value in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if not value.is_meta or hook is None:
                 return value.device
             return torch.device(hook.execution_device)

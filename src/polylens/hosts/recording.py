@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from polylens.errors import UnsupportedModel
-from polylens.hosts.base import TOLERANCE, like_nested, without_padding
-from polylens.hosts.offloaded import parameter
+from polylens.hosts import quantised
+from polylens.hosts.base import TOLERANCE, like_nested, relative_error, without_padding
+from polylens.hosts.offloaded import is_offloaded, parameter
 from polylens.hosts.quiet import quiet
 
 _NOT_ACTIVATIONS = (
@@ -52,17 +53,56 @@ class Projection:
 
     def bias(self, *, as_it_is: bool = False) -> Tensor | None:
         """[d_out] or None."""
-        if not isinstance(self.parameter("bias"), Tensor):
+        if not isinstance(getattr(self.module, "bias", None), Tensor):
             return None
         return half(self._own("bias", as_it_is), self.part)
 
-    def parameter(self, name: str) -> Any:
-        """The module's own `weight` or `bias`, of all its columns; None where there is none."""
-        return getattr(self.module, name, None)
+    @property
+    def resident(self) -> bool:
+        """Whether `weight` is there, to be viewed; else it is made at every call."""
+        return not is_offloaded(self.module)
+
+    def parameter(self, name: str) -> dict[str, Tensor]:
+        """What holds the module's own `weight` or `bias`, of all its columns; {} for no bias."""
+        value: Any = getattr(self.module, name, None)
+        return {"": value} if isinstance(value, Tensor) else {}
 
     def _own(self, name: str, as_it_is: bool) -> Tensor:
-        value = self.parameter(name)
+        value: Any = getattr(self.module, name)
         return value.detach() if as_it_is else parameter(self.module, name)
+
+
+@dataclass(frozen=True, eq=False)
+class Dequantised(Projection):
+    """A module that keeps its matrix packed; what it stands for is made at every reading.
+
+    Attributes:
+        like: [d_in, d_out] on torch's "meta" device, in the dtype of its outputs.
+        rounds: whether it rounds its inputs to 8 bits as well.
+    """
+
+    like: Tensor = field(default_factory=lambda: torch.empty(0, 0, device="meta"))
+    rounds: bool = False
+
+    def weight(self, *, as_it_is: bool = False) -> Tensor:
+        """[d_in, d_out] of its own."""
+        if as_it_is:
+            return half(self.like, self.part)
+        d_in, d_out = self.like.shape
+        whole = quantised.dequantised(self.module, d_in, d_out, self.like.dtype)
+        return half(whole, self.part)
+
+    @property
+    def resident(self) -> bool:
+        return False
+
+    def parameter(self, name: str) -> dict[str, Tensor]:
+        if name == "bias":
+            return super().parameter(name)
+        return {f".{inner}": t for inner, t in quantised.packed(self.module).items()}
+
+    def _own(self, name: str, as_it_is: bool) -> Tensor:
+        return super()._own(name, as_it_is).to(self.like.dtype)
 
 
 @dataclass(eq=False)
@@ -219,7 +259,8 @@ def read_projection(call: Call) -> Projection:
     """How the called module's matrix is laid out, found by recomputing the call.
 
     Raises:
-        UnsupportedModel: quantised, sharded or adapted weights, or not a linear map at all.
+        UnsupportedModel: sharded or adapted weights, quantised ones that cannot be read, or not a
+            linear map at all.
     """
     module, label = call.module, f"{call.path} ({type(call.module).__name__})"
     weight: Any = getattr(module, "weight", None)
@@ -228,6 +269,8 @@ def read_projection(call: Call) -> Projection:
         is_traceable_wrapper_subclass(t) for t in (weight, bias) if t is not None
     )
     if not plain or weight.dim() != 2 or weight.dtype not in TOLERANCE:
+        if quantised.is_packed(module):
+            return _read_packed(call, label)
         raise UnsupportedModel(
             f"{label} has no plain floating-point matrix: quantised, sharded or wrapped by an "
             "adapter; dequantise it, or merge the adapter, first"
@@ -254,6 +297,43 @@ def read_projection(call: Call) -> Projection:
     raise UnsupportedModel(
         f"{label} does not compute x @ W + b with its own matrix: quantised or wrapped by an "
         "adapter; dequantise it, or merge the adapter, first"
+    )
+
+
+def _read_packed(call: Call, label: str) -> Dequantised:
+    """Of a module that keeps its matrix packed.
+
+    Raises:
+        UnsupportedModel: it computes something else with the matrix that it dequantises to.
+    """
+    x, y = call.rows, call.y.reshape(-1, call.y.shape[-1])
+    some = spread(len(x), 8).to(x.device)
+    x, y = x[some], y[some]
+    like = torch.empty(x.shape[-1], y.shape[-1], dtype=y.dtype, device="meta")
+    found, name = Dequantised(call.module, False, like=like), quantised.format_of(call.module)
+    advice = "load the model dequantised (model.dequantize()) and attach to that"
+    try:
+        matrix, offset = found.weight(), found.bias()
+    except Exception as error:  # of whatever library it is
+        raise UnsupportedModel(
+            f"{label} is quantised ({name}) and cannot be dequantised here "
+            f"({type(error).__name__}: {error}); {advice}"
+        ) from error
+    if matrix.shape != like.shape:
+        raise UnsupportedModel(
+            f"{label} is quantised ({name}): its matrix is {tuple(matrix.shape)}, where it maps "
+            f"{like.shape[0]} inputs to {like.shape[1]} outputs; {advice}"
+        )
+    out = x.to(like.dtype) @ matrix
+    error = relative_error(out if offset is None else out + offset, y)
+    if error <= TOLERANCE[like.dtype]:
+        return found
+    if quantised.rounds_its_inputs(x, y, matrix, offset) <= 1:
+        return replace(found, rounds=True)
+    raise UnsupportedModel(
+        f"{label} is quantised ({name}), and its outputs are {error:.2g} of the largest from those "
+        "of the matrix that it dequantises to, more than inputs rounded to 8 bits explain; "
+        + advice
     )
 
 

@@ -732,8 +732,8 @@ class _Elsewhere(Polynomial):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Polynomial:
         raise InvalidInputError(
-            "the weights under this polynomial are offloaded and are read where the model keeps "
-            "them; own_weights() has them in memory, and can be moved"
+            "the weights under this polynomial are offloaded, or quantised, and are read where the "
+            "model keeps them; own_weights() has them in memory, and can be moved"
         )
 
 

@@ -187,6 +187,14 @@ def _notes(
         yield BOTH_WAYS
     if any(fit.optimum is None for fit in fits.values()):
         yield NO_OPTIMUM
+    formats = {n: lens.sites[n] for n in fits if lens.sites[n].dequantised}
+    for name in dict.fromkeys(site.dequantised for site in formats.values()):
+        those = {n: site.error for n, site in formats.items() if site.dequantised == name}
+        yield (
+            f"layers {', '.join(map(label, those))} are quantised ({name}): polynomials are of the "
+            "weights that the format stands for, with which the layers were recomputed to "
+            f"{max(those.values()):.1g} of the largest output"
+        )
     sums = {layer: fit.sums for layer, fit in fits.items()}
     if unseen := [label(n) for n in sums if sums[n].n < 2]:
         yield f"no R² of experts {', '.join(unseen)}: fewer than 2 tokens were sent there"

@@ -40,7 +40,9 @@ def lead_of(host: Host, batch: Batch) -> int:
     """
     if batch.lead is not None:
         return batch.lead
-    return 0 if sees_behind(batch, batch.about, lambda each: [host.logits(each)]) else 1
+    return (
+        0 if sees_behind(batch, batch.about, lambda each: [host.logits(each)], host.rounding) else 1
+    )
 
 
 def of_each_input(data: Batch) -> Batch:

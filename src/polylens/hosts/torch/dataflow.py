@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,11 @@ from polylens.activations.activation import Activation
 from polylens.activations.recognition import activation
 from polylens.errors import PolylensError, UnsupportedActivation, UnsupportedModel
 from polylens.hosts.base import TOLERANCE, Weights, relative_error
-from polylens.hosts.offloaded import execution_device, is_offloaded
+from polylens.hosts.offloaded import execution_device
+from polylens.hosts.quantised import format_of
 from polylens.hosts.recording import (
     Call,
+    Dequantised,
     Projection,
     Recording,
     common_path,
@@ -74,13 +77,28 @@ class Block:
 
     def parameters(self) -> dict[str, Tensor]:
         """The modules' own tensors by role; that of two roles where it has the halves of both."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for role in ROLES:
             kind, of = self._projection(role)
-            value = None if of is None else of.parameter("weight" if kind == "W" else "bias")
-            if isinstance(value, Tensor):
-                found[role] = value
+            own = {} if of is None else of.parameter("weight" if kind == "W" else "bias")
+            found |= {role + name: tensor for name, tensor in own.items()}
         return found
+
+    @property
+    def dequantised(self) -> str:
+        """Which formats its matrices are in, and what they do to inputs; empty for plain ones."""
+        parts = [part for part in self._parts if isinstance(part, Dequantised)]
+        names = dict.fromkeys(format_of(part.module) for part in parts)
+        return " and ".join(names) + ", which rounds its inputs to 8 bits" * self.rounds
+
+    @property
+    def rounds(self) -> bool:
+        """Whether any of its maps rounds its inputs to 8 bits."""
+        return any(isinstance(part, Dequantised) and part.rounds for part in self._parts)
+
+    @property
+    def _parts(self) -> list[Projection]:
+        return [part for part in (self.source, self.linear, self.out) if part is not None]
 
     def _projection(self, role: str) -> tuple[str, Projection | None]:
         """("W" or "b", what has that of a role)."""
@@ -97,9 +115,13 @@ class Block:
         return of.weight(as_it_is=as_it_is) if kind == "W" else of.bias(as_it_is=as_it_is)
 
     def weights(self) -> Weights:
-        """The validated normal form over `tensors()`; fetched at every use where offloaded."""
-        if is_offloaded(self.out.module):
-            source = Source(self._read, self.tensors(), execution_device(self.out.module))
+        """The validated normal form over `tensors()`.
+
+        Where some are offloaded, or quantised, they are fetched, or dequantised, at every use.
+        """
+        if not all(part.resident for part in self._parts):
+            like = {role: t.to("meta") for role, t in self.tensors().items()}
+            source = Source(self._read, like, execution_device(self.out.module))
             return from_source(self.activation, source)
         kind = MLPWeights if self.linear is None else GLUWeights
         return kind(act=self.activation, **self.tensors())
@@ -308,8 +330,9 @@ def _verified(model: nn.Module, match: Match, place: str, index: _Index) -> Bloc
         order=out_call.order,
     )
     error = _error(block, source_call.rows, out_call.y)
-    dtype = block.out.weight().dtype
-    if not error <= TOLERANCE[dtype]:
+    dtype = block.out.weight(as_it_is=True).dtype
+    # each map that rounds its inputs was verified alone, and what flows between them is equal
+    if not (error <= TOLERANCE[dtype] or (block.rounds and isfinite(error))):
         raise UnsupportedModel(
             f"not the normal form of a {block.kind} with {act.name}: recomputed outputs differ by "
             f"{error:.2g} of the largest (tolerance {TOLERANCE[dtype]:.0e})"
@@ -339,8 +362,8 @@ def _error(block: Block, x: Tensor, y: Tensor) -> float:
     x, y = x[some], y.reshape(len(x), -1)[some]
 
     def through(projection: Projection, x: Tensor) -> Tensor:
-        x, bias = x.to(projection.weight()), projection.bias()
-        return x @ projection.weight() if bias is None else x @ projection.weight() + bias
+        weight, bias = projection.weight(), projection.bias()
+        return x.to(weight) @ weight if bias is None else x.to(weight) @ weight + bias
 
     with torch.no_grad():
         h = block.activation(through(block.source, x))

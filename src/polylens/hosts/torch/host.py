@@ -143,6 +143,8 @@ class TorchHost(Host):
     def sites(self) -> tuple[list[MLPSite], dict[Layer, str]]:
         blocks, refused = self._found()
         self._blocks = {block.layer: block for block in blocks}
+        if any(block.rounds for block in blocks):
+            self.rounding = TOLERANCE[torch.bfloat16]  # which has 8 bits, too
         assert self._examples is not None
         experts, problems = find_experts(self.module, partial(self._example_run, self._examples))
         self._experts = {site.layer: site for site in experts}
@@ -613,6 +615,7 @@ def _site(block: Block) -> MLPSite:
         d_mlp=tensors["W_in"].shape[1],
         d_out=tensors["W_out"].shape[1],
         error=block.error,
+        dequantised=block.dequantised,
         parameters=block.parameters,
         weights=block.weights,
     )
