@@ -164,10 +164,15 @@ def test_tokens_come_as_tokenizers_give_them(model):
 def test_what_is_not_in_the_cache_is_named(model):
     with attach(model, layers=[0, 2]) as lens:
         _, cache = lens.run_with_cache(TOKENS[:1], names=["in", "out"])
+        with pytest.raises(InvalidInputError, match="not a filter"):
+            lens.run_with_cache(TOKENS[:1], names=lambda name: "out" in name)  # type: ignore
+    assert repr(cache) == "Values of in, out of layers [0, 2], by (name, layer)"
     assert cache["out", -1] is cache["out", 2]
     for wrong in ("poly_out", ("poly_out", 2), ("out", 1), ("out", -3), ("out", 2, "mlp")):
         with pytest.raises(KeyError, match=r"one of in, out and layer one of \[0, 2\]"):
             cache[wrong]
+    with pytest.raises(KeyError, match="TransformerLens' own"):
+        cache["poly_out", 2]
     assert cache.get("poly_out") is None
 
 

@@ -41,7 +41,7 @@ _CSS = """
 @media(prefers-color-scheme:dark){:root{--ink:#ddd;--paper:#16181c;--faint:#a0a0a0;--line:#444;
 --code:#2a2d33}}
 *{box-sizing:border-box}
-body{font:15px/1.45 system-ui,sans-serif;max-width:64rem;margin:0 auto;padding:1rem;
+body{font:15px/1.45 system-ui,sans-serif;max-width:76rem;margin:0 auto;padding:1rem;
 color:var(--ink);background:var(--paper)}
 h1,p,code,td.text{overflow-wrap:anywhere}
 h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem;border-bottom:1px solid var(--line)}
@@ -58,7 +58,12 @@ th[aria-sort=descending]::after{content:" ▼"}
 td.text,th.text{text-align:left;vertical-align:top;min-width:12rem}
 td.text{white-space:normal}
 thead th{border-bottom:1px solid var(--line)}
-div.wide{overflow-x:auto;max-width:100%}img{max-width:100%;height:auto;background:#fff}
+div.wide{overflow-x:auto;max-width:100%;background:
+linear-gradient(90deg,var(--paper) 30%,transparent) 0/2rem 100% no-repeat local,
+linear-gradient(270deg,var(--paper) 30%,transparent) 100%/2rem 100% no-repeat local,
+linear-gradient(90deg,var(--line),transparent) 0/.8rem 100% no-repeat scroll,
+linear-gradient(270deg,var(--line),transparent) 100%/.8rem 100% no-repeat scroll}
+img{max-width:100%;height:auto;background:#fff}
 p.note{color:var(--faint);font-size:90%}[hidden]{display:none}
 code{font-size:95%;background:var(--code);padding:0 2px;white-space:pre-wrap}
 """
@@ -185,7 +190,7 @@ def html_page(
         f'<section id="report"><div class="wide">{report._repr_html_()}</div></section>',
         _image(report.plot(), "R² by layer and degree, and change of loss"),
         '<h2 id="layers">Layers and input model</h2>',
-        _note(f"{report.inputs}. R² under the model is in closed form, beside what was held out."),
+        _note(f"{report.inputs}. {_LAYERS}"),
         _layers_table(lens, report),
     ]
     if shown := _shares(openings):
@@ -215,6 +220,12 @@ def html_page(
     return page
 
 
+_LAYERS = (
+    "|mean| and std: length of the mean of the layer's inputs, and their standard deviation in a "
+    "coordinate, in the model's units; eff. rank: how many directions carry their variance. R² "
+    "under the model is in closed form, beside what was held out. Read back to: largest relative "
+    "difference of the layer's output from that recomputed of its weights."
+)
 _FEATURES = (
     "Along the output direction u of most quadratic variance, a feature adds value × activation² "
     "to the output; both ends of its activation, in standard deviations from the mean, count alike."

@@ -215,16 +215,24 @@ class Emitter(Protocol):
 class Values(dict[tuple[str, Layer], Tensor]):
     """What flowed through hook points, by (name, layer); -1 is the last layer."""
 
+    def _axes(self) -> tuple[list[str], list[Layer]]:
+        """The names and the layers of the keys."""
+        return list(dict.fromkeys(n for n, _ in self)), list(dict.fromkeys(n for _, n in self))
+
+    def __repr__(self) -> str:
+        names, layers = self._axes()
+        return f"Values of {', '.join(names)} of layers {layers}, by (name, layer)"
+
     def __missing__(self, key: object) -> Tensor:
-        names = list(dict.fromkeys(name for name, _ in self))
-        layers = list(dict.fromkeys(layer for _, layer in self))
+        names, layers = self._axes()
         if isinstance(key, tuple) and len(key) == 2 and isinstance(key[1], int):
             counted = (key[0], from_the_end(key[1], layers))
             if counted != key and counted in self:
                 return self[counted]
+        other = "; TransformerLens' own cache has 'poly_' names" if "poly_" in str(key) else ""
         raise KeyError(
             f"{key!r}: keys are (name, layer), with name one of {', '.join(map(str, names))} and "
-            f"layer one of {layers}"
+            f"layer one of {layers}{other}"
         )
 
 
@@ -373,6 +381,8 @@ class Host(ABC):
             InvalidInputError: a layer that is not installed, or an unknown name.
         """
         values = Values()
+        if callable(names):
+            raise InvalidInputError("names are one or several hook points, not a filter of them")
         wanted = [names] if isinstance(names, str) else names if names is None else list(names)
         with ExitStack() as stack:
             for layer in layers:

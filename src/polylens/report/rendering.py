@@ -194,8 +194,8 @@ def _html_row(columns: Sequence[Shown], i: int, total: bool) -> str:
 
 _WORST_TITLE = "Tokens that lose most with every listed layer replaced"
 _WORST_REMARK = (
-    "layer, error, neuron: where the token is predicted, the layer with the largest "
-    "|y − f(x)| / |y|, and its preactivation farthest from the mean of calibration, in "
+    "CE and KL in nats; layer, error, neuron: where the token is predicted, the layer with the "
+    "largest |y − f(x)| / |y|, and its preactivation farthest from the mean of calibration, in "
     "standard deviations"
 )
 _TEXT = "context → token"
