@@ -52,6 +52,7 @@ from polylens.polynomials.factored import Polynomial
 from polylens.polynomials.joint import JointPolynomial
 from polylens.polynomials.quadratic_form import QuadraticForm
 from polylens.ranks import Ranks
+from polylens.report.remote import remote_report
 from polylens.report.report import Report
 from polylens.saving.export import load_exported
 from polylens.training.tracer import Trace, TraceData, Tracer, trace_training
@@ -107,6 +108,7 @@ __all__ = [
     "load",
     "load_exported",
     "register_activation",
+    "remote_report",
     "sample_tokens",
     "tokenize",
     "trace_training",

@@ -160,28 +160,23 @@ class NeuronGram:
         """
         assert self.standardise is not None
         m, s, z_mean, z_scale = (each[rows, None] for each in self.standardise)
-        stride, last = 1 if z is None else 2, self.size - 1
+        last = self.size - 1
         out = y.new_empty(len(y), self.size + more, y.shape[1], dtype=torch.float64)
-        out[:, 0] = 1.0
-        he = [out[:, 0], *(out[:, stride * (k - 1) + 1] for k in range(1, self.degree + 1))]
-        if self.degree:
-            # where: a constant neuron has t = 0
-            inverse = torch.where(s > 0, 1 / s, 0.0)
-            near = y if self._ends is None else self._ends.of(rows, y).clamp(y)
-            torch.sub(y if self._linear else near, m, out=he[1]).mul_(inverse)
-            if self._linear and self._ends is not None:
-                he[1] = (near.double() - m) * inverse
-        for k in range(1, self.degree):
-            torch.mul(he[1], he[k], out=he[k + 1]).sub_(he[k - 1], alpha=k)
         if z is None:
             out[:, last] = act
+        else:
+            torch.mul(act, z, out=out[:, last])
+        if not self.degree:
+            out[:, 0] = 1.0
             return out
-        torch.mul(act, z, out=out[:, last])
-        if self.degree:
-            zeta = out[:, 2]
-            torch.sub(z, z_mean, out=zeta).div_(z_scale)
-            for k in range(1, self.degree):
-                torch.mul(zeta, he[k], out=out[:, 2 * k + 2])
+        # where: a constant neuron has t = 0
+        inverse = torch.where(s > 0, 1 / s, 0.0)
+        near = y if self._ends is None else self._ends.of(rows, y).clamp(y)
+        t = torch.sub(y if self._linear else near, m, out=out[:, 1]).mul_(inverse)
+        if z is not None:
+            torch.sub(z, z_mean, out=out[:, 2]).div_(z_scale)
+        bent = (near.double() - m) * inverse if self._linear and self._ends is not None else t
+        fill_basis(out, self.degree, z is not None, bent)
         return out
 
     @torch.no_grad()
@@ -208,7 +203,7 @@ class NeuronGram:
         assert self.standardise is not None
         gram = self._gram[:, :size, :size] / count
         right = self._gram[:, :size, -1:] / count
-        solutions, mended = _solve(gram, right, n, self._glu, self._rows < size, wait)
+        solutions, mended = solve_nested(gram, right, n, self._glu, self._rows < size, wait)
         collinear = int(mended.sum()) if wait else 0
         if collinear:
             warnings.warn(
@@ -241,7 +236,21 @@ class NeuronGram:
             )
 
 
-def _solve(
+def fill_basis(out: Tensor, degree: int, glu: bool, t: Tensor) -> None:
+    """Fill in the rest of out [neurons, features, n], where t and zeta of a GLU stand in 1 and 2.
+
+    t: what the higher features are of.
+    """
+    stride = 2 if glu else 1
+    out[:, 0] = 1.0
+    he = [out[:, 0], t, *(out[:, stride * (k - 1) + 1] for k in range(2, degree + 1))]
+    for k in range(1, degree):
+        torch.mul(t, he[k], out=he[k + 1]).sub_(he[k - 1], alpha=k)
+        if glu:
+            torch.mul(out[:, 2], he[k], out=out[:, 2 * k + 2])
+
+
+def solve_nested(
     gram: Tensor, right: Tensor, n: int, glu: bool, few: Tensor | bool, wait: bool
 ) -> tuple[Tensor, Tensor]:
     """Coefficients [n + 1, d_mlp, features], and [d_mlp] which neurons needed a ridge.
