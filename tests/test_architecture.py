@@ -87,11 +87,11 @@ def test_the_checks_notice_deferred_imports_and_circles(tmp_path):
     assert circles(graph) == ["polylens.errors", "polylens.lens"]
 
 
-def test_import_loads_no_framework():
+def test_import_loads_no_framework_and_no_analysis():
     code = (
         "import sys, polylens; "
         "heavy = {'transformer_lens', 'nnsight', 'transformers', 'matplotlib', 'sklearn', "
-        "'scipy', 'typer', 'huggingface_hub', 'rich'} & set(sys.modules); "
+        "'scipy', 'typer', 'huggingface_hub', 'rich', 'polylens.analysis'} & set(sys.modules); "
         "sys.exit(', '.join(heavy) or 0)"
     )
     result = subprocess.run(

@@ -21,7 +21,7 @@ def test_every_name_is_there_without_another_import():
 def test_what_is_public_is_in_the_list():
     modules = {name for name, value in vars(polylens).items() if inspect.ismodule(value)}
     public = {name for name in vars(polylens) if not name.startswith("_")}
-    assert public - modules - {"TYPE_CHECKING", "NoReturn", "version"} == set(polylens.__all__) - {
+    assert public - modules - {"TYPE_CHECKING", "version"} == set(polylens.__all__) - {
         "analysis",
         "demo",
     }

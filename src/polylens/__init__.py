@@ -9,11 +9,12 @@ The mathematics is Belrose & Rigg 2025, "Converting MLPs into Polynomials in Clo
 arXiv 2502.01032. No host framework is imported until a model of it is attached.
 """
 
+import importlib
 import sys
 from importlib.metadata import version
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from polylens import analysis, demo
+from polylens import demo
 from polylens.activations.activation import Activation
 from polylens.activations.recognition import activation
 from polylens.activations.registered import register_activation
@@ -56,6 +57,9 @@ from polylens.report.remote import remote_report
 from polylens.report.report import Report
 from polylens.saving.export import load_exported
 from polylens.training.tracer import Trace, TraceData, Tracer, trace_training
+
+if TYPE_CHECKING:
+    from polylens import analysis
 
 __version__ = version("polylens")
 
@@ -123,10 +127,16 @@ _REMOVED = {
 
 if not TYPE_CHECKING:  # for a checker an unknown name is an error
 
-    def __getattr__(name: str) -> NoReturn:
+    def __getattr__(name: str) -> object:
+        if name == "analysis":  # a sixth of what there is to import, and nothing else needs it
+            return importlib.import_module("polylens.analysis")
         hint = f"; write polylens.{_REMOVED[name]}" if name in _REMOVED else ""
         raise AttributeError(
             f"module 'polylens' has no attribute {name!r}{hint}",
             name=name,
             obj=sys.modules[__name__],
         )
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,5 +1,6 @@
 """The model, the text and the lens that a command is about."""
 
+import gc
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -55,6 +56,19 @@ class Opened:
         return single_token(text, partial(self.tokenizer.encode, add_special_tokens=False))
 
 
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection, which would look again and again at all that was just loaded."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@_uncollected()
 def open_model(
     model: str,
     source: OneLayer,
