@@ -4,10 +4,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tests.hf_models import build, from_config
+from tests.hf_models import MIXTURES, build, from_config
 from tests.host_contract import module_snapshot
 from tests.hosts.test_hosts_agree import bridge, hooked, nnsight, plain
-from tests.hosts.test_moe import MODELS
 
 import polylens
 from polylens import (
@@ -197,7 +196,7 @@ def test_an_old_option_names_the_new_one(model, old, new):
 
 
 def test_experts_are_refused():
-    config, name, changes, _ = MODELS["mixtral"]
+    config, name, changes, _ = MIXTURES["mixtral"]
     model = from_config(config, name, changes)
     with pytest.raises(UnsupportedModel, match="routing"):
         attach(model, SMALL)

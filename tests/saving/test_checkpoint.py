@@ -5,10 +5,9 @@ import os
 
 import pytest
 import torch
-from tests.hf_models import ARCHITECTURES, from_config
+from tests.hf_models import ARCHITECTURES, MIXTURES, from_config
 from tests.host_contract import assert_same_bits, module_snapshot, tables
 from tests.hosts.test_hosts_agree import bridge, nnsight, plain
-from tests.hosts.test_moe import MODELS
 
 import polylens
 from polylens import ArtifactError, InvalidInputError, Sequential, UnsupportedModel
@@ -243,7 +242,7 @@ def test_refused_before_a_file_is_made(tmp_path):
 
 
 def test_experts_and_places_that_cannot_be_written(tmp_path):
-    config, name, changes, _ = MODELS["mixtral"]
+    config, name, changes, _ = MIXTURES["mixtral"]
     with pytest.raises(UnsupportedModel, match="routing"):
         attach(from_config(config, name, changes), tmp_path / "x")
     assert not (tmp_path / "x").exists()
