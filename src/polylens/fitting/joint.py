@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from polylens.devices import numbers, require_room
-from polylens.fitting.estimator import Batch
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.fitting.samples import SampleEstimator
 from polylens.inputs.samples import Flaws, joined, shaped
-from polylens.normal_forms.preactivation import branches
+from polylens.normal_forms.preactivation import Shown, branches
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
@@ -58,7 +57,9 @@ class JointEstimator(SampleEstimator):
     def solving_bytes(cls, weights: MLPWeights | GLUWeights, degree: int) -> int:
         return 16 * feature_count(weights, degree) ** 2  # the system and its Cholesky factor
 
-    def _begun(self, seen: PreactivationRange | None, deciding: Batch | None) -> "JointGram":
+    def _begun(
+        self, seen: PreactivationRange | None, deciding: Sequence[Shown] | None
+    ) -> "JointGram":
         if seen is not None and seen.inner is not None:
             seen.inner = seen.inner[-1]
         return JointGram(self.weights, self.degree, seen)

@@ -117,6 +117,13 @@ class NeuronGram:
             if beside is not None:
                 beside._add(y, z, w, target)
 
+    @torch.no_grad()
+    def add(self, y: Tensor, z: Tensor | None, sample_weights: Tensor | None) -> None:
+        """Add inputs by their preactivations [d_mlp, n], which are finite."""
+        some = y.shape[1] if sample_weights is None else (sample_weights > 0).sum()
+        self._rows = self._rows + some
+        self._add(y, z, sample_weights, self.weights.act(y))
+
     def merge(self, by: Merge, beside: "NeuronGram | None" = None) -> None:
         """Let all sums become what `by` makes of them; standardised alike, they can be added.
 

@@ -1,7 +1,7 @@
 """Fits to the inputs themselves, neuron by neuron, with ends where `tails` puts them."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import ClassVar, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from polylens.fitting.tails import best_tails
 from polylens.inputs.gaussian import Moments
 from polylens.inputs.samples import joined
 from polylens.inputs.seen import Seen
+from polylens.normal_forms.preactivation import Shown, blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import PreactivationRange
 from polylens.polynomials.factored import Polynomial
@@ -56,12 +57,12 @@ class SampleEstimator(Estimator):
         self._moments, self._some = Moments(), list[Batch]()
 
     @abstractmethod
-    def _begun(self, seen: PreactivationRange | None, deciding: Batch | None) -> Gram:
+    def _begun(self, seen: PreactivationRange | None, deciding: Sequence[Shown] | None) -> Gram:
         """Sums of no inputs yet.
 
         Args:
             seen: gets the range of their preactivations.
-            deciding: those that said where the tails begin.
+            deciding: preactivations of those that said where the tails begin.
         """
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
@@ -112,8 +113,9 @@ class SampleEstimator(Estimator):
         """Let these inputs, which are not added, say where the tails begin."""
         assert self._range is not None
         assert self.tails is not None
-        self._range.inner = best_tails(self.weights, x, w, self.degree, self.tails)
-        self._gram = self._begun(self._range, (x, w))
+        shown = list(blocks(self.weights, x, w))
+        self._range.inner = best_tails(self.weights, x, w, self.degree, self.tails, shown)
+        self._gram = self._begun(self._range, shown)
 
     def _decide_by_first(self) -> None:
         first, self._first = self._first, []
@@ -146,7 +148,7 @@ class SamplesEstimator(SampleEstimator):
         if drawn is not None:
             self._decide(drawn.x, drawn.w)
 
-    def _begun(self, seen: PreactivationRange | None, deciding: Batch | None) -> Gram:
+    def _begun(self, seen: PreactivationRange | None, deciding: Sequence[Shown] | None) -> Gram:
         if seen is None or deciding is None:
             return NeuronGram(self.weights, self.degree, self._standardise, seen)
         return _Both(self.weights, self.degree, self._standardise, seen, deciding)
@@ -165,11 +167,12 @@ class _Both:
         degree: int,
         standardise: tuple[Tensor, Tensor, Tensor, Tensor] | None,
         seen: PreactivationRange,
-        deciding: Batch,
+        deciding: Sequence[Shown],
     ) -> None:
         if standardise is None:
             moments = NeuronMoments(weights)
-            moments.update(*deciding)
+            for shown in deciding:
+                moments.add(*shown)
             standardise = moments.standardise(fallback=1.0)
         self._optima = NeuronGram(weights, degree, standardise)
         self._replacing = NeuronGram(weights, degree, standardise, seen)
@@ -178,7 +181,8 @@ class _Both:
         for k in range(1, degree):
             inner = PreactivationRange(weights, seen.inner[k])
             self._lower.append(NeuronGram(weights, k, standardise, inner))
-            self._lower[-1].update(*deciding)
+            for shown in deciding:
+                self._lower[-1].add(*shown)
 
     def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
         self._replacing.update(x, sample_weights, beside=self._optima)

@@ -13,7 +13,7 @@ from torch import Tensor
 from polylens.devices import per_block
 from polylens.fitting.neuron_gram import NeuronGram, NeuronMoments
 from polylens.inputs.samples import checked
-from polylens.normal_forms.preactivation import blocks
+from polylens.normal_forms.preactivation import Shown, blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import asymptotes
 
@@ -39,6 +39,7 @@ def best_tails(
     sample_weights: Tensor | None,
     degree: int,
     share: float,
+    preactivations: Sequence[Shown] | None = None,
 ) -> Tensor:
     """[degree + 1, 2, d_mlp] float64: ends beyond which y follows an asymptote, of each degree.
 
@@ -56,6 +57,9 @@ def best_tails(
 
     Cost: about one fit to x: the normal equations of every pair are sums over the same segments
     of sorted preactivations, and those of a lower degree their leading blocks.
+
+    Args:
+        preactivations: `blocks` of x, where somebody has them.
     """
     size = (2 if isinstance(weights, GLUWeights) else 1) * degree + 1
     most = min(0.99, 1 - REMAINING * size / max(1, len(x)))
@@ -67,7 +71,8 @@ def best_tails(
     many = [pair for two in sides for pair in itertools.product(*two) if sum(pair) <= most]
     if len(few) < 2 or not degree:
         return ends
-    sums = _Sums(weights, *checked(x, sample_weights, weights.d_in), degree)
+    x, w = checked(x, sample_weights, weights.d_in)
+    sums = _Sums(weights, preactivations or list(blocks(weights, x, w)), w, degree)
     found = sums.choices(torch.arange(weights.d_mlp, device=weights.device), few)
     if many:
         best = found.errors[-1].amin(0)
@@ -120,10 +125,13 @@ class _Sums:
     """Normal equations of neurons on some inputs, by segments of their sorted preactivations."""
 
     def __init__(
-        self, weights: MLPWeights | GLUWeights, x: Tensor, w: Tensor | None, degree: int
+        self,
+        weights: MLPWeights | GLUWeights,
+        parts: Sequence[Shown],
+        w: Tensor | None,
+        degree: int,
     ) -> None:
         self._weights, moments = weights, NeuronMoments(weights)
-        parts = list(blocks(weights, x, w))
         for y, z, _ in parts:
             moments.add(y, z, None)
         self._y, linear = torch.cat([y for y, _, _ in parts], 1), [z for _, z, _ in parts]

@@ -12,6 +12,8 @@ from polylens.normal_forms.weights import GLUWeights, MLPWeights
 
 CHUNK = 4096
 linalg: Any = torch.linalg  # without types
+# (y, z, sample weights) of some inputs, [d_mlp, n] and [n].
+Shown = tuple[Tensor, Tensor | None, Tensor | None]
 # Inputs whose preactivations are held at a time.
 ROWS = 1024, 4096
 # Whether products of half precision can be given out in float32.
@@ -43,7 +45,7 @@ def branches(
 
 def blocks(
     weights: MLPWeights | GLUWeights, x: Tensor, sample_weights: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+) -> Iterator[Shown]:
     """(y, z, sample weights) of ROWS inputs at a time, on the layer's device."""
     step = per_block(weights.device, *ROWS)
     for i in range(0, len(x), step):
