@@ -20,6 +20,7 @@ from polylens.fitting import tails
 from polylens.fitting.joint import JointGram
 from polylens.fitting.neuron_gram import NeuronGram
 from polylens.hosts.nnsight.inline import InlinePolynomial
+from polylens.normal_forms.preactivation import blocks
 from polylens.polynomials.ends import Ends, PreactivationRange
 from polylens.polynomials.joint import features
 
@@ -315,7 +316,7 @@ def test_the_error_of_every_pair_of_tails_is_that_of_its_least_squares(layer, de
     w = randn(500, seed=7).exp()
     neurons = torch.arange(weights.d_mlp)
     pairs = [(0.0, 0.0), (0.1, 0.0), (0.0, 0.1), (0.03, 0.1), (0.6, 0.1)]
-    found = tails._Sums(weights, X, w, degree).choices(neurons, pairs)
+    found = tails._Sums(weights, list(blocks(weights, X, w)), w, degree).choices(neurons, pairs)
     for k, (below, above) in enumerate(pairs):
         ends = tail_ends(weights, X, below, above)
         assert torch.allclose(found.ends[k], ends, rtol=1e-12, atol=1e-12)
@@ -339,7 +340,8 @@ def test_no_other_tails_of_the_same_total_leave_less(layer, share):
     spent = float(((y < ends[0] - 1e-9) | (y > ends[1] + 1e-9)).double().mean())
     assert 0 < spent <= share
     pairs = list(itertools.product(tails.SMALL, tails.SMALL))
-    errors = tails._Sums(weights, X, w, 2).choices(chosen, pairs).errors[-1]
+    sums = tails._Sums(weights, list(blocks(weights, X, w)), w, 2)
+    errors = sums.choices(chosen, pairs).errors[-1]
     found = float(left_over(weights, X, w, 2, ends).sum())
     for choice in itertools.product(range(len(pairs)), repeat=3):
         if sum(sum(pairs[k]) for k in choice) / 3 <= spent + 1e-9:
