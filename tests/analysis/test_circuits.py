@@ -9,6 +9,7 @@ from tests.models import HOSTS, hooked
 
 import polylens
 from polylens import InvalidInputError, UnsupportedModel, analysis
+from polylens.analysis.circuits import replacement
 from polylens.analysis.circuits.documents import page, rounded
 from polylens.analysis.circuits.paths import arriving
 
@@ -172,6 +173,18 @@ def test_nodes_by_name_and_by_size():
     assert "Circuit(logit of 11 = " in repr(found)
     with pytest.raises(InvalidInputError, match="no node 'L9'"):
         found["L9"]
+
+
+def test_rows_that_are_taken_back_a_few_at_a_time_are_the_same(lens, monkeypatch):
+    expected = analysis.circuit(lens, PROMPT, 11, mlps=5, features=2)
+    monkeypatch.setattr(replacement, "POSITIONS", 4 * len(PROMPT))
+    found = analysis.circuit(lens, PROMPT, 11, mlps=5, features=2)
+    assert len(found.edges) == 16
+    torch.testing.assert_close(found.edges, expected.edges, rtol=0, atol=1e-12)
+    torch.testing.assert_close(found.biases, expected.biases, rtol=0, atol=1e-12)
+    heads = found.heads()
+    for edge, parts in expected.heads().items():
+        assert dict(heads[edge]) == pytest.approx(dict(parts), abs=1e-12)
 
 
 BAD = {

@@ -24,6 +24,15 @@ def fitted(kind: str, joint: bool, degree: int, act: str = "gelu"):
     return poly
 
 
+def at_zero(poly, x, u):
+    """[d_in]: the terms of degree one of the ordinary polynomial that it is around x, along u."""
+    piece = poly.piece(x, u)
+    P, Q = piece.about_zero()
+    slope = piece.W.double() @ P[1] if len(P) > 1 else torch.zeros_like(x)
+    slope = slope if piece.linear is None else slope + piece.linear
+    return slope if Q is None else slope + piece.V.double() @ Q[0]
+
+
 CASES = [(k, j, d) for k in ("mlp", "glu") for j in (False, True) for d in (1, 2, 3)]
 
 
@@ -38,6 +47,7 @@ def test_the_shares_are_the_polynomial_with_ends(kind, joint, degree):
     for t in range(9):
         parts = torch.stack([x[t] - draw(2, t).sum(0), *draw(2, t)])
         first, form = parts @ shares.first(t, u[t]), shares.second(t, u[t]).to_dense()
+        torch.testing.assert_close(first, parts @ at_zero(poly, x[t], u[t]), rtol=0, atol=1e-9)
         pairs = parts @ form @ parts.T
         torch.testing.assert_close(first.sum() + pairs.sum(), along[t], rtol=0, atol=1e-9)
         in_all = first + pairs.sum(1)

@@ -56,12 +56,9 @@ class Term(NamedTuple):
 
 
 class _Slopes(NamedTuple):
-    """Per input and neuron [n, neurons], what the module's text says; q0 and beta of a GLU only."""
+    """Per input and neuron [n, neurons], what the module's text says; beta of a GLU only."""
 
-    constant: Tensor
-    p1: Tensor
     alpha: Tensor
-    q0: Tensor | None
     beta: Tensor | None
     of_y: Tensor
     of_z: Tensor | None
@@ -98,19 +95,20 @@ class Shares(Brief):
     ) -> "Shares":
         """Of f(x) = constant + x linear + sum over terms (P(x W + shift) + (x V + c) Q) readout."""
         y, z = product(x, W), None if V is None else product(x, V)
-        slopes = tuple(_slopes(y, z, shift, c, term) for term in terms)
-        constant = constant.expand(len(x), -1)
-        for s in slopes:
-            constant = constant + s.constant @ s.readout.double()
-        return cls(x, constant, W, V, linear, slopes)
+        constant, slopes = constant.expand(len(x), -1), list[_Slopes]()
+        for term in terms:
+            own, found = _slopes(y, z, shift, c, term)
+            constant = constant + own @ term.readout.double()
+            slopes.append(found)
+        return cls(x, constant, W, V, linear, tuple(slopes))
 
     def value(self) -> Tensor:
         """[n, d_out]: the polynomial at x."""
-        every = range(len(self.x))
-        return self.constant + torch.stack([self.forward(t, self.x[t]) for t in every])
+        return self.constant + self.forward(slice(None), self.x)
 
-    def forward(self, t: int, parts: Tensor) -> Tensor:
-        """[..., d_out]: what parts [..., d_in] of input t do in all, parts M."""
+    def forward(self, t: int | slice, parts: Tensor) -> Tensor:
+        """[..., d_out]: what parts [..., d_in] of input t, or one of each of some, do in all,
+        parts M."""
         y = product(parts, self._W)
         z = None if self._V is None else product(parts, self._V)
         out = 0.0 if self._linear is None else parts @ self._linear
@@ -123,12 +121,11 @@ class Shares(Brief):
 
     def adjoint(self, u: Tensor) -> Tensor:
         """[n, d_in]: M u of every input, for u [n, d_out]."""
-        return self._back(u, [(s.of_y, s.of_z) for s in self._slopes])
+        return self._back(slice(None), u)
 
     def first(self, t: int, u: Tensor) -> Tensor:
         """[d_in]: B u at input t, for u [d_out]."""
-        gates = [(s.p1[t : t + 1], None if s.q0 is None else s.q0[t : t + 1]) for s in self._slopes]
-        return self._back(u[None], gates)[0]
+        return self._back(slice(t, t + 1), u[None])[0] - self.second(t, u) @ self.x[t]
 
     def second(self, t: int, u: Tensor) -> QuadraticForm:
         """Gamma along u [d_out] at input t."""
@@ -141,27 +138,29 @@ class Shares(Brief):
                 q = q + s.beta[t] * read
         return QuadraticForm(self._W, p, self._V, q)
 
-    def _back(self, u: Tensor, gates: list[tuple[Tensor, Tensor | None]]) -> Tensor:
+    def _back(self, some: slice, u: Tensor) -> Tensor:
         by_y = u.new_zeros(len(u), self._W.shape[1])
         by_z = torch.zeros_like(by_y)
-        for s, (of_y, of_z) in zip(self._slopes, gates, strict=True):
+        for s in self._slopes:
             read = u @ s.readout.double().T
-            by_y += of_y * read
-            if of_z is not None:
-                by_z += of_z * read
+            by_y += s.of_y[some] * read
+            if s.of_z is not None:
+                by_z += s.of_z[some] * read
         out = by_y @ self._W.double().T
         if self._V is not None:
             out = out + by_z @ self._V.double().T
         return out if self._linear is None else out + u @ self._linear.T
 
 
-def _slopes(y: Tensor, z: Tensor | None, shift: Tensor, c: Tensor, term: Term) -> _Slopes:
+def _slopes(
+    y: Tensor, z: Tensor | None, shift: Tensor, c: Tensor, term: Term
+) -> tuple[Tensor, _Slopes]:
+    """(per neuron what there is without any input, the others)."""
     P = expanded_about(term.P, shift)
-    zero = torch.zeros_like(y)
     if term.Q is None or z is None:
-        p1 = P[1] if len(P) > 1 else zero
         alpha = _horner(list(P[2:]), y)
-        return _Slopes(P[0], p1, alpha, None, None, p1 + alpha * y, None, term.readout)
+        of_y = P[1] + alpha * y if len(P) > 1 else torch.zeros_like(y)
+        return P[0], _Slopes(alpha, None, of_y, None, term.readout)
     Q = expanded_about(term.Q, shift)
     total = y.new_zeros(max(len(P), len(Q), 2), *y.shape)
     total[: len(P)] += P
@@ -169,9 +168,9 @@ def _slopes(y: Tensor, z: Tensor | None, shift: Tensor, c: Tensor, term: Term) -
     shared = [(k - 1) / (k + 1) * Q[k] for k in range(2, len(Q))]
     alpha = _horner(list(total[2:]), y) + z * _horner(shared, y)
     beta = _horner([2 / (k + 1) * Q[k] for k in range(1, len(Q))], y)
-    q0 = Q[0] if len(Q) else zero
-    of_y, of_z = total[1] + alpha * y + beta * z / 2, q0 + beta * y / 2
-    return _Slopes(total[0], total[1], alpha, q0, beta, of_y, of_z, term.readout)
+    of_z = Q[0] + beta * y / 2 if len(Q) else torch.zeros_like(y)
+    of_y = total[1] + alpha * y + beta * z / 2
+    return total[0], _Slopes(alpha, beta, of_y, of_z, term.readout)
 
 
 def _horner(rows: list[Tensor], y: Tensor) -> Tensor:

@@ -46,19 +46,19 @@ def first_heads(
     at = torch.tensor([source.position for _, source in edges], device=like.device)
     vectors = torch.stack([behind(replacement, source) for _, source in edges])
 
-    def attended(n: int, covectors: Tensor) -> None:
+    def attended(n: int, some: slice, covectors: Tensor) -> None:
         attention = attentions[n]
-        passing = ((rows < len(covectors)) & (below < n)).nonzero()[:, 0]
+        passing = ((rows >= some.start) & (rows < some.stop) & (below < n)).nonzero()[:, 0]
         if attention is None or not len(passing):
             return
         read = attention.values(vectors[passing], at[passing])[:, attention.group]
         for row in rows[passing].unique().tolist():
             here = (rows[passing] == row).nonzero()[:, 0]
-            by_head = attention.by_head(covectors[row])[:, at[passing[here]]]
+            by_head = attention.by_head(covectors[row - some.start])[:, at[passing[here]]]
             parts = torch.einsum("ehd,hed->eh", read[here], by_head)
             found[passing[here], n, : parts.shape[1]] = parts
 
-    replacement.direct(starts, lambda n, u: None, attended)
+    replacement.direct(starts, lambda *_: None, attended)
     return found
 
 

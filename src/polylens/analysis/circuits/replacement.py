@@ -13,8 +13,8 @@ from polylens.hosts.frozen import FrozenBlock, FrozenModel, adjoint
 from polylens.polynomials.base import Approximation
 from polylens.polynomials.shares import Shares
 
-# Rows of covectors that attention takes at a time.
-ROWS = 128
+# Rows of covectors are taken back together while they have so many positions in all.
+POSITIONS = 4096
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -110,47 +110,72 @@ class Replacement(Brief):
     def direct(
         self,
         starts: Mapping[int, tuple[Tensor, Tensor]],
-        visit: Callable[[int, Tensor], None],
-        attended: Callable[[int, Tensor], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
+        visit: Callable[[int, slice, Tensor], None],
+        attended: Callable[[int, slice, Tensor], None] | None = None,
+    ) -> Tensor:
         """Covectors of the target and of what MLPs read, back through attention and norms alone.
 
-        Row 0 is the target; then those of `starts`, layer by layer from above.
+        Row 0 is the target; then those of `starts`, layer by layer from above. Some at a time go
+        all the way, so that memory does not grow with their number.
 
         Args:
             starts: by layer (positions [n], covectors [n, d_in] of what its MLP reads there).
-            visit: called with (layer, [rows so far, pos, d_out]), covectors of what it writes.
-            attended: called with (layer, [rows so far, pos, d_model]), those of the stream behind
+            visit: called with (layer, rows, [rows, pos, d_out]), covectors of what it writes; of
+                layer -1, of the embeddings.
+            attended: called with (layer, rows, [rows, pos, d_model]), those of the stream behind
                 the attention of the layer.
 
         Returns:
-            [rows, pos, d_model] of the embeddings, and [rows] what biases amount to.
+            [rows] what biases amount to.
         """
-        rows = 1 + sum(len(positions) for positions, _ in starts.values())
-        g = self.frozen.embedding.new_zeros(rows, *self.frozen.embedding.shape)
-        g[0], bias, n = self.top, g.new_zeros(rows), 1
-        bias[0] = self.target.constant
+        order = [(n, i) for n in sorted(starts, reverse=True) for i in range(len(starts[n][0]))]
+        step = max(1, POSITIONS // len(self.frozen.tokens))
+        biases = self.frozen.embedding.new_zeros(1 + len(order))
+        for first in range(0, len(biases), step):
+            some = slice(first, min(first + step, len(biases)))
+            own: dict[int, list[int]] = {}
+            for n, i in order[max(first - 1, 0) : some.stop - 1]:
+                own.setdefault(n, []).append(i)
+            begun = {n: (starts[n][0][i], starts[n][1][i]) for n, i in own.items()}
+            biases[some] = self._back(some, begun, visit, attended)
+        return biases
+
+    def _back(
+        self,
+        rows: slice,
+        starts: Mapping[int, tuple[Tensor, Tensor]],
+        visit: Callable[[int, slice, Tensor], None],
+        attended: Callable[[int, slice, Tensor], None] | None,
+    ) -> Tensor:
+        """Some rows of `direct`."""
+        like = self.frozen.embedding
+        g = like.new_empty(rows.stop - rows.start, *like.shape)
+        bias, n = g.new_zeros(len(g)), 0
+        if rows.start == 0:
+            g[0], bias[0], n = self.top, self.target.constant, 1
         for number in reversed(range(len(self.layers))):
             layer = self.layers[number]
-            block = layer.block
-            u = adjoint(block.behind, g[:n])
-            visit(number, u)
-            bias[:n] += _written_bias(layer, g[:n], u)
-            positions, covectors = starts.get(number, (None, None))
-            before = n
-            if positions is not None and covectors is not None:
+            block, before = layer.block, n
+            if before:
+                u = adjoint(block.behind, g[:before])
+                visit(number, slice(rows.start, rows.start + before), u)
+                bias[:before] += _written_bias(layer, g[:before], u)
+            if number in starts:
+                positions, covectors = starts[number]
+                n += len(positions)
                 own = g.new_zeros(len(positions), *layer.read.shape)
                 own[torch.arange(len(positions)), positions] = covectors
-                n += len(positions)
                 bias[before:n] += _read_bias(layer, own)
                 g[before:n] = adjoint(block.before, own)
-            moved = slice(0, before if block.parallel else n)
+            moved = before if block.parallel else n
+            if not moved:
+                continue
             if attended is not None:
-                attended(number, g[moved])
-            bias[moved] += _attention_bias(block, g[moved])
-            for some in torch.arange(moved.stop).split(ROWS):
-                g[some] = block.attended(g[some])
-        return g, bias
+                attended(number, slice(rows.start, rows.start + moved), g[:moved])
+            bias[:moved] += _attention_bias(block, g[:moved])
+            g[:moved] = block.attended(g[:moved])
+        visit(-1, rows, g)
+        return bias
 
 
 def values(covectors: Tensor, written: Tensor) -> Tensor:

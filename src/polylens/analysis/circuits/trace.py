@@ -87,7 +87,8 @@ def circuit(
     by_token = values(of_embeddings, frozen.embedding)
     # by layer and position: of the polynomial without its constant, and of the error
     layers = replacement.layers
-    mlp = torch.stack([values(flow.u, layers[n].written) for n, flow in enumerate(flows)])
+    written = [layer.written for layer in layers]
+    mlp = torch.stack([values(flow.u, written[n]) for n, flow in enumerate(flows)])
     error = torch.stack([values(flow.u, layers[n].error) for n, flow in enumerate(flows)])
     chosen = _largest(mlp, mlps)
     found = _Nodes(replacement)
@@ -98,7 +99,7 @@ def circuit(
             found.split(n, t, flows[n], features)
     leaves = [(n, t) for n, t in places if layers[n].shares is not None and (n, t) not in chosen]
     for n, t in leaves:
-        found.add([Node("mlp", n, t, value=float(mlp[n, t]))], layers[n].written[t][None])
+        found.add([Node("mlp", n, t, value=float(mlp[n, t]))], written[n][t][None])
     for n, t in places:
         found.add([Node("error", n, t, value=float(error[n, t]))], layers[n].error[t][None])
     for t, value in enumerate(by_token.tolist()):
@@ -158,7 +159,7 @@ class _Nodes:
         assert layer.shares is not None
         x, r = layer.read[t], flow.r[t]
         form = layer.shares.second(t, flow.u[t])
-        vectors = _eigenvectors(form, x, layer.shares.first(t, flow.u[t]), count)
+        vectors = _eigenvectors(form, x, r, count)
         image = form @ torch.cat([vectors, x[:, None]], dim=1)
         eigenvalues = torch.linalg.vecdot(vectors, image[:, :-1], dim=0)
         activations, gains = x @ vectors, r @ vectors
@@ -175,7 +176,8 @@ class _Nodes:
         value, second = float(x @ rest), every - float(seconds.sum())
         own.append(Node("rest", n, t, 0, value, None, value - second, second))
         self.reads += [*read.T, rest]
-        self.add(own, torch.cat([written, layer.written[t][None] - written.sum(0, keepdim=True)]))
+        in_all = layer.shares.forward(t, x[None])
+        self.add(own, torch.cat([written, in_all - written.sum(0, keepdim=True)]))
 
     def circuit(
         self,
@@ -223,35 +225,28 @@ def direct_effects(
     by_place: dict[tuple[int, int], list[int]] = {}
     for i, node in enumerate(nodes[1:], 1):
         by_place.setdefault((node.layer, node.position), []).append(i)
+    of_place = {place: writes[own].T for place, own in by_place.items()}
     edges = writes.new_zeros(1 + len(reads), len(nodes))
 
-    def visit(n: int, covectors: Tensor) -> None:
+    def visit(n: int, rows: slice, covectors: Tensor) -> None:
         for t in range(covectors.shape[1]):
             if own := by_place.get((n, t)):
-                edges[: len(covectors), own] = covectors[:, t] @ writes[own].T
+                edges[rows, own] = covectors[:, t] @ of_place[n, t]
 
-    of_embeddings, biases = replacement.direct(starts(nodes[1 : 1 + len(reads)], reads), visit)
-    for t in range(of_embeddings.shape[1]):
-        own = by_place[-1, t]
-        edges[:, own] = of_embeddings[:, t] @ writes[own].T
-    return edges, biases
+    return edges, replacement.direct(starts(nodes[1 : 1 + len(reads)], reads), visit)
 
 
-def _eigenvectors(form: QuadraticForm, x: Tensor, first: Tensor, count: int) -> Tensor:
-    """[d_in, k] of norm 1, those that contribute most at x."""
+def _eigenvectors(form: QuadraticForm, x: Tensor, r: Tensor, count: int) -> Tensor:
+    """[d_in, k] of norm 1, those that contribute most at x, where r flows back."""
     if not form.p.any() and (form.q is None or not form.q.any()):
         return x.new_zeros(len(x), 0)
     if form.d_in <= DENSE:
         # single precision tells eigenvectors apart as well, and what a sum lacks is in the rest
         exact = form.W.dtype == torch.float64
         gamma = form.to_dense() if exact else form.to_dense(torch.float32)
-        eigenvalues, vectors = (t.double() for t in torch.linalg.eigh(gamma))
+        vectors = torch.linalg.eigh(gamma)[1].double()
     else:
         wanted = min(form.d_in, SPARE * count)
-        eigenvalues, vectors = extreme_eigenpairs(
-            form.__matmul__, form.d_in, wanted, x.device, 1e-6
-        )
-    activations = x @ vectors
-    values = activations * (first @ vectors + eigenvalues * activations)
-    order = values.abs().argsort(descending=True)[:count]
+        _, vectors = extreme_eigenpairs(form.__matmul__, form.d_in, wanted, x.device, 1e-6)
+    order = ((x @ vectors) * (r @ vectors)).abs().argsort(descending=True)[:count]
     return torch.nn.functional.normalize(vectors[:, order], dim=0)
