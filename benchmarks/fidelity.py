@@ -108,6 +108,9 @@ def main():
     parser.add_argument("--calibration", nargs="+", required=True, help="UTF-8 texts")
     parser.add_argument("--heldout", nargs="+", required=True, help="UTF-8 texts")
     parser.add_argument("--degrees", nargs="+", type=int, default=[2, 3])
+    parser.add_argument(
+        "--one-lens", action="store_true", help="read the lower degrees of a fit of the highest"
+    )
     parser.add_argument("--methods", nargs="+", default=["true:samples"], help="true:joint, ...")
     parser.add_argument("--tails", nargs="+", type=share, default=["default"], help="none or 0.05")
     parser.add_argument("--windows", type=int, default=64, help="calibration, in all")
@@ -128,21 +131,24 @@ def main():
         seen.append(polylens.sample_tokens(model, options.sampled, LENGTH))
     tokens, rows = torch.cat(seen), []
     print(f"{tokens.numel()} tokens", flush=True)
-    for name, tails, degree in itertools.product(options.methods, options.tails, options.degrees):
+    fits = [options.degrees] if options.one_lens else [[degree] for degree in options.degrees]
+    for name, tails, degrees in itertools.product(options.methods, options.tails, fits):
         stream, estimator = name.split(":")
-        method = METHODS[stream](estimator, tails)
+        method, most = METHODS[stream](estimator, tails), max(degrees)
         forward, start = forward_seconds(model, tokens), time.process_time()
-        with polylens.attach(model, tokens, degree=degree, method=method, progress=False) as lens:
+        with polylens.attach(model, tokens, degree=most, method=method, progress=False) as lens:
             passes = (time.process_time() - start) / forward
-            print(f"\n{name}, degree {degree}, tails {tails}: {passes:.2f} forward passes")
-            with lens.replaced():
-                found = {path: cost(model, truth[path], held_out[path]) for path in held_out}
-        for path, row in found.items():
-            print(f"{Path(path).stem}: {described(row)}", flush=True)
-        ce, kl = (fmean(row[key] for row in found.values()) for key in ("delta_ce", "kl"))
-        print(f"mean: {ce:+.4f}, KL {kl:.4f}", flush=True)
-        setting = {"method": name, "degree": degree, "tails": tails, "forward_passes": passes}
-        rows += [setting | {"text": Path(path).stem} | row for path, row in found.items()]
+            print(f"\n{name}, fitted to degree {most}, tails {tails}: {passes:.2f} forward passes")
+            for degree in degrees:
+                with lens.replaced(degree=degree):
+                    found = {path: cost(model, truth[path], held_out[path]) for path in held_out}
+                for path, row in found.items():
+                    print(f"degree {degree}, {Path(path).stem}: {described(row)}", flush=True)
+                ce, kl = (fmean(row[key] for row in found.values()) for key in ("delta_ce", "kl"))
+                print(f"degree {degree}, mean: {ce:+.4f}, KL {kl:.4f}", flush=True)
+                setting = {"method": name, "degree": degree, "tails": tails}
+                setting["forward_passes"] = passes
+                rows += [setting | {"text": Path(path).stem} | row for path, row in found.items()]
         if options.json:
             Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
     if options.plot:

@@ -248,16 +248,24 @@ def run(
     for table in (quality_table(results), training_table(results), attack_table(results)):
         console.print(table)
     for result in results:
-        name = result.activation
-        result.trace.plot().savefig(out / f"{name}-training.png")
-        result.attacks.plot().savefig(out / f"{name}-attacks.png")
-        title = f"Quadratic features of the logit of 3, {name} network"
-        spectrum = result.features[3].plot(images.shape, title=title)
-        spectrum.savefig(out / f"{name}-spectrum-3.png")
-        patterns = [(features.values, features.patterns) for features in result.features]
-        class_features_figure(patterns, images.shape).savefig(out / f"{name}-classes.png")
+        draw(result, images.shape, out)
     console.print(f"figures in {out}")
     return results
+
+
+def draw(result: Result, shape: tuple[int, int], out: Path) -> None:
+    """Four figures of a network."""
+    name = result.activation
+    patterns = [(features.values, features.patterns) for features in result.features]
+    figures = {
+        "training": ("R² over training", result.trace.plot()),
+        "attacks": ("Adversarial directions", result.attacks.plot()),
+        "spectrum-3": ("Quadratic features of the logit of 3", result.features[3].plot(shape)),
+        "classes": ("Strongest features of each logit", class_features_figure(patterns, shape)),
+    }
+    for kind, (title, figure) in figures.items():
+        figure.suptitle(f"{title}, {name} network", fontsize=9)
+        figure.savefig(out / f"{name}-{kind}.png")
 
 
 def quality_table(results: list[Result]) -> Table:

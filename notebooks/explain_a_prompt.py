@@ -61,7 +61,8 @@ analysis.examples(lens, {LAYER: features}, text, k=2)[LAYER]
 
 # %%
 writers, names = analysis.residual_writers(lens, cache, LAYER, position=prompt.shape[1] - 1)
-found = analysis.interactions(lens[LAYER], writers, u, names)
+title = f"layer {LAYER} behind 'evalua': logit of {chr(first)!r} over {chr(second)!r}"
+found = analysis.interactions(lens[LAYER], writers, u, names, title=title)
 found
 
 # %%

@@ -60,4 +60,4 @@ tracer.trace.plot()
 lens = polylens.attach(network, x[train], method=polylens.TrueStream(estimator="gaussian"))
 towards = torch.eye(10)[8] - 0.1
 features = analysis.eigenfeatures(lens[0], towards, 8, metric="covariance")
-features.plot((8, 8))
+features.plot((8, 8), title="What the logit of 8 reads")

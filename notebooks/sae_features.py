@@ -110,7 +110,8 @@ with torch.no_grad():
     first, second = logits[0, -1].topk(2).indices.tolist()
     (u,) = analysis.logit_gradient(lens, prompt, LAYER, first, second)
     writers, names = analysis.residual_writers(lens, cache, LAYER, prompt.shape[1] - 1, sae=sae)
-found = analysis.interactions(lens[LAYER], writers, u, names)
+title = f"layer {LAYER} behind 'evalua': logit of {chr(first)!r} over {chr(second)!r}"
+found = analysis.interactions(lens[LAYER], writers, u, names, title=title)
 found
 
 # %%

@@ -128,5 +128,7 @@ def test_a_figure_shows_itself_in_a_notebook():
 def test_a_report_is_a_table_of_pandas():
     report = make(3)
     frame = report.to_pandas()
+    assert frame["layer"].tolist()[:3] == [0, 1, 2]
+    assert str(frame["layer"].dtype) in ("int64", "Int64")  # also with a row of all layers
     assert frame["r2_3"].tolist()[:3] == [row.r2[3] for row in report]
     assert len(frame) == 3 + (report.all_row is not None)

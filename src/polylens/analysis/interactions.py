@@ -122,13 +122,23 @@ class Interactions(Brief):
 
 @overload
 def interactions(
-    polynomial: Any, writers: Tensor, u: Tensor, names: Sequence[str] | None = None
+    polynomial: Any,
+    writers: Tensor,
+    u: Tensor,
+    names: Sequence[str] | None = None,
+    *,
+    title: str = "",
 ) -> Interactions: ...
 
 
 @overload
 def interactions(
-    polynomial: Any, writers: Tensor, u: Sequence[Tensor], names: Sequence[str] | None = None
+    polynomial: Any,
+    writers: Tensor,
+    u: Sequence[Tensor],
+    names: Sequence[str] | None = None,
+    *,
+    title: str = "",
 ) -> list[Interactions]: ...
 
 
@@ -138,6 +148,8 @@ def interactions(
     writers: Tensor,
     u: Tensor | Sequence[Tensor],
     names: Sequence[str] | None = None,
+    *,
+    title: str = "",
 ) -> Interactions | list[Interactions]:
     """Split the polynomial's output along u at one input over the writers of that input.
 
@@ -157,6 +169,7 @@ def interactions(
         u: [d_out] output direction: a logit, a probe, a row of a decoder, a column of an encoder;
             or a list of several, such as `list(sae.W_dec)`, for a list of results.
         names: one per writer; numbers by default.
+        title: what the output and u are, for tables and figures: layer, position, logit of what.
 
     Raises:
         InvalidInputError: sizes that do not fit, u zero, no writers, names of another number, a
@@ -166,7 +179,7 @@ def interactions(
     """
     check_polynomial(polynomial)
     if several(u):
-        return [interactions(polynomial, writers, each, names) for each in u]
+        return [interactions(polynomial, writers, each, names, title=title) for each in u]
     device = next(iter(polynomial.buffers())).device
     u = direction(u, polynomial.d_out, device)
     writers = check_inputs(writers, polynomial.d_in, device)
@@ -192,7 +205,7 @@ def interactions(
     if getattr(polynomial, "ends", None) is not None:
         beyond, neurons = int(piece.beyond.sum()), len(piece.beyond)
         about += f" with ends, around an input beyond those of {beyond} of {neurons} neurons"
-    return Interactions(names, constant, linear, pairs, about)
+    return Interactions(names, constant, linear, pairs, about, title)
 
 
 @torch.no_grad()

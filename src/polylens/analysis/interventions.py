@@ -80,6 +80,11 @@ class Effect(Brief):
     lowers: TokenScores
 
 
+def _two_a_line(tokens: TokenScores) -> str:
+    shown = [f"{name} {value:+.2f}" for name, value in tokens]
+    return "\n".join("  ".join(shown[i : i + 2]) for i in range(0, len(shown), 2))
+
+
 @dataclass(frozen=True, repr=False)
 class Effects(Brief):
     """Of several interventions on the same text; `effects[name]` is one.
@@ -116,20 +121,22 @@ class Effects(Brief):
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
         loss = "" if self.base_ce is None else f", {self.base_ce:.3f} nats each without an edit"
         what = "inputs" if self.base_ce is None else "tokens"
-        table.title = f"{self.n_targets or self.n_positions} {what}{loss}"
+        table.title = (
+            f"{self.n_targets or self.n_positions} {what}{loss}; ΔCE and KL in nats, raised and "
+            "lowered tokens with the mean change of their logits"
+        )
         for title in ("edit", "ΔCE", "KL", "top-1", "raises", "lowers"):
             justify = "right" if title in ("ΔCE", "KL", "top-1") else "left"
             table.add_column(title, justify=justify)
         for row in self.rows:
             error = "" if row.delta_ce_se is None else f" ± {row.delta_ce_se:.4f}"
             loss = MISSING if row.delta_ce is None else f"{row.delta_ce:+.4f}{error}"
-            ends = ("  ".join(f"{n} {v:+.2f}" for n, v in end) for end in (row.raises, row.lowers))
             table.add_row(
                 Text(str(row.name)),
                 loss,
                 f"{row.kl:.4f}",
                 f"{row.agreement:.1%}",
-                *map(Text, ends),
+                *(Text(_two_a_line(end)) for end in (row.raises, row.lowers)),
             )
         return table
 

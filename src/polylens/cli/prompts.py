@@ -1,6 +1,5 @@
 """What a layer does at one position of a prompt."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,10 +50,9 @@ def interactions_in(
     other: int = order[order[0] == chosen] if against is None else against
     (u,) = logit_gradient(lens, read, layer, chosen, other)
     writers, names = residual_writers(lens, cache, layer, position)
-    found = interactions(lens[layer], writers, u, names)
     name = token_names(tokenizer)
-    return replace(
-        found,
-        title=f"layer {label(layer)}, position {position} ({name(ids[position])}): logit of "
-        f"{name(chosen)} over {name(other)}",
+    title = (
+        f"layer {label(layer)}, position {position} ({name(ids[position])}): logit of "
+        f"{name(chosen)} over {name(other)}"
     )
+    return interactions(lens[layer], writers, u, names, title=title)

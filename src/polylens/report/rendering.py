@@ -22,7 +22,10 @@ CONTEXT_LEAST, CONTEXT_MOST = 16, 60
 # Of the columns of a worst token: where it is, and its two cross entropies.
 NEEDED = 3
 
-_PRE = '<pre style="white-space:pre;overflow-x:auto;line-height:normal">{code}</pre>'
+_PRE = (
+    '<pre style="font-family:monospace;white-space:pre;overflow-x:auto;line-height:normal">{code}'
+    "</pre>"
+)
 _CSS = (
     ".polylens-report{font-size:90%}.polylens-report td,.polylens-report th"
     "{text-align:right;padding:1px 8px;font-variant-numeric:tabular-nums}"
@@ -128,6 +131,10 @@ def as_frame(rows: "Iterable[Mapping[str, Any]]") -> "DataFrame":
             else:
                 flat[-1][name] = label(value) if isinstance(value, Expert) else value
     frame = DataFrame(flat)
+    for name in frame.columns:
+        values = [row.get(name) for row in flat]
+        if None in values and all(v is None or type(v) is int for v in values):
+            frame[name] = frame[name].astype("Int64")  # 3 and <NA>, not 3.0 and NaN
     # what was not measured, of any row
     return frame.dropna(axis="columns", how="all")
 
