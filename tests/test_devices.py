@@ -118,6 +118,14 @@ def test_what_is_on_two_devices_is_moved_or_refused_with_both():
         assert torch.equal(near(x), far(x))
 
 
+@pytest.mark.parametrize("name", ["tokens", "attention_mask"])
+def test_what_has_no_values_is_named(name):
+    given = dict.fromkeys(("tokens", "attention_mask"), torch.ones(2, 9, dtype=torch.long))
+    given[name] = given[name].to("meta")
+    with pytest.raises(InvalidInputError, match=f"{name}: on the meta device"):
+        polylens.attach(polylens.demo.load_model(), **given, progress=False)
+
+
 def test_a_batch_of_inputs_elsewhere_leaves_no_lens():
     """Tokens may be anywhere; what the model cannot take is refused as it is."""
     model = polylens.demo.load_model()

@@ -230,8 +230,6 @@ def validate_tokens(
             f"tokens have {shape[1]} positions per sequence, the model has {n_positions}; cut them "
             "into shorter sequences"
         )
-    if tokens.is_meta:
-        raise InvalidInputError("tokens are on the meta device, where tensors have no values")
     tokens = tokens.cpu().long()
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or (d_vocab is not None and high >= d_vocab):
@@ -280,9 +278,12 @@ _TEXT = (
 
 def _as_tensor(name: str, value: Any) -> Tensor:
     try:
-        return torch.as_tensor(value)
+        found = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise InvalidInputError(
             f"{name} must be a tensor [batch, pos], got {type(value).__name__}; pass the "
             'input_ids and attention_mask of tokenizer(texts, return_tensors="pt")'
         ) from None
+    if found.is_meta:
+        raise InvalidInputError(f"{name}: on the meta device, where tensors have no values")
+    return found
