@@ -1,7 +1,7 @@
 """Streamed least squares, neuron by neuron: the per-neuron fit to samples."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from math import factorial
 from typing import Any
 
@@ -13,7 +13,7 @@ from polylens.errors import InvalidInputError, NumericalWarning
 from polylens.fitting.fused import add_fused
 from polylens.fitting.nested import glu_tables, nested_solutions
 from polylens.inputs.samples import Flaws, shaped
-from polylens.normal_forms.preactivation import blocks
+from polylens.normal_forms.preactivation import Shown, blocks
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.ends import Ends, PreactivationRange
 from polylens.polynomials.factored import Polynomial
@@ -94,6 +94,7 @@ class NeuronGram:
         x: Tensor,
         sample_weights: Tensor | None = None,
         beside: "NeuronGram | None" = None,
+        shown: Iterable[Shown] | None = None,
     ) -> None:
         """Add inputs x [..., d_in] of the layer, optionally weighted [...].
 
@@ -102,6 +103,7 @@ class NeuronGram:
 
         Args:
             beside: other sums that get the same preactivations; they must be standardised.
+            shown: `blocks` of x, where somebody has them.
         """
         x, sample_weights = shaped(x, sample_weights, self.weights.d_in)
         if not len(x):
@@ -111,7 +113,7 @@ class NeuronGram:
         self._rows = self._rows + some
         if beside is not None:
             beside._rows, beside._flaws = self._rows, self._flaws
-        for y, z, w in blocks(self.weights, x, sample_weights):
+        for y, z, w in blocks(self.weights, x, sample_weights) if shown is None else shown:
             target = self.weights.act(y)
             self._add(y, z, w, target)
             if beside is not None:

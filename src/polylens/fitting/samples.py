@@ -109,19 +109,30 @@ class SampleEstimator(Estimator):
         ends, seen = (None, None) if self._range is None else (self._range.ends, self._range.seen)
         return fitted if ends is None else fitted.with_ends(ends).having_seen(seen)
 
-    def _decide(self, x: Tensor, w: Tensor | None) -> None:
-        """Let these inputs, which are not added, say where the tails begin."""
+    def _decide(self, x: Tensor, w: Tensor | None) -> Sequence[Shown]:
+        """Let these inputs, which are not added, say where the tails begin.
+
+        Returns their preactivations.
+        """
         assert self._range is not None
         assert self.tails is not None
         shown = list(blocks(self.weights, x, w))
         self._range.inner = best_tails(self.weights, x, w, self.degree, self.tails, shown)
         self._gram = self._begun(self._range, shown)
+        return shown
 
     def _decide_by_first(self) -> None:
         first, self._first = self._first, []
         if first:
             x, w = joined(first)
-            self._decide(x[:FIRST], None if w is None else w[:FIRST])
+            deciding, rest = (
+                (x[rows], None if w is None else w[rows])
+                for rows in (slice(FIRST), slice(FIRST, None))
+            )
+            shown = self._decide(*deciding)
+            if isinstance(self._gram, _Both):
+                self._gram.update(*deciding, shown)
+                first = [rest]
         gram = self._gram = self._gram or self._begun(self._range, None)
         for x, w in first:
             gram.update(x, w)
@@ -184,8 +195,13 @@ class _Both:
             for shown in deciding:
                 self._lower[-1].add(*shown)
 
-    def update(self, x: Tensor, sample_weights: Tensor | None = None) -> None:
-        self._replacing.update(x, sample_weights, beside=self._optima)
+    def update(
+        self,
+        x: Tensor,
+        sample_weights: Tensor | None = None,
+        shown: Sequence[Shown] | None = None,
+    ) -> None:
+        self._replacing.update(x, sample_weights, beside=self._optima, shown=shown)
 
     def merge(self, by: Merge) -> None:
         self._replacing.merge(by, beside=self._optima)
