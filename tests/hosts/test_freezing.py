@@ -12,17 +12,19 @@ from polylens.hosts.freezing import freeze
 
 TOKENS = torch.tensor([5, 7, 9, 3, 5, 7, 2])
 MODELS = {
-    **{name: HOSTS[name] for name in HOSTS if "bloom" not in name and "bert" not in name},
+    **{name: HOSTS[name] for name in HOSTS if "bert" not in name},
     **{
         name: lambda name=name: build(name)
         for name in (
             *("gpt2", "gpt_neo", "gpt_neox", "gptj", "llama", "qwen2", "qwen3", "gemma", "gemma2"),
             *("phi", "phi3", "opt", "mpt", "olmo2", "cohere", "glm", "codegen", "gpt_bigcode"),
+            # its configuration alone says how it attends; the stream is added inside; both ways
+            *("falcon", "bloom", "eurobert"),
         )
     },
 }
-# falcon sums its heads, bloom adds the stream inside its attention, bert has norms in the stream
-REFUSED = ("falcon", "bloom", "bert", "bridge-bloom", "distilbert")
+# bert has norms in the stream, and modernbert layers between it and the unembedding
+REFUSED = ("bert", "distilbert", "modernbert")
 
 
 def frozen(name):
@@ -87,6 +89,12 @@ def test_what_cannot_be_frozen_is_refused_by_name(name):
     with pytest.raises(UnsupportedModel, match=r"frozen|no linear map reads"):
         freeze(host, TOKENS, layers)
     assert module_snapshot(host.module) == before
+
+
+def test_an_encoder_with_a_decoder_is_refused_by_name():
+    host = host_for(build("t5"))
+    with pytest.raises(UnsupportedModel, match="T5ForConditionalGeneration is an encoder with"):
+        freeze(host, TOKENS, [])
 
 
 def test_a_multiplier_in_the_stream_is_noticed():

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +42,11 @@ def freeze(host: Host, tokens: Tensor, layers: Iterable[Layer]) -> FrozenModel:
 
     Cost: one forward pass; a copy of the stream in float64.
     """
+    if getattr(getattr(host.module, "config", None), "is_encoder_decoder", False):
+        raise UnsupportedModel(
+            f"{type(host.module).__name__} is an encoder with a decoder: the attention from one to "
+            "the other cannot be frozen" + _HINT
+        )
     seen = _Seen(host, [layer for layer in layers if isinstance(layer, int)])
     with seen.recording(), quiet(host.module), _eager(host.module):
         logits = host.logits(tokens[None].to(host.device))[0]
@@ -54,6 +60,9 @@ def _eager(module: nn.Module) -> Iterator[None]:
     before, switch = getattr(config, "_attn_implementation", None), None
     if before not in (None, "eager"):
         switch = getattr(module, "set_attn_implementation", None)
+        # some, as Falcon, read their configuration only
+        if not getattr(module, "_can_set_attn_implementation", lambda: True)():
+            switch = partial(setattr, config, "_attn_implementation")
     if switch is None:
         yield
         return
@@ -192,7 +201,7 @@ class _Seen:
         entered, left = self.blocks[path]
         layer = self.block_paths[path]
         # a wrapper around an attention layer returns what it does
-        attention = self._attention(attentions[0]) if attentions else None
+        attention = self._attention(attentions[0], entered) if attentions else None
         middle = entered.double()
         if attention is not None:
             middle = middle + attention.linear(entered.double()) + attention.bias()
@@ -222,19 +231,24 @@ class _Seen:
                 return _frozen(call)
         return None
 
-    def _attention(self, call: Call) -> FrozenAttention:
+    def _attention(self, call: Call, entered: Tensor) -> FrozenAttention:
         pattern = self.patterns[call.path][1].double()
         before = self._before(call.x)
         norm = None if before is None else before[1]
-        behind, tolerance = self._behind(call.y), TOLERANCE.get(call.y.dtype, 4e-2)
-        best = None
-        for maps in (*self._by_role(call, len(pattern)), *self._by_projections(call, pattern)):
+        # what it returns, and that without the stream, which BLOOM adds inside
+        outputs = (call.y, call.y - entered)
+        best, tolerance = None, TOLERANCE.get(call.y.dtype, 4e-2)
+        guesses = self._by_role(call, len(pattern)), self._by_projections(call, pattern, entered)
+        for maps in chain(*guesses):
             # in front of the norm behind it, and from what it reads behind the one in front
             bare = maps.under(pattern)
-            error = relative_error(bare.linear(call.x.double()) + bare.bias(), call.y)
-            if error <= tolerance:
-                return replace(bare, before=norm, behind=behind)
-            best = error if best is None else min(best, error)
+            own = bare.linear(call.x.double()) + bare.bias()
+            errors = [relative_error(own, y) for y in outputs]
+            if errors[0] <= tolerance:
+                return replace(bare, before=norm, behind=self._behind(call.y))
+            if errors[1] <= tolerance:
+                return replace(bare, before=norm)
+            best = min(errors if best is None else [best, *errors])
         how = "" if best is None else f" (the best guess is {best:.1e} of its output away)"
         raise UnsupportedModel(
             f"{call.path} ({type(call.module).__name__}): its output is not its pattern times a "
@@ -256,12 +270,15 @@ class _Seen:
         group = torch.arange(n_heads, device=W_V.device) // (n_heads // len(W_V))
         yield _Maps(group, W_V, found["b_V"], W_O, found["b_O"])
 
-    def _by_projections(self, call: Call, pattern: Tensor) -> Iterator["_Maps"]:
+    def _by_projections(self, call: Call, pattern: Tensor, entered: Tensor) -> Iterator["_Maps"]:
         """Those of the linear layers inside: the out-projection returns what the module does, and
         columns of one that reads its input, times the pattern, are what that reads."""
         inside = [c for c in self.projections if c.path.startswith(call.path + ".")]
-        outs = [c for c in inside if c.y.shape == call.y.shape and torch.equal(c.y, call.y)]
-        for out in outs:
+        for out in inside:
+            if out.y.shape != call.y.shape or not (
+                torch.equal(out.y, call.y) or torch.equal(out.y + entered, call.y)
+            ):
+                continue
             z = out.x
             if z.shape[-1] % len(pattern):
                 continue

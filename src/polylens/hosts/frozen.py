@@ -169,7 +169,7 @@ class FrozenBlock(Brief):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FrozenModel(Brief):
-    """A decoder at one prompt.
+    """A transformer at one prompt.
 
     Attributes:
         tokens: [pos].

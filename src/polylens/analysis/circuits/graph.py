@@ -369,7 +369,7 @@ class Circuit(Brief):
         Raises:
             InvalidInputError: no edges, no such node; a reader that is no feature or rest (into
                 the target nothing has to be predicted: what it reads is linear but for its norm);
-                a source that it cannot read; a circuit along a direction.
+                a source that is not below it; a circuit along a direction.
         """
         edges = list(edges)
         if not all(isinstance(edge, tuple) and len(edge) == 2 for edge in edges):
@@ -382,8 +382,8 @@ class Circuit(Brief):
                     f"{reader.name} is no feature or rest of an MLP; only edges into those are "
                     "taken out"
                 )
-            if source.layer >= reader.layer or source.position > reader.position:
-                raise InvalidInputError(f"{reader.name} reads nothing of {source.name}")
+            if source.layer >= reader.layer:
+                raise InvalidInputError(f"{source.name} is not below {reader.name}")
         groups: list[Group] = []
         values: list[float] = []
         for j, i in chosen:

@@ -45,7 +45,8 @@ def circuit(
     form that it is there, by what they contribute, and the rest.
 
     Args:
-        lens: attached, of a decoder. Layers that it lacks are errors as a whole.
+        lens: attached, of a decoder, or of an encoder with norms in front of its layers, whose
+            edges come from both sides. Layers that it lacks are errors as a whole.
         tokens: [pos] ids of one prompt, or its text.
         target: a token whose logit is traced, id or text; (token, against) for a difference of
             logits; a direction [d_model] of the stream in front of `layer`; the most likely token
