@@ -1,5 +1,6 @@
 """Several processes fit one lens, that of all their tokens; what goes wrong on one ends all."""
 
+import json
 import os
 import re
 import subprocess
@@ -116,6 +117,10 @@ def test_one_rank_is_one_process():
         options = {"degree": 2, "layers": [1], "ranks": ranks, "progress": False}
         with polylens.attach(model, TOKENS[:4], **options) as lens:
             assert torch.equal(lens[1].P, expected)
+            one = lens.report(TOKENS[4:9], progress=False)
+            assert lens.report(TOKENS[4:9], progress=False, ranks=ranks).to_dict() == one.to_dict()
+            with pytest.raises(InvalidInputError, match=r"must be polylens\.Ranks"):
+                lens.report(TOKENS[4:9], ranks=1)
         kept = polylens.Sequential(checkpoint="never.safetensors")
         for tokens, wrong in ((None, polylens.FromNorm()), (TOKENS[:4], kept)):
             with pytest.raises(InvalidInputError, match="leave out"):
@@ -191,6 +196,73 @@ def test_two_ranks_have_the_lens_of_one_process(tmp_path, method):
             assert (lens[n](x) - expected).norm() < 1e-12 * expected.norm()
 
 
+def close(found, expected, where=""):
+    """Equal, numbers up to the rounding of sums."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for name in expected:
+            close(found[name], expected[name], f"{where}.{name}")
+    elif isinstance(expected, list):
+        assert len(found) == len(expected), where
+        for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+            close(a, b, f"{where}[{i}]")
+    elif isinstance(expected, float):
+        assert found == pytest.approx(expected, rel=1e-9, abs=1e-12), where
+    else:
+        assert found == expected, where
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("options", ["", "prefixes=True, zero_ablation=True, degree=2"])
+def test_two_ranks_have_the_report_of_one_process(tmp_path, options):
+    code = f"""
+    import json
+    lens = polylens.attach(model, own, **options)
+    heldout = demo.batches(demo.texts()[1], 21, 64)
+    mine = heldout[:2] if rank == 0 else heldout[2:]
+    report = lens.report(mine, ranks=ranks, progress=False, batch_size=2, {options})
+    with open(f"report{{rank}}", "w") as file:
+        json.dump(report.to_dict(), file)
+    if rank == 0:
+        lens.save("lens")
+        again = lens.report(heldout, progress=False, batch_size=2, {options})
+        with open("one", "w") as file:
+            json.dump(again.to_dict(), file)
+    """
+    said, codes = run(tmp_path, code)
+    assert codes == [0, 0], said
+    first, second, one = (
+        json.loads((tmp_path / name).read_text()) for name in ("report0", "report1", "one")
+    )
+    assert first == second
+    close(first, one)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("mine = mine[: 5 - 5 * rank]", ["RankError rank 1 failed", "InvalidInputError.*empty"]),
+        ("degree = 2 + rank", ["degree, loss, .* on rank 0 and .* on rank 1"] * 2),
+        ("lens[1].P[1, 0] += rank", [r"other polynomials than rank 0 \(1\)"] * 2),
+    ],
+)
+def test_reports_of_what_differs_are_errors_on_all_ranks(tmp_path, change, expected):
+    code = f"""
+    lens = polylens.attach(model, own, **options)
+    mine, degree = demo.batches(demo.texts()[1], 5, 64), 3
+    {change}
+    try:
+        lens.report(mine, ranks=ranks, progress=False, degree=degree)
+    except polylens.PolylensError as error:
+        print(type(error).__name__, error)
+    """
+    said, codes = run(tmp_path, code)
+    assert codes == [0, 0], said
+    for text, pattern in zip(said, expected, strict=True):
+        assert re.search(pattern, text, re.S), said
+
+
 @pytest.mark.more
 @pytest.mark.parametrize(
     ("change", "expected"),
@@ -231,10 +303,11 @@ def test_a_rank_that_dies_or_hangs_ends_the_others(tmp_path, late):
     assert polylens.attached(model) is None
     os._exit(0)
     """
-    said, codes = run(tmp_path, code, timeout=4)
+    timeout = 4 if late else 60
+    said, codes = run(tmp_path, code, timeout=timeout)
     assert codes == [0, 7], said
     assert "RankError rank 0 got no answer" in said[0], said
-    assert "timeout=4 seconds" in said[0]
+    assert f"timeout={timeout} seconds" in said[0]
 
 
 @pytest.mark.more

@@ -3,7 +3,7 @@
 import os
 import warnings
 from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +33,7 @@ from polylens.hosts.direction import uses
 from polylens.hosts.passage import require_free
 from polylens.hosts.quiet import require_as_is
 from polylens.lens import Lens, attached
-from polylens.ranks import Ranks
+from polylens.ranks import Ranks, together
 from polylens.report.report import Report
 from polylens.saving import lens_file
 from polylens.saving.checkpoint import Checkpoint, identity
@@ -160,7 +160,7 @@ def attach(
     """
     remedy = "a smaller batch_size, fewer layers, or Sequential(), which keeps one at a time"
     lasting = _in_place_of(attached(model), 5)
-    with memory_named("attach", remedy), told_once(), lasting, _together(ranks):
+    with memory_named("attach", remedy), told_once(), lasting, together(ranks):
         require_degree(degree)
         method = TrueStream() if method is None else method
         _check_method(method, tokens, ranks)
@@ -355,14 +355,6 @@ def _read(
     found, refused = host.sites()
     _require_sites(found, refused, model)
     return host, found, refused
-
-
-def _together(ranks: Any) -> AbstractContextManager[None]:
-    if ranks is None:
-        return nullcontext()
-    if not isinstance(ranks, Ranks):
-        raise InvalidInputError(f"ranks must be polylens.Ranks(), got {ranks!r:.80}")
-    return ranks.together()
 
 
 def _check_method(method: Any, tokens: Inputs | None, ranks: Any) -> None:

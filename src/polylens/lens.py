@@ -22,6 +22,7 @@ from polylens.hosts.batch import Inputs
 from polylens.installed.around import Around
 from polylens.installed.installation import Installation
 from polylens.polynomials.factored import Polynomial
+from polylens.ranks import Ranks, together
 from polylens.report.measure import measure
 from polylens.report.report import Report
 from polylens.saving import export
@@ -78,6 +79,7 @@ class Lens(Installation):
         worst: int = 10,
         decode: Callable[[list[int]], str] | None = None,
         progress: bool = True,
+        ranks: Ranks | None = None,
     ) -> Report:
         """R2 by layer and degree on held-out tokens, and what replacing each layer costs.
 
@@ -105,26 +107,31 @@ class Lens(Installation):
                 stands out there: one forward pass over their sequences.
             decode: list of token ids -> text; by default the model's tokenizer, else ids.
             progress: show progress bars.
+            ranks: `Ranks()`, where each process of torch.distributed gives tokens of its own and
+                all get the report on those of rank 0, rank 1, ... one after the other.
 
         Raises:
             InvalidInputError, AttachmentError, StalePolynomialError: as `replaced`.
+            RankError: another rank failed, died, or did not answer in time.
         """
-        chosen, degree = self.ready(layers, degree)
-        with self.suspended():
-            return measure(
-                self,
-                tokens,
-                degree=degree,
-                layers=chosen,
-                attention_mask=attention_mask,
-                batch_size=batch_size,
-                loss=loss,
-                prefixes=prefixes,
-                zero_ablation=zero_ablation,
-                worst=worst,
-                decode=decode,
-                progress=progress,
-            )
+        with together(ranks):
+            chosen, degree = self.ready(layers, degree)
+            with self.suspended():
+                return measure(
+                    self,
+                    tokens,
+                    degree=degree,
+                    layers=chosen,
+                    attention_mask=attention_mask,
+                    batch_size=batch_size,
+                    loss=loss,
+                    prefixes=prefixes,
+                    zero_ablation=zero_ablation,
+                    worst=worst,
+                    decode=decode,
+                    progress=progress,
+                    ranks=ranks,
+                )
 
     @renamed()
     def run_with_cache(

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from polylens.errors import InvalidInputError, RankError
 
@@ -49,7 +50,7 @@ class Forget:
 
 @dataclass(frozen=True)
 class Ranks:
-    """All processes of torch.distributed, for `attach(ranks=)`.
+    """All processes of torch.distributed, for `attach(ranks=)` and `Lens.report(ranks=)`.
 
         torch.distributed.init_process_group()   # in a script under torchrun
         lens = polylens.attach(model, own_tokens, ranks=polylens.Ranks())
@@ -125,16 +126,16 @@ class Ranks:
             raise
 
     def gathered(self, value: Any) -> list[Any]:
-        """What every rank gives, of any kind.
+        """What every rank gives, of any kind; its tensors on the CPU.
 
         Raises:
             RankError: another rank failed (why), or does not answer.
         """
-        found = self._gathered(None, value)
+        found = self._gathered(None, tree_map_only(Tensor, Tensor.cpu, value))
         failed = {rank: error for rank, (error, _) in enumerate(found) if error is not None}
         if failed:
             said = "; ".join(f"rank {rank} failed with {error}" for rank, error in failed.items())
-            raise RankError(f"{said}. Nothing is attached on rank {self.rank} either")
+            raise RankError(f"{said}; rank {self.rank} ends with it")
         return [value for _, value in found]
 
     def _gathered(self, error: str | None, value: Any) -> list[tuple[str | None, Any]]:
@@ -194,6 +195,19 @@ class Ranks:
 
     def _own_group(self) -> Any:
         return getattr(self, "_group")  # noqa: B009
+
+
+def together(ranks: Any) -> AbstractContextManager[None]:
+    """`Ranks.together` of a `ranks=`; nothing of one process alone.
+
+    Raises:
+        InvalidInputError: something else was given.
+    """
+    if ranks is None:
+        return nullcontext()
+    if not isinstance(ranks, Ranks):
+        raise InvalidInputError(f"ranks must be polylens.Ranks(), got {ranks!r:.80}")
+    return ranks.together()
 
 
 def _differences(first: Mapping[str, Any], other: Mapping[str, Any], rank: int) -> Iterable[str]:

@@ -21,8 +21,8 @@ def layer(kind, act="silu", d=6, h=30):
 def likeness(weights, degree, x):
     poly = polylens.fit(weights, polylens.Gaussian.standard(weights.d_in), degree)
     found = Likeness(poly, poly)
-    for rows in x.split(DERIVATIVES):
-        found.update(rows, weights(rows), poly(rows))
+    for i, rows in enumerate(x.split(DERIVATIVES)):
+        found.update(rows, weights(rows), poly(rows), seed=i)
     return poly, found.columns()
 
 

@@ -22,7 +22,8 @@ def seen_in_two_batches(y, f, gate=None, seen=None):
         sums.update(y[rows], f[rows][None])
         errors = (y[rows] - f[rows]).square().sum(1)
         own = None if gate is None else gate[rows]
-        found.update(torch.arange(len(y))[rows], sums.centred(y[rows]), errors, own)
+        size = sums.centred(y[rows]).square().sum(1)
+        found.update(torch.arange(len(y))[rows], y[rows], size, errors, own)
     return found, sums
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -78,10 +78,9 @@ class Calibration:
             InvalidInputError: inputs, mask or batch size that cannot be used.
         """
         check_at_least("batch_size", batch_size, 1)
-        if ranks is not None:
-            read(host, inputs, attention_mask, layers, exclude_first=exclude_first)
-            inputs, attention_mask = of_all(ranks, inputs, attention_mask)
-        data = read(host, inputs, attention_mask, layers, exclude_first=exclude_first)
+        data = read_of_all(
+            host, inputs, attention_mask, layers, exclude_first=exclude_first, ranks=ranks
+        )
         exclude_first = any(bool(s.starts.any()) for s in data.streams.values()) and exclude_first
         steps = list(data.rows(visiting_order(len(data))).split(batch_size))
         return cls(host, steps, exclude_first, progress, ranks)
@@ -238,7 +237,26 @@ class SeenInputs:
         return described
 
 
-def of_all(ranks: Ranks, inputs: Any, attention_mask: Any) -> tuple[Any, Any]:
+def read_of_all(
+    host: Host,
+    inputs: Inputs,
+    attention_mask: Tensor | None,
+    layers: Iterable[Layer],
+    *,
+    exclude_first: bool,
+    ranks: Ranks | None,
+) -> Batch:
+    """`read` what all ranks give, one after the other.
+
+    Raises:
+        InvalidInputError: inputs or a mask that cannot be used, or that differ in shape.
+    """
+    read_own = partial(read, host, layers=layers, exclude_first=exclude_first)
+    own = read_own(inputs, attention_mask)
+    return own if ranks is None else read_own(*_of_all(ranks, inputs, attention_mask))
+
+
+def _of_all(ranks: Ranks, inputs: Any, attention_mask: Any) -> tuple[Any, Any]:
     """What the ranks give, one after the other: (inputs, mask).
 
     Raises:

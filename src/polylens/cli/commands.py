@@ -110,13 +110,11 @@ def _report(model: str, source: Source, measures: Measures, out: WithLens) -> No
     of_loaded = ("text", "degree", "layers")
     opened = open_model(model, source, out, measures, of_loaded=of_loaded)
     lens, tokenizer = opened.lens, opened.tokenizer
-    if opened.rank:
-        return
-    if out.save is not None:
+    if out.save is not None and not opened.rank:
         lens.save(out.save, moments=True)  # so that an interrupted report costs no fit
     assert opened.heldout is not None
     result = lens.report(
-        opened.heldout,
+        opened.own(opened.heldout),
         degree=source.degree,
         layers=source.layers,
         decode=tokenizer.decode,
@@ -126,7 +124,10 @@ def _report(model: str, source: Source, measures: Measures, out: WithLens) -> No
         worst=measures.worst,
         batch_size=source.batch_size,
         progress=out.progress,
+        ranks=opened.ranks,
     )
+    if opened.rank:
+        return
     out.show(result)
     out.figures(result.to_json())
     out.figure(result.plot)

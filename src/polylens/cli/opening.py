@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from polylens.lens import Lens
+    from polylens.ranks import Ranks
 
 HUB = "hf://"
 DEMO = "demo"
@@ -36,14 +37,22 @@ class Opened:
         tokens: [n, seq_len] of the text to calibrate on, None without one.
         heldout: [n, seq_len] to measure on; of commands without measures None.
         attached: fits the lens, or loads it.
-        rank: of this process among those of torchrun; all but 0 are done when the lens is there.
+        ranks: those that torchrun started, of which rank 0 prints and saves; None of one process.
     """
 
     tokenizer: Any
     tokens: "Tensor | None"
     heldout: "Tensor | None"
     attached: "Callable[[], Lens]"
-    rank: int = 0
+    ranks: "Ranks | None" = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.ranks is None else self.ranks.rank
+
+    def own(self, tokens: "Tensor") -> "Tensor":
+        """The share of this rank."""
+        return tokens if self.ranks is None else tokens.tensor_split(self.ranks.size)[self.rank]
 
     @cached_property
     def lens(self) -> "Lens":
@@ -120,10 +129,9 @@ def open_model(
     usable_device(source.device)
     quiet_libraries()
     ranks = Ranks.of_launcher()
-    rank = 0 if ranks is None else ranks.rank
     device = source.device
     if ranks is not None and device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', rank)}"
+        device = f"cuda:{os.environ.get('LOCAL_RANK', ranks.rank)}"
     bridge, tokenizer = load_model(model, device, source.dtype)
     tokens = held = None
     if content is not None:
@@ -136,12 +144,11 @@ def open_model(
     def attached() -> "Lens":
         if source.lens is not None:
             return load(source.lens, bridge)
-        seen, progress = tokens, out.progress and not rank
+        seen, progress = tokens, out.progress and not opened.rank
         if more:
             written = sample_tokens(bridge, more, source.seq_len, progress=progress).cpu()
             seen = written if seen is None else torch.cat([seen, written])
-        if ranks is not None and seen is not None:
-            seen = torch.tensor_split(seen, ranks.size)[rank]
+        seen = None if seen is None else opened.own(seen)
         with keeping(source.checkpoint, "the layers that were done are in"):
             return attach(
                 bridge,
@@ -154,7 +161,8 @@ def open_model(
                 progress=progress,
             )
 
-    return Opened(tokenizer, tokens, held, attached, rank)
+    opened = Opened(tokenizer, tokens, held, attached, ranks)
+    return opened
 
 
 def method_of(source: OneLayer, estimator: str | None = None) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from polylens.files.format import sha256
 from polylens.hosts.quantised import unwrapped
 
 
@@ -52,6 +53,14 @@ def state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if key in kept:
             value = parameter(module, name) if value.is_meta else value.detach()
             yield from unwrapped(key, value).items()
+
+
+def digests(model: nn.Module) -> dict[str, str]:
+    """SHA-256 of every tensor of `state`, with its dtype and shape, by name."""
+    return {
+        name: sha256([(f"{tensor.dtype} {list(tensor.shape)}", tensor)])
+        for name, tensor in state(model)
+    }
 
 
 def execution_device(model: nn.Module) -> torch.device:

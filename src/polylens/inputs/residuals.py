@@ -7,6 +7,7 @@ from torch import Tensor
 
 from polylens.devices import numbers
 from polylens.errors import InvalidInputError
+from polylens.ranks import Ranks
 
 # A variance below this share of the squared mean is the rounding of a constant.
 CONSTANT = 1e-24
@@ -70,6 +71,20 @@ class ResidualSums:
             self._total += w @ centred
             self._square += w @ centred.square().sum(1)
             self._residual += torch.stack([w @ error.square().sum(1) for error in errors])
+
+    def merge(self, ranks: Ranks) -> None:
+        """Become the sums over what all ranks saw, on the CPU."""
+        seen = [found for found in ranks.gathered(vars(self)) if found.get("n")]
+        if not seen:
+            return
+        vars(self).update(seen[0])
+        for other in seen[1:]:
+            by, weight, total = other["_shift"] - self._shift, other["weight"], other["_total"]
+            self._square += other["_square"] + by @ (2 * total + weight * by)
+            self._total += total + weight * by
+            self._residual += other["_residual"]
+            self.n += other["n"]
+            self.weight = self.weight + weight
 
     def centred(self, y: Tensor) -> Tensor:
         """Outputs y [n, d_out] about the first batch's mean, in float64."""

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from polylens.devices import numbers
 from polylens.polynomials.joint import Fitted
+from polylens.ranks import Ranks
 
 # Inputs of a batch at which derivatives are compared.
 DERIVATIVES = 32
@@ -28,13 +29,16 @@ class Likeness:
 
     def __init__(self, layer: Fitted, replacement: Fitted) -> None:
         self._layer, self._replacement = layer.weights, replacement
-        self._random = torch.Generator().manual_seed(0)
         self._sums: Tensor | float = 0.0
         self._products: Tensor | float | None = 0.0
 
     @torch.no_grad()
-    def update(self, x: Tensor, y: Tensor, f: Tensor) -> None:
-        """Add inputs x [n, d_in], the layer's outputs y and the replacement's f [n, d_out]."""
+    def update(self, x: Tensor, y: Tensor, f: Tensor, seed: int) -> None:
+        """Add inputs x [n, d_in], the layer's outputs y and the replacement's f [n, d_out].
+
+        Args:
+            seed: of the random directions, another one for each batch.
+        """
         if not len(x):
             return
         y, f = y.double(), f.double()
@@ -46,7 +50,8 @@ class Likeness:
         if self._products is None:
             return
         x = x[:: max(1, len(x) // DERIVATIVES)][:DERIVATIVES]
-        u = torch.randn(len(x), y.shape[1], generator=self._random).to(x)
+        random = torch.Generator().manual_seed(seed)
+        u = torch.randn(len(x), y.shape[1], generator=random).to(x)
         try:
             true, replaced = (_gradient(each, x, u) for each in (self._layer, self._replacement))
         except (NotImplementedError, RuntimeError):  # of an activation without a derivative
@@ -54,6 +59,12 @@ class Likeness:
             return
         pairs = (true, replaced), (true, true), (replaced, replaced)
         self._products = self._products + torch.stack([(a * b).sum() for a, b in pairs])
+
+    def merge(self, ranks: Ranks) -> None:
+        """Become the sums over what all ranks saw."""
+        sums, products = zip(*ranks.gathered((self._sums, self._products)), strict=True)
+        self._sums = sum(sums)
+        self._products = None if any(each is None for each in products) else sum(products)
 
     def columns(self) -> dict[str, float | None]:
         """The figures by their names in a LayerRow, None where there are none."""

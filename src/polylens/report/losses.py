@@ -14,6 +14,7 @@ from polylens.hosts.base import Arrival, Function
 from polylens.hosts.batch import Batch
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
+from polylens.ranks import Ranks
 from polylens.report.scores import Cost, Scores, predictions, score, scored
 from polylens.report.worst import Rise, WorstRises
 
@@ -74,7 +75,7 @@ def measure_losses(
     degree: int,
     layers: Sequence[Layer],
     means: dict[Layer, Tensor],
-    steps: Iterable[Batch],
+    steps: Iterable[tuple[int, Batch]],
     bar: tqdm,
     *,
     prefixes: bool,
@@ -82,6 +83,7 @@ def measure_losses(
     worst: int,
     lead: int,
     about_tokens: bool,
+    ranks: Ranks | None,
 ) -> Losses:
     """Replace and ablate each layer alone and all of them, and with `prefixes` replace those.
 
@@ -91,11 +93,12 @@ def measure_losses(
 
     Args:
         means: of each layer's output, what an ablation puts there.
-        steps: the batches.
+        steps: (index of the first sequence, batch), those of this rank.
         zero: also put zero there.
         worst: how many tokens to list.
         lead: of the predicted tokens, see `scores.lead_of`.
         about_tokens: whether the predictions are of tokens.
+        ranks: which have all other batches.
 
     Raises:
         InvalidInputError: logits that are not [batch, pos, d_vocab], or nothing to predict.
@@ -109,7 +112,7 @@ def measure_losses(
     stream, rises = _ReplacedStream(lens, degree, layers), WorstRises(worst, lead)
     base: Tensor | float = 0.0
     n_positions, n_targets = 0, []
-    for batch in steps:
+    for first, batch in steps:
         n_targets.append(scored(batch, lead).sum(1))
         n_positions += int(batch.streams[batch.about].there.sum())
         truth, true = _truth(lens, batch, lead)
@@ -122,7 +125,7 @@ def measure_losses(
                 changed = score(predictions(lens.host, batch), truth, batch, lead)
             cost.update(changed, true)
             if whole and about_tokens:
-                rises.update(changed, true)
+                rises.update(changed, true, first)
             bar.update()
         for (group, name), cost in ablated.items():
             put = {n: _constant(constants[name][n]) for n in group if n in constants[name]}
@@ -130,6 +133,12 @@ def measure_losses(
                 ablation = score(lens.host.logits(batch), None, batch, lead)
                 cost.update(ablation, true)
             bar.update()
+    if ranks is not None:
+        found = ranks.gathered((n_targets, base, n_positions))
+        n_targets = [each for of_rank, *_ in found for each in of_rank]
+        base, n_positions = sum(f[1] for f in found), sum(f[2] for f in found)
+        for sums in (*replaced.values(), *ablated.values(), stream, rises):
+            sums.merge(ranks)
     counts = torch.cat(n_targets).cpu()
     if about_tokens and counts.sum() == 0:
         raise InvalidInputError("no token follows another one that is not padding: no loss")
@@ -165,6 +174,10 @@ class _ReplacedStream:
             return see
 
         return host.observe({layer: observer(layer) for layer in self._sums})
+
+    def merge(self, ranks: Ranks) -> None:
+        for sums in self._sums.values():
+            sums.merge(ranks)
 
     def r2(self) -> dict[Layer, float | None]:
         return {layer: sums.last_r2() for layer, sums in self._sums.items()}

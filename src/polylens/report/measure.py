@@ -2,22 +2,25 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from polylens.calibration.seen import require_deterministic, watch
+from polylens.calibration.seen import read_of_all, require_deterministic, watch
 from polylens.calibration.telling import progress as told
-from polylens.calibration.tokens import read
 from polylens.checks import Layer, Layers, check_at_least, check_degree, check_layers, label
 from polylens.devices import memory_named
 from polylens.errors import InvalidInputError
+from polylens.files.format import sha256
 from polylens.hosts.base import Arrival
 from polylens.hosts.batch import IGNORED, Batch, Inputs, Stream
+from polylens.hosts.offloaded import digests
 from polylens.inputs.residuals import ResidualSums
 from polylens.installed.installation import Installation
 from polylens.polynomials.joint import Fitted
+from polylens.ranks import Ranks
 from polylens.report.likeness import Likeness
 from polylens.report.losses import Losses, measure_losses, passes_per_batch, prefixes_of
 from polylens.report.report import LayerRow, Report
@@ -52,6 +55,7 @@ def measure(
     worst: int = 10,
     decode: Decode | None = None,
     progress: bool = True,
+    ranks: Ranks | None = None,
 ) -> Report:
     """Measure a lens on held-out tokens; `lens.report` is the usual way here.
 
@@ -69,7 +73,7 @@ def measure(
         layers: which rows, all by default.
         attention_mask: [batch, pos], 0 at padding.
         loss: False leaves out the loss columns, and all that is measured with layers replaced.
-        prefixes, zero_ablation, worst, decode: see `Lens.report`.
+        prefixes, zero_ablation, worst, decode, ranks: see `Lens.report`.
 
     Raises:
         InvalidInputError: tokens, mask, degree, layers or another argument that cannot be used,
@@ -80,10 +84,20 @@ def measure(
     chosen = check_layers(layers, lens.layers, lens.refused, " in this lens")
     _check_options(loss, prefixes, zero_ablation, worst)
     check_at_least("batch_size", batch_size, 1)
-    data = read(lens.host, tokens, attention_mask, lens.layers, exclude_first=lens.exclude_first)
+    data = read_of_all(
+        lens.host,
+        tokens,
+        attention_mask,
+        lens.layers,
+        exclude_first=lens.exclude_first,
+        ranks=ranks,
+    )
+    if ranks is not None:
+        options = degree, loss, prefixes, zero_ablation, worst, batch_size
+        ranks.require_same(_identity(lens, chosen, options))
     as_text = decoder(lens, decode, _some_ids(data))
     require_deterministic(lens.host.module)
-    steps = list(data.split(batch_size))
+    steps = _own(data, batch_size, ranks)
     tokens_scored, classes = data.targets is not None, None
     if loss and not tokens_scored:
         with torch.no_grad():
@@ -95,10 +109,22 @@ def measure(
     with (
         memory_named("report", "give a smaller batch_size"),
         torch.no_grad(),
-        told(title="report", show=progress, total=len(steps) * per_batch) as bar,
+        told(
+            title="report",
+            show=progress and not (ranks and ranks.rank),
+            total=len(steps) * per_batch,
+        ) as bar,
     ):
         fits = {layer: _Fit(lens[layer], degree) for layer in chosen}
         _see_all(lens, fits, steps, bar)
+        if ranks is not None:
+            for fit in fits.values():
+                fit.merge(ranks)
+        if any(fit.sums.n < 2 for layer, fit in fits.items() if isinstance(layer, int)):
+            raise InvalidInputError(
+                "fewer than 2 activations are left to measure R2 on after padding and position 0; "
+                "give longer sequences, or more of them"
+            )
         sums = {n: fits[n].sums for n in chosen}
         rows = [fits[n].row(n) for n in chosen]
         if loss:
@@ -110,13 +136,14 @@ def measure(
                 degree,
                 chosen,
                 means,
-                about.split(batch_size),
+                _own(about, batch_size, ranks),
                 bar,
                 prefixes=prefixes,
                 zero=zero_ablation,
                 worst=worst,
                 lead=lead,
                 about_tokens=tokens_scored,
+                ranks=ranks,
             )
             all_row = replace(LayerRow(None, None), **losses.by_group[tuple(chosen)])
             rows = _with_losses(rows, losses, prefixes_of(chosen) if prefixes else {})
@@ -137,6 +164,24 @@ def measure(
         notes=(*_notes(lens, data, fits, lead, classes), *_standing_out(lens, data, fits, as_text)),
         worst=found,
     )
+
+
+def _own(data: Batch, batch_size: int, ranks: Ranks | None) -> list[tuple[int, Batch]]:
+    """(index of its first sequence, batch) of all that are this rank's."""
+    steps = [(i * batch_size, step) for i, step in enumerate(data.split(batch_size))]
+    return steps if ranks is None else steps[ranks.rank :: ranks.size]
+
+
+def _identity(
+    lens: Installation, layers: Sequence[Layer], options: tuple[Any, ...]
+) -> dict[str, Any]:
+    """What must be the same on every rank. Cost: one SHA-256 over model and polynomials."""
+    return {
+        "layers": [label(layer) for layer in layers],
+        "degree, loss, prefixes, zero_ablation, worst, batch_size": options,
+        "weights": digests(lens.host.module),
+        "polynomials": {label(layer): sha256(lens[layer].named_buffers()) for layer in layers},
+    }
 
 
 def _check_options(loss: bool, prefixes: bool, zero_ablation: bool, worst: int) -> None:
@@ -269,15 +314,22 @@ class _Fit:
         replaced = self._replacement(x) if self._ended else optima[self._degree]
         y, replaced = y.double(), replaced.double()  # once for all that follows
         self.sums.update(y, [*optima, replaced] if self._ended else optima)
-        self._likeness.update(x, y, replaced)
         if not len(x):
             return
+        self._likeness.update(x, y, replaced, seed=int(index[0]))
         gate = None
         if self._ended or self._seen is not None:
             gate = self._polynomial.weights.neurons(x)["y"]
             self._beyond = self._beyond + self._polynomial.outside(gate)[self._degree].sum()
         error = (y - replaced).square().sum(1)
-        self.standing_out.update(index, self.sums.centred(y), error, gate)
+        size = self.sums.centred(y).square().sum(1)
+        self.standing_out.update(index, y, size, error, gate)
+
+    def merge(self, ranks: Ranks) -> None:
+        """Let all ranks have seen what each has."""
+        self._beyond = sum(ranks.gathered(self._beyond))
+        for sums in (self.sums, self._likeness, self.standing_out):
+            sums.merge(ranks)
 
     def row(self, layer: Layer) -> LayerRow:
         shares = self.sums.r2(f"layer {label(layer)}")
@@ -299,31 +351,29 @@ class _Fit:
 
 
 def _see_all(
-    lens: Installation, fits: Mapping[Layer, _Fit], steps: Sequence[Batch], bar: tqdm
+    lens: Installation,
+    fits: Mapping[Layer, _Fit],
+    steps: Sequence[tuple[int, Batch]],
+    bar: tqdm,
 ) -> None:
     """One pass over the tokens with the true model, for all layers and degrees."""
-    streams, done = {layer: lens.host.stream(layer) for layer in fits}, 0
+    streams, first = {layer: lens.host.stream(layer) for layer in fits}, 0
     widths: dict[Layer, int | None] = {}
 
     def see(layer: Layer, arrival: Arrival, kept: Tensor | None) -> None:
         x, y = arrival.rows(kept)
         width = widths[layer]
         index = arrival.indices(kept, width)
-        fits[layer].see(x, y, index + done * (width or 1))
+        fits[layer].see(x, y, index + first * (width or 1))
 
     def ticking() -> Iterator[Batch]:
-        nonlocal done
-        for step in steps:
+        nonlocal first
+        for begin, step in steps:
+            first = begin
             for layer, name in streams.items():
                 stream = step.streams.get(name)
                 widths[layer] = None if stream is None else stream.there.shape[1]
             yield step
-            done += len(step)
             bar.update()
 
     watch(lens.host, fits, ticking(), lens.exclude_first, see)
-    if any(fit.sums.n < 2 for layer, fit in fits.items() if isinstance(layer, int)):
-        raise InvalidInputError(
-            "fewer than 2 activations are left to measure R2 on after padding and position 0; "
-            "give longer sequences, or more of them"
-        )

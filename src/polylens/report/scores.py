@@ -12,6 +12,7 @@ from polylens.errors import UnsupportedModel
 from polylens.hosts.base import Host
 from polylens.hosts.batch import IGNORED, Batch, Stream
 from polylens.hosts.direction import sees_behind
+from polylens.ranks import Ranks
 
 # The one prediction for each input of a model that reads no tokens.
 ONE = "predictions"
@@ -123,6 +124,12 @@ class Cost:
         self._rises.append((changed.ce - true.ce).sum(1))
         self._kl = self._kl + changed.kl.sum()
         self._agree = self._agree + changed.agree.sum()
+
+    def merge(self, ranks: Ranks) -> None:
+        """Let all ranks have seen what each has, one after the other."""
+        rises, kl, agree = zip(*ranks.gathered((self._rises, self._kl, self._agree)), strict=True)
+        self._rises = [each for of_rank in rises for each in of_rank]
+        self._kl, self._agree = sum(kl), sum(agree)
 
     def kl(self, n_positions: int) -> float:
         """Mean over positions."""

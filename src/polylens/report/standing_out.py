@@ -7,6 +7,7 @@ from torch import Tensor
 
 from polylens.checks import Layer, label
 from polylens.inputs.residuals import ResidualSums
+from polylens.ranks import Ranks
 
 # An input holds much if it has this share of a layer's variance, ...
 MUCH = 0.1
@@ -37,36 +38,55 @@ class StandingOut:
         self._outputs = torch.empty(0)
 
     def update(
-        self, index: Tensor, centred: Tensor, error: Tensor, preactivations: Tensor | None
+        self,
+        index: Tensor,
+        y: Tensor,
+        size: Tensor,
+        error: Tensor,
+        preactivations: Tensor | None,
     ) -> None:
         """Add some inputs.
 
         Args:
             index: [n] of each among all inputs.
-            centred: [n, d_out] outputs about any fixed point.
+            y: [n, d_out] outputs; size: [n] their squared distances from any fixed point.
             error: [n] squared error of what replaces the layer.
             preactivations: [n, d_mlp] y; not read where calibration's are not known.
         """
         if not len(index):
             return
         self._n += len(index)
-        index = index.to(centred.device, torch.float64)
-        size = centred.square().sum(1)
-        new = torch.stack([size, index, error])
-        outputs = centred
-        if self._heavy is not None:
-            new, outputs = torch.cat([self._heavy, new], 1), torch.cat([self._outputs, centred])
-        kept = _largest(new[0])
-        self._heavy, self._outputs = new[:, kept], outputs[kept]
+        index = index.to(y.device, torch.float64)
+        self._keep_heavy(torch.stack([size, index, error]), y)
         if self._seen is None or preactivations is None:
             return
         low, high = self._seen
         share = ((preactivations < low) | (preactivations > high)).double().mean(-1)
         self._outside = self._outside + share.sum()
         self._unlike = self._unlike + (share > UNLIKE).sum()
-        far = torch.stack([share, index])
-        far = far if self._far is None else torch.cat([self._far, far], 1)
-        self._far = far[:, _largest(far[0])]
+        self._keep_far(torch.stack([share, index]))
+
+    def _keep_heavy(self, new: Tensor, outputs: Tensor) -> None:
+        if self._heavy is not None:
+            new, outputs = torch.cat([self._heavy, new], 1), torch.cat([self._outputs, outputs])
+        kept = _largest(new[0])
+        self._heavy, self._outputs = new[:, kept], outputs[kept]
+
+    def _keep_far(self, new: Tensor) -> None:
+        new = new if self._far is None else torch.cat([self._far, new], 1)
+        self._far = new[:, _largest(new[0])]
+
+    def merge(self, ranks: Ranks) -> None:
+        """Let all ranks have seen what each has; what is kept goes to the CPU."""
+        sums = self._outside, self._unlike, self._n
+        found = ranks.gathered((*sums, self._far, self._heavy, self._outputs))
+        self._far = self._heavy = None
+        self._outside, self._unlike, self._n = (sum(each[i] for each in found) for i in range(3))
+        for *_, far, heavy, outputs in found:
+            if heavy is not None:
+                self._keep_heavy(heavy, outputs)
+            if far is not None:
+                self._keep_far(far)
 
     @property
     def unlike(self) -> int | None:
@@ -87,7 +107,7 @@ class StandingOut:
         """[(index, its share of the variance)], and R2 of the replacement without these inputs.
 
         Args:
-            sums: of all inputs, about the same fixed point.
+            sums: of all inputs.
         """
         total = sums.variance * sums.n
         if self._heavy is None or not total > 0:
@@ -98,7 +118,7 @@ class StandingOut:
             return [], None
         sizes, index, errors = self._heavy[:, there]
         found = [(int(i), float(size) / total) for size, i in zip(sizes, index, strict=True)]
-        return found, sums.last_without(self._outputs[there], errors)
+        return found, sums.last_without(sums.centred(self._outputs[there]), errors)
 
 
 def remarks(layers: Mapping[Layer, tuple[StandingOut, ResidualSums]], name: Name) -> Iterator[str]:

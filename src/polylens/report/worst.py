@@ -12,6 +12,7 @@ from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival, Observer
 from polylens.hosts.batch import IGNORED, Batch
 from polylens.installed.installation import Installation
+from polylens.ranks import Ranks
 from polylens.report.rows import WorstToken
 from polylens.report.scores import Scores
 
@@ -43,21 +44,28 @@ class WorstRises:
     """
 
     def __init__(self, n: int, lead: int) -> None:
-        self._n, self._lead, self._sequences = n, lead, 0
+        self._n, self._lead = n, lead
         # rows: the rise, true, changed, KL, sequence, where it is predicted
         self._table = torch.zeros(6, 0, dtype=torch.float64)
 
-    def update(self, changed: Scores, true: Scores) -> None:
+    def update(self, changed: Scores, true: Scores, first: int) -> None:
+        """Add sequences, of which `first` is the first."""
         rises = (changed.ce - true.ce).nan_to_num(nan=float("inf"), posinf=float("inf"))
         places = rises.flatten().topk(min(self._n, rises.numel())).indices.sort().values
         i, at = places // rises.shape[1], places % rises.shape[1]
         scores = [each[i, at] for each in (rises, true.ce, changed.ce, changed.kl)]
-        new = torch.stack([*scores, (self._sequences + i).double(), at.double()])
-        table = torch.cat([self._table.to(new.device), new], dim=1)
+        new = torch.stack([*scores, (first + i).double(), at.double()])
+        self._keep(torch.cat([self._table.to(new.device), new], dim=1))
+
+    def merge(self, ranks: Ranks) -> None:
+        """Let all ranks have seen what each has."""
+        table = torch.cat(ranks.gathered(self._table), dim=1)
+        self._keep(table[:, table[4].argsort(stable=True)])
+
+    def _keep(self, table: Tensor) -> None:
         # of equal ones the first stays first
         order = table[0].argsort(descending=True, stable=True)[: self._n]
         self._table = table[:, order]
-        self._sequences += len(rises)
 
     @property
     def found(self) -> list[Rise]:

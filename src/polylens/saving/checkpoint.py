@@ -12,7 +12,7 @@ from polylens.errors import ArtifactError
 from polylens.files import format as storage
 from polylens.hosts.base import MLPSite
 from polylens.hosts.batch import TOKENS
-from polylens.hosts.offloaded import state
+from polylens.hosts.offloaded import digests
 from polylens.polynomials.joint import Fitted
 from polylens.saving import lens_file as artifact
 
@@ -93,10 +93,7 @@ def identity(
     others = sorted(inputs[0].keys() - {main, "attention_mask"})
     return {
         "host": host.name,
-        "weights": {
-            name: storage.sha256([(f"{tensor.dtype} {list(tensor.shape)}", tensor)])
-            for name, tensor in state(host.module)
-        },
+        "weights": digests(host.module),
         "tokens": _data([each[main] for each in inputs]),
         "attention_mask": _data(there) if padded else None,
         **{name: _data([each[name] for each in inputs]) for name in others},
