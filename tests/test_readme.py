@@ -24,6 +24,7 @@ def test_the_ten_lines_run_as_they_stand():
         exec(code, names)
     assert "R²" in shown.getvalue()
     assert "along the logit of 'e'" in shown.getvalue()
+    assert re.search("value .* share .* one end .* other end", shown.getvalue())
     assert names["error"].shape == (*names["held_out"].shape, names["model"].cfg.d_model)
     assert not torch.equal(names["quadratic_logits"], names["logits"])
     assert names["u"].norm() > 0

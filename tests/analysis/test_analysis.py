@@ -326,6 +326,9 @@ def test_residual_writers_of_a_hooked_transformer(normalization, heads):
     with polylens.attach(model, tokens, degree=2, progress=False) as lens:
         _, cache = model.run_with_cache(tokens)
         writers, names = analysis.residual_writers(lens, cache, 1, 5, batch=2, heads=heads)
+        from_end = analysis.residual_writers(lens, cache, -1, -15, batch=2, heads=heads)
+        assert torch.equal(from_end[0], writers)
+        assert from_end[1] == names
         with pytest.raises(InvalidInputError, match="no position 20"):
             analysis.residual_writers(lens, cache, 1, 20)
         with pytest.raises(InvalidInputError, match="lacks"):

@@ -378,6 +378,7 @@ def test_ablations_are_those_of_a_hook(traced):
     parts = circuit.top(3, "feature") + circuit.top(1, "error") + circuit.top(1, "rest")
     found = circuit.ablate([*parts, [parts[0], "L0.rest@6"]], batch_size=4)
     assert found.names[-1] == f"{parts[0].name} + L0.rest@6"
+    assert str(found).splitlines()[-1].split()[-4] == f"{found.measured[-1]:+.4f}"
     for i, group in enumerate([*([p] for p in parts), [parts[0], circuit["L0.rest@6"]]]):
 
         def out(arrival, group=group, n=0):

@@ -1,5 +1,6 @@
 """Interventions against hooks written by hand, and what features write against their forms."""
 
+import re
 from contextlib import contextmanager
 
 import pytest
@@ -115,6 +116,7 @@ def test_interventions_are_those_of_hooks(lens, replaced):
     assert found["steer"].raises[0][0] == str(best)
     assert "steer" in str(found.to_dict())
     assert "steer" in found._repr_html_()
+    assert re.search(r"^steer +[+-]", str(found), re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -13,14 +13,13 @@ from polylens.analysis.features import EigenFeatures, eigenfeatures
 from polylens.analysis.figures import distances_figure
 from polylens.analysis.layer_tokens import input_moments
 from polylens.analysis.linear import SingularFeatures, singular_features
-from polylens.brief import Brief
 from polylens.checks import Layer, Layers, check_at_least, check_layers, label, to_json
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.explained_variance import Coefficients, energy_under
 from polylens.polynomials.factored import Polynomial
-from polylens.report.rendering import as_frame, as_html
+from polylens.report.rendering import Tabled, as_frame
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -88,7 +87,7 @@ class LayerDistance:
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Brief):
+class Comparison(Tabled):
     """Two lenses, layer by layer; `comparison[layer]` is one."""
 
     first: str
@@ -126,9 +125,6 @@ class Comparison(Brief):
         )
         table.caption_justify = "left"
         return table
-
-    def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
 
     def plot(self) -> "Figure":
         """Distance by layer, of all degrees and of each."""

@@ -75,7 +75,8 @@ def degree_energy(polynomial: Any, degree: int = 2) -> Tensor:
         gaussian_of(gaussian)  # refuses one that was left out of a file, and says how to have it
         raise InvalidInputError(
             "energies by degree need a polynomial fitted to Gaussian inputs, where parts of "
-            f"different degree are orthogonal; this one has {type(gaussian).__name__}"
+            f"different degree are orthogonal; this one has {type(gaussian).__name__}: attach with "
+            'method=TrueStream(estimator="gaussian")'
         )
     if type(degree) is not int or not 1 <= degree <= polynomial.degree:
         raise InvalidInputError(

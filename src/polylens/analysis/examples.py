@@ -22,7 +22,6 @@ from polylens.analysis.layer_tokens import (
 )
 from polylens.analysis.linear import SingularFeatures
 from polylens.analysis.readout import top_tokens
-from polylens.brief import Brief
 from polylens.calibration.seen import require_deterministic
 from polylens.calibration.tokens import names_by
 from polylens.calibration.tokens import read as read_inputs
@@ -30,7 +29,7 @@ from polylens.checks import Layer, check_at_least, label, real_numbers, to_json
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Observer
 from polylens.hosts.batch import Batch, Inputs
-from polylens.report.rendering import as_html
+from polylens.report.rendering import Tabled
 from polylens.report.worst import Decode, decoder
 
 if TYPE_CHECKING:
@@ -97,7 +96,7 @@ class FeatureRow:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class LayerFeatures(Brief):
+class LayerFeatures(Tabled):
     """Features of one layer, with what they read and do.
 
     Attributes:
@@ -145,9 +144,6 @@ class LayerFeatures(Brief):
             ends += [_scores(row.raises), _scores(row.lowers)] if with_effects else []
             table.add_row(str(i), value, share, *map(Text, ends))
         return table
-
-    def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
 
     def plot(self) -> "Figure":
         """Values, each with the example that activates its feature most."""

@@ -12,10 +12,9 @@ from polylens.analysis.figures import interactions_figure
 from polylens.analysis.metric import check_inputs, direction, several
 from polylens.analysis.players import taylor_interactions
 from polylens.analysis.readout import behind_norm
-from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.report.rendering import as_frame, as_html
+from polylens.report.rendering import Tabled, as_frame
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Interactions(Brief):
+class Interactions(Tabled):
     """f(x) . u = constant + sum_a linear_a + sum_ab pairs_ab for the input x = sum_a writers_a.
 
     Attributes:
@@ -98,9 +97,6 @@ class Interactions(Brief):
 
     def __rich__(self) -> "Table":
         return self.table()
-
-    def _repr_html_(self) -> str:
-        return as_html(self.table())
 
     def to_pandas(self) -> "DataFrame":
         """All terms, by falling size: writer, writer or "", what they add; needs pandas."""

@@ -19,7 +19,7 @@ from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Function
 from polylens.hosts.batch import Batch, Inputs
 from polylens.report.columns import MISSING
-from polylens.report.rendering import as_frame, as_html
+from polylens.report.rendering import Tabled, as_frame
 from polylens.report.scores import Cost, lead_of, of_each_input, predictions, score, scored
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _two_a_line(tokens: TokenScores) -> str:
 
 
 @dataclass(frozen=True, repr=False)
-class Effects(Brief):
+class Effects(Tabled):
     """Of several interventions on the same text; `effects[name]` is one.
 
     Attributes:
@@ -144,9 +144,6 @@ class Effects(Brief):
         """A row for each intervention, without its logits; needs pandas."""
         columns = ("name", "delta_ce", "delta_ce_se", "kl", "agreement")
         return as_frame({each: getattr(row, each) for each in columns} for row in self.rows)
-
-    def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts, without the tensors."""

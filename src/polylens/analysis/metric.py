@@ -7,6 +7,7 @@ from typing import Any, TypeGuard, cast
 import torch
 from torch import Tensor
 
+from polylens.brief import Brief
 from polylens.checks import real_numbers
 from polylens.errors import InvalidInputError
 from polylens.inputs.gaussian import Gaussian
@@ -20,8 +21,8 @@ linalg: Any = torch.linalg  # without types
 MetricLike = str | Tensor | InputModel | None
 
 
-@dataclass(frozen=True, eq=False)
-class Metric:
+@dataclass(frozen=True, eq=False, repr=False)
+class Metric(Brief):
     """A factor L of a metric L L^T on inputs; x = mean + L z with z white.
 
     Attributes:

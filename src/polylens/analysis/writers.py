@@ -1,6 +1,6 @@
 """Who wrote what an MLP reads: the residual stream of a TransformerLens cache, by name."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import einsum
@@ -9,6 +9,7 @@ from torch import Tensor
 from polylens.analysis.arguments import check_lens
 from polylens.analysis.dictionaries import hook_of, sae_writers
 from polylens.analysis.interactions import through_norm
+from polylens.checks import from_the_end
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Norm
 
@@ -40,7 +41,7 @@ def residual_writers(
     Args:
         lens: attached while the cache was recorded, so that `poly_in` is in it.
         cache: of `model.run_with_cache`.
-        layer, position, batch: which input.
+        layer, position, batch: which input; -1 is the last layer, and the last position.
         heads: False splits attention by layer only.
         sae: of SAELens, or with `encode`, `decode` and `cfg.hook_name`; trained at what this MLP
             reads, or at the residual stream in front of it (`hook_resid_pre`, `_mid`, `_post`).
@@ -57,6 +58,7 @@ def residual_writers(
             f"cache must be that of model.run_with_cache(tokens), got {type(cache).__name__}{hint}"
         )
     lens[layer]  # refuses one that is not attached
+    layer = cast(int, from_the_end(layer, lens.layers))
     try:
         norm = lens.host.norm(lens.sites[layer])
     except UnsupportedModel:  # it may read the stream itself; the sum is checked below
@@ -69,6 +71,8 @@ def residual_writers(
             "the lens attached, without names_filter"
         )
     read = cache[point]
+    if -read.shape[1] <= position < 0:
+        position += read.shape[1]
     if batch not in range(len(read)) or position not in range(read.shape[1]):
         raise InvalidInputError(
             f"no position {position} of sequence {batch}: the cache holds {tuple(read.shape[:2])}"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from polylens.brief import Brief
 from polylens.checks import Expert, label
 from polylens.report.columns import MISSING, Shown, number
 from polylens.report.rows import WorstToken
@@ -60,12 +61,9 @@ class Sheet:
 
 def text(sheet: Sheet) -> str:
     """As plain text without ANSI codes, 100 columns wide."""
-    from rich.console import Console, Group
+    from rich.console import Group
 
-    out = io.StringIO()
-    console = Console(file=out, width=TEXT_WIDTH, color_system=None, legacy_windows=False)
-    console.print(Group(*parts(sheet, TEXT_WIDTH)))
-    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+    return as_text(Group(*parts(sheet, TEXT_WIDTH)))
 
 
 def parts(sheet: Sheet, width: int) -> "Iterator[RenderableType]":
@@ -110,6 +108,29 @@ def as_html(renderable: "RenderableType") -> str:
     console = Console(file=io.StringIO(), record=True, width=TEXT_WIDTH, force_jupyter=False)
     console.print(renderable)
     return console.export_html(inline_styles=True, code_format=_PRE)
+
+
+def as_text(renderable: "RenderableType") -> str:
+    """Anything that rich prints, without colours, 100 columns wide."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    console = Console(file=out, width=TEXT_WIDTH, color_system=None, legacy_windows=False)
+    console.print(renderable)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+class Tabled(Brief):
+    """A dataclass with a short repr, and with `__rich__` a table for print() and notebooks."""
+
+    def __rich__(self) -> "Table":
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+    def _repr_html_(self) -> str:
+        return as_html(self.__rich__())
 
 
 def as_frame(rows: "Iterable[Mapping[str, Any]]") -> "DataFrame":

@@ -14,7 +14,7 @@ from polylens.brief import Brief
 from polylens.checks import Layer, from_json
 from polylens.errors import InvalidInputError
 from polylens.fitting.fit import Inputs
-from polylens.report.rendering import as_frame, as_html
+from polylens.report.rendering import Tabled, as_frame
 from polylens.training.figure import training_figure
 from polylens.training.rows import TraceRow as TraceRow
 from polylens.training.rows import record
@@ -87,7 +87,7 @@ class TraceData(Brief):
 
 
 @dataclass(frozen=True, repr=False)
-class Trace(Brief):
+class Trace(Tabled):
     """Rows by step; failed checkpoints have a row with `error`."""
 
     rows: tuple[TraceRow, ...]
@@ -142,9 +142,6 @@ class Trace(Brief):
                 r2 = (median((r.r2 or ())[k] for r in there) for k in range(1, degree + 1))
                 table.add_row(str(step), inputs, loss, *(f"{value:.4f}" for value in r2))
         return table
-
-    def _repr_html_(self) -> str:
-        return as_html(self.__rich__())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers, strings, lists and dicts."""

@@ -3,7 +3,7 @@ one does."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,10 @@ from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival, Function
 from polylens.hosts.frozen import biased, following
+from polylens.report.rendering import Tabled
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -34,7 +38,7 @@ Group = Sequence[Written | Read]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Ablations(Brief):
+class Ablations(Tabled):
     """How much the target changes when nodes or edges are taken out, by three predictions and in
     truth.
 
@@ -67,6 +71,21 @@ class Ablations(Brief):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __rich__(self) -> "Table":
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+        table.title = "change of the target, in its units"
+        kinds = ("measured", "predicted", "linear", "gradient")
+        for title in ("without", *kinds):
+            table.add_column(title, justify="left" if title == "without" else "right")
+        values = (getattr(self, kind).tolist() for kind in kinds)
+        for name, *row in zip(self.names, *values, strict=True):
+            table.add_row(Text(name), *(f"{value:+.4f}" for value in row))
+        return table
 
 
 def predicted(replacement: Replacement, groups: Sequence[Group]) -> Tensor:
