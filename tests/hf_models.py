@@ -37,6 +37,18 @@ MIXTURES: dict[str, tuple[str, str, dict[str, Any], tuple[int, ...]]] = {
     ),
     "deepseek_v3": ("DeepseekV3Config", "DeepseekV3ForCausalLM", {**MOE, **DEEPSEEK}, (1,)),
 }  # fmt: skip
+# Where something else than attention is beside some MLPs, or all.
+MAMBA = {**DECODER, "mamba_n_heads": 4, "mamba_d_head": 12, "mamba_d_state": 4, "mamba_n_groups": 1}
+HYBRIDS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "bamba": ("BambaConfig", "BambaForCausalLM", {**MAMBA, "attn_layer_indices": [1]}),
+    "falcon_h1": (
+        "FalconH1Config", "FalconH1ForCausalLM", {**MAMBA, "mamba_d_ssm": 48, "head_dim": 6},
+    ),
+    "lfm2": (
+        "Lfm2Config", "Lfm2ForCausalLM",
+        {**DECODER, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+    ),
+}  # fmt: skip
 ENCODER = {**DECODER, "max_position_embeddings": 64}
 ENCODER.pop("num_key_value_heads")
 GPT = dict(

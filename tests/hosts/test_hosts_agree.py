@@ -5,7 +5,7 @@ import importlib.util
 
 import pytest
 import torch
-from tests.hf_models import D_VOCAB, build
+from tests.hf_models import D_VOCAB, HYBRIDS, build, from_config
 from tests.host_contract import TOKENS, attach, logits
 
 import polylens
@@ -56,6 +56,16 @@ def r2(model) -> torch.Tensor:
 )
 def test_r2_is_that_of_the_plain_torch_model(name, host):
     model = build(name)
+    expected = r2(copy.deepcopy(model))
+    assert expected.shape == (2, 4)
+    torch.testing.assert_close(r2(host(model)), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.more
+@pytest.mark.parametrize("host", [bridge, nnsight])
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_mlps_beside_other_things_than_attention_have_one_r2(name, host):
+    model = from_config(*HYBRIDS[name])
     expected = r2(copy.deepcopy(model))
     assert expected.shape == (2, 4)
     torch.testing.assert_close(r2(host(model)), expected, atol=1e-5, rtol=0)
