@@ -5,8 +5,6 @@ python scripts/circuit_stories.py model.gguf --lens file.lens --out docs/circuit
 
 import argparse
 import json
-import resource
-import time
 from pathlib import Path
 
 import torch
@@ -23,7 +21,6 @@ STORIES = {
         (" London", " Madrid"),
     ),
 }
-SIZES = ((32, 64), (128, 32))
 
 
 def told(circuit: analysis.Circuit, count: int) -> dict:
@@ -72,14 +69,6 @@ def main() -> None:
         story = {"prompt": prompt, **told(circuit, args.count)}
         circuit.pruned(0.6, 0.9).save_page(args.out / f"{name}.html", examples=text)
         print(json.dumps(story, indent=1), flush=True)
-    long = torch.tensor(tokenizer(demo.texts()[1][:20000])["input_ids"])
-    for tokens, mlps in SIZES:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        start = time.perf_counter()
-        analysis.circuit(lens, long[:tokens], mlps=mlps).pruned()
-        seconds = time.perf_counter() - start
-        more = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6
-        print(f"{tokens} tokens, {mlps} MLPs split: {seconds:.1f} s, {more:.2f} GB above")
 
 
 if __name__ == "__main__":

@@ -187,6 +187,8 @@ def test_nodes_by_name_and_by_size():
     assert ("target", reads[0][1]) in [(n.name, e) for n, e in found.readers(reads[0][0])]
     assert found.sources("token@2") == []
     assert "Circuit(logit of 11 = " in repr(found)
+    assert f"; {found.unsplit:.0%} of what MLPs do is left whole)" in repr(found)
+    assert found.unsplit > 0
     with pytest.raises(InvalidInputError, match="no node 'L9'"):
         found["L9"]
 

@@ -610,10 +610,11 @@ class Circuit(Brief):
     def __repr__(self) -> str:
         kinds = {kind: sum(node.kind == kind for node in self.nodes) for kind in KINDS[1:]}
         counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
+        left = f"; {self.unsplit:.0%} of what MLPs do is left whole" if self.unsplit else ""
         return (
             f"Circuit({self.target} = {self.value:.4g} = embeddings {self.embeddings:.4g} + biases "
             f"{self.bias:.4g} + errors {self.errors:.4g}; {counts}; "
-            f"{int(self.edges.count_nonzero())} edges)"
+            f"{int(self.edges.count_nonzero())} edges{left})"
         )
 
 
