@@ -1,10 +1,12 @@
 """Distances against Monte Carlo, what becomes of features against known changes of a layer."""
 
+import io
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from rich.console import Console
 from tests.hf_models import build
 from tests.oracles import generator, random_gaussian, random_layer
 
@@ -137,6 +139,14 @@ def test_lenses_are_compared_layer_by_layer(models, tmp_path):
         assert "gone" in found._repr_html_()
         assert found.to_dict()["rows"][1]["distance"] == found[1].distance
         found.plot().savefig(tmp_path / "distances.png")
+
+
+def test_four_degrees_fit_80_columns():
+    row = analysis.LayerDistance(29, 1.1e-5, (1.1e-5,) * 4)
+    out = io.StringIO()
+    Console(file=out, width=80).print(analysis.Comparison("f", "g", (row,)))
+    assert "…" not in out.getvalue()
+    assert out.getvalue().count("1.1e-05") == 5
 
 
 def test_another_text_is_another_polynomial(models):

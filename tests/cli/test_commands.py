@@ -201,7 +201,7 @@ def test_two_lenses_of_one_model_are_compared(tmp_path):
     ]
     assert max(distances[0]) < 1e-6
     lower = run(app, [*arguments, saved[1], "--degree", "1", "--layers", "1"])
-    assert "deg 1   kept" in lower.output
+    assert "deg 1  kept" in lower.output
     assert "deg 2" not in lower.output
     _fails(["demo", "demo", *arguments[3:], saved[1], "--degree", "2"], "got 2", command="compare")
     assert min(distances[1]) > 0.01

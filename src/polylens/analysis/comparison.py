@@ -108,6 +108,7 @@ class Comparison(Tabled):
         from rich.table import Table
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+        table.collapse_padding = True
         table.title = f"{self.first} → {self.second}: E|f − g|² / Var f"
         degrees = range(max((len(row.by_degree) for row in self.rows), default=0))
         # short titles: with four degrees it fits 80 columns
@@ -115,9 +116,9 @@ class Comparison(Tabled):
         for title in ("layer", "distance", *(f"deg {k}" for k in degrees), *fates.values()):
             table.add_column(title, justify="right")
         for row in self.rows:
-            parts = (f"{part:.2g}" for part in row.by_degree)
+            parts = (_small(part) for part in row.by_degree)
             counts = (str(row.count(fate)) for fate in fates)
-            table.add_row(label(row.layer), f"{row.distance:.2g}", *parts, *counts)
+            table.add_row(label(row.layer), _small(row.distance), *parts, *counts)
         table.caption = (
             "distance: the share of f's variance that g leaves unexplained, of each degree deg k\n"
             "kept, turned, gone, new: how many of the strongest features of either lens are in the "
@@ -141,6 +142,11 @@ class Comparison(Tabled):
         """Plain numbers, strings, lists and dicts."""
         rows = [{**asdict(row), "layer": to_json(row.layer)} for row in self.rows]
         return {"first": self.first, "second": self.second, "rows": rows}
+
+
+def _small(share: float) -> str:
+    """In at most seven characters."""
+    return "<1e-6" if 0 < share < 1e-6 else f"{share:.2g}"
 
 
 @torch.no_grad()
