@@ -156,11 +156,14 @@ def draw(found: dict[str, Tensor], counts: dict[str, int], path: Path) -> None:
                 found.items(), COLOURS, MARKERS, strict=False
             ):
                 last = next(j for j, k in enumerate(SIZES) if k >= counts[name])
-                x = [max(min(k, counts[name]), 0.5) for k in SIZES[: last + 1]]
+                x = [min(k, counts[name]) for k in SIZES[: last + 1]]
                 low, middle, high = values[:, : last + 1, i].quantile(QUARTILES, dim=0)
                 panel.plot(x, middle, marker, ls="-", color=colour, ms=3, lw=1, label=name)
                 panel.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
-            panel.set_xscale("log")
+            panel.set_xscale("symlog", linthresh=1, linscale=0.3)
+            panel.set_xticks(
+                [0, 1, 10, 100, 1000, 10000], ["0", "1", "10", "100", "1,000", "10,000"]
+            )
             panel.set_title(title)
             panel.set_xlabel("strongest nodes")
             tidy(panel)
@@ -225,7 +228,7 @@ def main() -> None:
         print(f"{name}: polynomials {means[2 * k]:.3f}, transcoders {means[2 * k + 1]:.3f}")
     stacks = {name: torch.stack(several) for name, several in found.items()}
     for name, values in stacks.items():
-        for k, (kept, left) in zip(SIZES, values.median(0).values.tolist(), strict=True):
+        for k, (kept, left) in zip(SIZES, values.quantile(0.5, dim=0).tolist(), strict=True):
             if k <= 2 * counts[name]:
                 print(f"{name}, strongest {k}: faithfulness {kept:.3f}, completeness {left:.3f}")
     if args.plot:

@@ -187,10 +187,15 @@ def test_nodes_by_name_and_by_size():
     assert ("target", reads[0][1]) in [(n.name, e) for n, e in found.readers(reads[0][0])]
     assert found.sources("token@2") == []
     assert "Circuit(logit of 11 = " in repr(found)
-    assert f"; {found.unsplit:.0%} of what MLPs do is left whole)" in repr(found)
+    assert f"; {100 * found.unsplit:.2g} % of what MLPs do is left whole)" in repr(found)
     assert found.unsplit > 0
     with pytest.raises(InvalidInputError, match="no node 'L9'"):
         found["L9"]
+    with pytest.raises(InvalidInputError, match="kind must be one of feature, rest"):
+        found.top(3, "features")
+    for k in (found.top, lambda k: found.pairs(top[0], k)):
+        with pytest.raises(InvalidInputError, match="k must be"):
+            k(-1)
 
 
 def test_rows_that_are_taken_back_a_few_at_a_time_are_the_same(lens, monkeypatch):
@@ -208,6 +213,7 @@ def test_rows_that_are_taken_back_a_few_at_a_time_are_the_same(lens, monkeypatch
 BAD = {
     "no token": (dict(target=90), "no token"),
     "no number": (dict(target=1.5), "no token"),
+    "a tensor of no number": (dict(target=torch.tensor(1.5)), "no token"),
     "text without a tokenizer": (dict(target="a"), "no tokenizer"),
     "against itself": (dict(target=(3, 3)), "against itself"),
     "three": (dict(target=(3, 4, 5)), r"\(token, against\)"),
@@ -246,6 +252,13 @@ def test_other_models_and_lenses_are_refused_by_name():
         pass
     with pytest.raises(polylens.AttachmentError, match="detached"):
         analysis.circuit(lens, PROMPT)
+
+
+def test_ids_and_targets_as_they_come(lens):
+    expected = analysis.circuit(lens, PROMPT, (11, 4), mlps=1)
+    for tokens in (PROMPT.tolist(), PROMPT.numpy(), PROMPT[None], {"input_ids": PROMPT[None]}):
+        for target in ([11, 4], (PROMPT.new_tensor(11), PROMPT.numpy().dtype.type(4))):
+            assert torch.equal(analysis.circuit(lens, tokens, target, mlps=1).edges, expected.edges)
 
 
 def test_a_replaced_lens_is_traced_as_the_true_model():
@@ -309,7 +322,7 @@ def test_pruning_keeps_all_at_one_and_refuses_what_is_no_share(traced):
     every = circuit.pruned(1.0, 1.0)
     assert every.scores.edges[0] > 0.9 * every.scores.edges[1]
     assert len(circuit.pruned(0.3)) < len(every)
-    for options in ({"nodes": 1.1}, {"edges": -0.1}, {"nodes": True}):
+    for options in ({"nodes": 1.1}, {"edges": -0.1}, {"nodes": True}, {"nodes": "a"}):
         with pytest.raises(InvalidInputError, match="must be a share"):
             circuit.pruned(**options)
     with pytest.raises(InvalidInputError, match="pruned already"):
@@ -398,6 +411,10 @@ def test_ablations_are_those_of_a_hook(traced):
         expected = (edited[11] - edited[4]) - (true[11] - true[4])
         assert float(found.measured[i]) == pytest.approx(float(expected), abs=1e-5)
         assert float(found.linear[i]) == pytest.approx(-sum(node.value for node in group))
+    # one alone, and one that is named twice
+    for groups in (parts[0], [[parts[0].name, parts[0]]]):
+        (again,) = circuit.ablate(groups).measured
+        assert float(again) == pytest.approx(float(found.measured[0]), abs=1e-5)
 
 
 def test_a_small_change_is_predicted_to_first_order():
@@ -473,9 +490,13 @@ def test_what_cannot_be_taken_out_is_named(lens):
     for reader in ("target", "token@2"):
         with pytest.raises(InvalidInputError, match="no feature or rest"):
             circuit.ablate_edges([("token@1", reader)])
-    for take_out in (circuit.ablate, circuit.ablate_edges):
+    for take_out, nothing in (
+        (circuit.ablate, []),
+        (circuit.ablate, [[]]),
+        (circuit.ablate_edges, []),
+    ):
         with pytest.raises(InvalidInputError, match="nothing to take out"):
-            take_out([])
+            take_out(nothing)
     with pytest.raises(InvalidInputError, match="must be pairs"):
         circuit.ablate_edges(("token@1", rest.name))
     with pytest.raises(InvalidInputError, match="batch_size"):
@@ -488,6 +509,18 @@ def test_what_cannot_be_taken_out_is_named(lens):
     along = analysis.circuit(lens, PROMPT, torch.ones(24), layer=2, mlps=2)
     with pytest.raises(InvalidInputError, match="not measured"):
         along.ablate(along.top(2, "rest"))
+
+
+def test_another_model_than_was_traced_is_not_measured():
+    model = hooked()
+    with attach(model) as lens:
+        circuit = analysis.circuit(lens, PROMPT, 11, mlps=2)
+        rest = circuit.top(1, "rest")[0]
+        model.blocks[0].mlp.W_in.data.mul_(1.1)
+        with pytest.raises(polylens.StalePolynomialError):
+            circuit.ablate(rest)
+    with pytest.raises(polylens.AttachmentError, match="detached"):
+        circuit.ablate_edges([("token@1", rest)])
 
 
 # What is published: required fields and JSON types of Neuronpedia's graph-schema.json 1.0.0, and
@@ -649,7 +682,12 @@ def test_a_feature_is_scaled_wherever_the_model_runs(traced):
             assert not torch.allclose(host.logits(tokens), true)
         assert torch.equal(host.logits(tokens), true)
         assert (removed - true).abs().max() > 1e-4
-        with pytest.raises(InvalidInputError, match="scaled by finite"), circuit.steered("token@1"):
+        with circuit.steered([node]):
+            assert torch.equal(host.logits(tokens), removed)
+        for scales in ("token@1", {node: "a"}, {node: float("nan")}):
+            with pytest.raises(InvalidInputError, match="scaled by fin"), circuit.steered(scales):
+                pass
+        with pytest.raises(InvalidInputError, match="nothing to scale"), circuit.steered([]):
             pass
         with pytest.raises(InvalidInputError, match="no node"), circuit.steered("L0.f9@1"):
             pass
@@ -676,8 +714,11 @@ def test_features_that_recur_are_listed(lens):
     for options in (dict(prompts=[]), dict(prompts=prompts, targets=[1])):
         with pytest.raises(InvalidInputError, match="targets for"):
             analysis.circuits(lens, **options)
-    with pytest.raises(InvalidInputError, match="cosine must be"):
-        found.recurring(cosine=0)
+    for cosine in (0, "a", True):
+        with pytest.raises(InvalidInputError, match="cosine must be"):
+            found.recurring(cosine=cosine)
+    with pytest.raises(InvalidInputError, match="least must be"):
+        found.recurring(least=0)
 
 
 def test_attribution_patching_is_the_gradient_of_the_true_model(traced):

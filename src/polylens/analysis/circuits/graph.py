@@ -199,7 +199,14 @@ class Circuit(Brief):
         return sorted(range(1, len(self)), key=lambda i: -abs(self.nodes[i].value))
 
     def top(self, k: int = 10, kind: str | None = None) -> list[Node]:
-        """The k nodes of largest |value|, of one kind or all."""
+        """The k nodes of largest |value|, of one kind or all.
+
+        Raises:
+            InvalidInputError: k < 0, an unknown kind.
+        """
+        check_at_least("k", k, 0)
+        if kind is not None and kind not in KINDS[1:]:
+            raise InvalidInputError(f"kind must be one of {', '.join(KINDS[1:])}; got {kind!r}")
         every = (self.nodes[i] for i in self.order())
         return [node for node in every if kind in (None, node.kind)][:k]
 
@@ -286,8 +293,9 @@ class Circuit(Brief):
         """What the k strongest sources of a feature or rest do in it, alone and two by two.
 
         Raises:
-            InvalidInputError: a node without edges, or the target, which is linear in all.
+            InvalidInputError: a node without edges, or the target, which is linear in all; k < 0.
         """
+        check_at_least("k", k, 0)
         i = self.number(node)
         own = self.nodes[i]
         if own.kind not in ("feature", "rest"):
@@ -322,7 +330,7 @@ class Circuit(Brief):
 
     def ablate(
         self,
-        groups: Iterable[Node | str | int | Iterable[Node | str | int]],
+        groups: Node | str | int | Iterable[Node | str | int | Iterable[Node | str | int]],
         *,
         batch_size: int = 16,
     ) -> Ablations:
@@ -335,12 +343,12 @@ class Circuit(Brief):
         Raises:
             InvalidInputError: no nodes, no such node, a token or the target, a layer that the lens
                 lacks; a circuit along a direction.
+            AttachmentError, StalePolynomialError: as `Lens.replaced`.
         """
+        several = [groups] if isinstance(groups, Node | str | int) else groups
         chosen = [
-            [self.number(each)]
-            if isinstance(each, Node | str | int)
-            else list(map(self.number, each))
-            for each in groups
+            list(dict.fromkeys(map(self.number, [g] if isinstance(g, Node | str | int) else g)))
+            for g in several
         ]
         for i in (i for group in chosen for i in group):
             node = self.nodes[i]
@@ -370,6 +378,7 @@ class Circuit(Brief):
             InvalidInputError: no edges, no such node; a reader that is no feature or rest (into
                 the target nothing has to be predicted: what it reads is linear but for its norm);
                 a source that is not below it; a circuit along a direction.
+            AttachmentError, StalePolynomialError: as `Lens.replaced`.
         """
         edges = list(edges)
         if not all(isinstance(edge, tuple) and len(edge) == 2 for edge in edges):
@@ -397,9 +406,10 @@ class Circuit(Brief):
     def _without(
         self, groups: Sequence[Group], names: Sequence[str], values: list[float], batch_size: int
     ) -> Ablations:
-        if not groups:
+        if not groups or not all(groups):
             raise InvalidInputError("there is nothing to take out: no nodes or edges were given")
         check_at_least("batch_size", batch_size, 1)
+        self.lens.ready(None, None)
         some = [groups[i : i + batch_size] for i in range(0, len(groups), batch_size)]
         with torch.no_grad():
             said = torch.cat([predicted(self.replacement, each) for each in some]).cpu()
@@ -420,7 +430,9 @@ class Circuit(Brief):
 
     @contextmanager
     def steered(
-        self, scales: Mapping[Node | str, float] | Node | str, scale: float = 0.0
+        self,
+        scales: Mapping[Node | str, float] | Node | str | Iterable[Node | str],
+        scale: float = 0.0,
     ) -> Generator[None, None, None]:
         """Within the context, features are scaled wherever the model runs, as in generation.
 
@@ -432,18 +444,23 @@ class Circuit(Brief):
         as it is.
 
         Args:
-            scales: a feature, or several with a scale each.
-            scale: of the one.
+            scales: a feature or several, or with a scale each.
+            scale: of those without their own.
 
         Raises:
             InvalidInputError: what is no feature of this circuit, a scale that is not finite.
             AttachmentError: the lens is detached.
         """
-        given = dict(scales) if isinstance(scales, Mapping) else {scales: scale}
+        one = isinstance(scales, Node | str)
+        given = dict(scales) if isinstance(scales, Mapping) else {}
+        given = given or dict.fromkeys([scales] if one else scales, scale)
+        if not given:
+            raise InvalidInputError("there is nothing to scale: no features were given")
         by_layer: dict[int, list[tuple[Tensor, float]]] = {}
         for node, by in given.items():
             i = self.number(node)
-            if self.nodes[i].kind != "feature" or not math.isfinite(by):
+            number = isinstance(by, int | float) and not isinstance(by, bool)
+            if self.nodes[i].kind != "feature" or not number or not math.isfinite(by):
                 raise InvalidInputError(
                     f"features are scaled by finite numbers, got {self.nodes[i].name} by {by!r}"
                 )
@@ -610,7 +627,7 @@ class Circuit(Brief):
     def __repr__(self) -> str:
         kinds = {kind: sum(node.kind == kind for node in self.nodes) for kind in KINDS[1:]}
         counts = ", ".join(f"{n} {kind}" for kind, n in kinds.items() if n)
-        left = f"; {self.unsplit:.0%} of what MLPs do is left whole" if self.unsplit else ""
+        left = f"; {100 * self.unsplit:.2g} % of what MLPs do is left whole" if self.unsplit else ""
         return (
             f"Circuit({self.target} = {self.value:.4g} = embeddings {self.embeddings:.4g} + biases "
             f"{self.bias:.4g} + errors {self.errors:.4g}; {counts}; "

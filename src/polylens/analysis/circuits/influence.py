@@ -84,8 +84,11 @@ def keep(
         InvalidInputError: shares outside of 0 ... 1.
     """
     for name, share in (("nodes", node_share), ("edges", edge_share)):
-        if isinstance(share, bool) or not 0 <= share <= 1:
-            raise InvalidInputError(f"{name} must be a share of influence in 0 ... 1, got {share}")
+        number = isinstance(share, int | float) and not isinstance(share, bool)
+        if not number or not 0 <= share <= 1:
+            raise InvalidInputError(
+                f"{name} must be a share of influence in 0 ... 1, got {share!r}"
+            )
     own, rows = influence(edges), len(edges)
     nodes = (own >= _threshold(own, node_share)) | always
     left = edges * nodes[:rows, None] * nodes

@@ -11,6 +11,7 @@ from polylens.analysis.circuits.graph import Circuit
 from polylens.analysis.circuits.target import TargetLike
 from polylens.analysis.circuits.trace import circuit
 from polylens.brief import Brief
+from polylens.checks import check_at_least
 from polylens.errors import InvalidInputError
 
 
@@ -62,9 +63,11 @@ class Circuits(Brief):
         then by share.
 
         Raises:
-            InvalidInputError: a cosine outside of 0 ... 1.
+            InvalidInputError: a cosine outside of 0 ... 1, fewer than one prompt.
         """
-        if not 0 < cosine <= 1:
+        check_at_least("least", least, 1)
+        number = isinstance(cosine, int | float) and not isinstance(cosine, bool)
+        if not number or not 0 < cosine <= 1:
             raise InvalidInputError(f"cosine must be in 0 ... 1, got {cosine!r}")
         found: list[tuple[float, int, str, int, Tensor]] = []
         for number, own in enumerate(self.circuits):

@@ -1,8 +1,11 @@
 """What a circuit is traced back from."""
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from operator import index
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -13,7 +16,7 @@ from polylens.calibration.tokens import opened, token_names, validate_tokens
 from polylens.errors import InvalidInputError
 from polylens.hosts.frozen import FrozenModel
 
-TargetLike = int | str | tuple[int | str, int | str] | Tensor | None
+TargetLike = int | str | Sequence[int | str] | Tensor | None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -55,7 +58,7 @@ def resolve(
             f"{position!r}"
         )
     position %= n
-    if isinstance(target, Tensor):
+    if isinstance(target, Tensor) and target.dim():
         return _along(frozen, target, position, layer, blocks)
     if layer is not None:
         raise InvalidInputError(
@@ -65,7 +68,7 @@ def resolve(
     logits = frozen.logits[position]
     if target is None:
         target = int(logits.argmax())
-    pair = target if isinstance(target, tuple) else (target,)
+    pair = target if isinstance(target, tuple | list) else (target,)
     if len(pair) not in (1, 2):
         raise InvalidInputError(f"target must be one token or (token, against), got {target!r}")
     tokens = tuple(_token(host, each, frozen.W_U.shape[1]) for each in pair)
@@ -108,6 +111,9 @@ def _token(host: Any, value: object, d_vocab: int) -> int:
                 f"target {value!r} is text, and the model has no tokenizer; give the token's id"
             )
         value = single_token(value, partial(host.tokenizer.encode, add_special_tokens=False))
+    if isinstance(value, SupportsIndex) and not isinstance(value, bool):
+        with suppress(TypeError):  # a tensor of one float
+            value = index(value)
     if type(value) is not int or not 0 <= value < d_vocab:
         raise InvalidInputError(
             f"target {value!r} is no token: give an id in 0 ... {d_vocab - 1}, its text, a pair of "
@@ -126,6 +132,9 @@ def prompt_of(host: Any, tokens: Any) -> Tensor:
         if host.tokenizer is None:
             raise InvalidInputError("tokens are text, and the model has no tokenizer; give ids")
         tokens = torch.tensor(host.tokenizer(tokens)["input_ids"])
+    numbers = isinstance(tokens, list | tuple) and all(type(each) is int for each in tokens)
+    if numbers or getattr(tokens, "ndim", 0) == 1:
+        tokens = torch.as_tensor(tokens, dtype=torch.int64 if numbers else None)
     tokens, mask = opened(tokens)
     if isinstance(tokens, dict):
         tokens, mask = tokens.get("input_ids"), tokens.get("attention_mask")
