@@ -130,3 +130,21 @@ def test_what_it_cannot_do_is_said():
         wrapped._module.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(InvalidInputError, match=r"layer 1.*not finite"):
         remote(wrapped, degree=1)
+
+
+def test_an_inline_function_replaces_a_layer_there():
+    from nnsight.intervention.serialization import dumps
+
+    wrapped = model("gpt2")
+    with polylens.attach(wrapped, TOKENS, degree=2, progress=False) as lens:
+        function = lens.inline(0)
+        with lens.replaced(layers=0), torch.no_grad():
+            expected = lens.host.logits(HELD_OUT)
+    mlp = wrapped.transformer.h[0].mlp
+    with torch.no_grad(), wrapped.trace(HELD_OUT, remote="local"):
+        mlp.output = function(mlp.input)
+        logits = wrapped.output.logits.save()
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    # matrices, tables, and code that does not grow with them
+    numbers = sum(t.numel() * t.element_size() for t in function.buffers())
+    assert numbers < len(dumps(function)) < numbers + 20_000
