@@ -178,6 +178,9 @@ def test_what_is_not_in_the_cache_is_named(model):
 
 def test_a_token_is_named_by_its_text(model):
     assert model.tokenizer.decode(polylens.tokenize("schön", model, 6)[0].tolist()) == "schön"
+    assert model.to_string(model.to_tokens("schön")) == ["schön"]  # as users of the host do
+    assert model.to_tokens(["ab", "c"]).tolist() == [[97, 98], [99, 0]]
+    assert model("ab").shape == (1, 2, 256)
     with attach(model, layers=[1, 3]) as lens:
         towards = polylens.analysis.logit_direction
         assert torch.equal(towards(lens, -1, "e", "a"), towards(lens, 3, ord("e"), ord("a")))

@@ -141,7 +141,8 @@ class LayerFeatures(Tabled):
                 lines = [f"{e.activation:+.1f} {e}".replace("\n", "⏎") for e in examples]
                 ends.append("\n".join([*lines, _scores(tokens)] if tokens else lines))
             ends = ends if with_examples or with_tokens else []
-            ends += [_scores(row.raises), _scores(row.lowers)] if with_effects else []
+            if with_effects:  # one a line, as examples are
+                ends += [_scores(row.raises, "\n"), _scores(row.lowers, "\n")]
             table.add_row(str(i), value, share, *map(Text, ends))
         return table
 
@@ -159,8 +160,8 @@ class LayerFeatures(Tabled):
         return {"layer": to_json(self.layer), "about": self.about, "rows": rows}
 
 
-def _scores(tokens: TokenScores) -> str:
-    return "  ".join(f"{name} {value:+.1f}" for name, value in tokens)
+def _scores(tokens: TokenScores, between: str = "  ") -> str:
+    return between.join(f"{name} {value:+.1f}" for name, value in tokens)
 
 
 @torch.no_grad()

@@ -116,19 +116,37 @@ def decode(tokens: Tensor) -> str:
 
 
 class ByteTokenizer:
-    """`encode` and `decode` as a Hugging Face tokenizer has them."""
+    """What TransformerLens and polylens ask of a Hugging Face tokenizer; tokens are bytes.
 
+    Called with a text it gives `input_ids`; with several it pads them, on the right, with an
+    `attention_mask`.
+    """
+
+    bos_token = eos_token = pad_token = None
     bos_token_id = eos_token_id = pad_token_id = None
     padding_side = "right"
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": self.encode(text)}
+    def __call__(
+        self, text: str | list[str], return_tensors: str | None = None, **_: Any
+    ) -> dict[str, Any]:
+        if isinstance(text, str) and return_tensors is None:
+            return {"input_ids": self.encode(text)}
+        rows = [self.encode(each) for each in ([text] if isinstance(text, str) else text)]
+        longest = max(map(len, rows), default=0)
+        found = {
+            "input_ids": [row + [0] * (longest - len(row)) for row in rows],
+            "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
+        }
+        return found if return_tensors is None else {k: torch.tensor(v) for k, v in found.items()}
 
     def encode(self, text: str, **_: Any) -> list[int]:
         return list(text.encode())
 
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode(errors="backslashreplace")
+    def decode(self, ids: list[int] | Tensor | int, *_: Any, **__: Any) -> str:
+        return bytes(torch.as_tensor(ids).reshape(-1).tolist()).decode(errors="backslashreplace")
+
+    def batch_decode(self, rows: Any, *_: Any, **__: Any) -> list[str]:
+        return [self.decode(row) for row in rows]
 
 
 def batches(text: str, n_seq: int, seq_len: int) -> Tensor:
