@@ -335,6 +335,8 @@ def test_residual_writers_of_a_hooked_transformer(normalization, heads):
             analysis.residual_writers(lens, {}, 1, 0)
         with pytest.raises(InvalidInputError, match="no layer 7"):
             analysis.residual_writers(lens, cache, 7, 0)
+        with pytest.raises(InvalidInputError, match="MLPs alone"):
+            analysis.residual_writers(lens, lens.run_with_cache(tokens)[1], 1, 0)
         with pytest.raises(InvalidInputError, match="no layer 7"):
             analysis.logit_direction(lens, 7, 0)
     assert len(names) == len(set(names)) == len(writers)

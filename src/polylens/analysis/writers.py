@@ -11,7 +11,7 @@ from polylens.analysis.dictionaries import hook_of, sae_writers
 from polylens.analysis.interactions import through_norm
 from polylens.checks import from_the_end
 from polylens.errors import InvalidInputError, UnsupportedModel
-from polylens.hosts.base import Norm
+from polylens.hosts.base import Norm, Values
 
 # Rounding of the host's own forward pass, relative to what the MLP reads.
 TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -54,8 +54,13 @@ def residual_writers(
     check_lens(lens)
     if not hasattr(cache, "decompose_resid") and cache != {}:
         hint = "; give the second of (logits, cache)" if isinstance(cache, tuple) else ""
+        if isinstance(cache, Values):
+            hint = (
+                " of lens.run_with_cache, which has the MLPs alone: attach to a TransformerBridge"
+            )
         raise InvalidInputError(
-            f"cache must be that of model.run_with_cache(tokens), got {type(cache).__name__}{hint}"
+            "cache must be that of TransformerLens' model.run_with_cache(tokens), got "
+            f"{type(cache).__name__}{hint}"
         )
     lens[layer]  # refuses one that is not attached
     layer = cast(int, from_the_end(layer, lens.layers))
