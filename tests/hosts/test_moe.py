@@ -242,13 +242,13 @@ def test_a_copy_made_while_replaced_is_the_true_model(case):
 def test_experts_of_a_bridge_are_those_of_the_model_in_it(case, tmp_path):
     model, _ = case
     options = {"loss": False, "progress": False}
-    with attach(copy.deepcopy(model)) as lens:
+    with attach(copy.deepcopy(model), layers=0) as lens:
         expected = lens.report(HELD_OUT[:8], **options)
         lens.save(tmp_path / "lens")
         with lens.replaced():
             replaced = logits(lens.host.module)
     model = bridge(model)
-    with attach(model) as lens:
+    with attach(model, layers=0) as lens:
         assert lens.refused == {}
         report = lens.report(HELD_OUT[:8], **options)
     assert [(r.layer, r.n_tokens) for r in report] == [(r.layer, r.n_tokens) for r in expected]
