@@ -4,7 +4,8 @@
     python benchmarks/circuits.py --model model.gguf --prompts 20   # SmolLM2, 1 to 2 minutes each
 
 Prints, over prompts, how what was predicted correlates with what was measured: by the circuit's
-model ("circuit"), by the values of nodes ("values"), and by attribution patching ("gradient").
+model ("circuit"), by the values of nodes ("values"), by attribution patching ("gradient"), and by
+that with the circuit's terms of higher order ("corrected").
 """
 
 import argparse
@@ -20,7 +21,12 @@ from polylens import analysis, demo
 from polylens.analysis.circuits.ablation import Ablations
 from polylens.cli.loading import load_model
 
-BY = {"circuit": "predicted", "values": "linear", "gradient": "gradient"}
+BY = {
+    "circuit": "predicted",
+    "values": "linear",
+    "gradient": "gradient",
+    "corrected": "corrected",
+}
 EDGES = ("strong edges", "random edges", "weak edges")
 PROMPTS = (
     "The Eiffel Tower is in the city of Paris. The Colosseum is in the city of",
@@ -66,7 +72,11 @@ def told(ablations: Ablations) -> dict[str, float]:
     """Correlations, and shares of signs."""
     found = {by: ablations.correlation(of) for by, of in BY.items()}
     found |= {f"sign, {by}": ablations.agreement(of) for by, of in BY.items()}
-    return found | {"size": float(ablations.measured.abs().mean())}
+    errors = {
+        f"error, {by}": float((getattr(ablations, of) - ablations.measured).abs().mean())
+        for by, of in BY.items()
+    }
+    return found | errors | {"size": float(ablations.measured.abs().mean())}
 
 
 def checked(
@@ -104,6 +114,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--lens", help="file of a lens; made, and written there, if it is missing")
     parser.add_argument("--prompts", type=int, default=20)
+    parser.add_argument("--from", type=int, default=0, dest="first", help="number of a prompt")
     parser.add_argument("--mlps", type=int, default=64)
     parser.add_argument("--features", type=int, default=8)
     parser.add_argument("--count", type=int, default=50)
@@ -123,6 +134,8 @@ def main() -> None:
         prompts = [texts[1][3000 + 200 * i : 3032 + 200 * i] for i in range(args.prompts)]
     rows = []
     for i, prompt in enumerate(prompts[: args.prompts]):
+        if i < args.first:
+            continue
         ids = torch.tensor(tokenizer(prompt)["input_ids"])
         start = time.perf_counter()
         circuit = analysis.circuit(lens, ids, mlps=args.mlps, features=args.features)

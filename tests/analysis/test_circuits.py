@@ -1,6 +1,7 @@
 """Circuits: what flows into a node flows out of it, and the target is the model's own."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -436,6 +437,26 @@ def test_a_small_change_is_predicted_to_first_order():
             assert found.correlation() == pytest.approx(1)
             assert found.agreement() == 1
             assert found.correlation("gradient") < 1 - 1e-6
+            # its first order is the true one, then, but for the third in the small step
+            error, first = (
+                (each - found.measured).abs().max() for each in (found.corrected, found.gradient)
+            )
+            assert error < 1e-2 * first
+
+
+def test_the_corrected_prediction_has_the_gradient_for_small_changes(traced):
+    """What is nearly nothing is to first order alone: then it is the gradient."""
+    _, circuit = traced
+    nodes = circuit.top(6, "feature")
+    shrunk = circuit.writes.clone()
+    own = [circuit.number(node) for node in nodes]
+    shrunk[own] *= 1e-2
+    found = replace(circuit, writes=shrunk).ablate(nodes)
+    own, others = ((found.gradient - p).abs().max() for p in (found.corrected, found.predicted))
+    assert own < 2e-2 * found.gradient.abs().max()
+    assert own < 0.7 * others
+    with pytest.raises(InvalidInputError, match="of must be one of predicted, linear, gradient"):
+        found.correlation("x")
 
 
 def test_an_edge_taken_out_is_a_path_patched_in_the_true_model(traced):

@@ -35,11 +35,14 @@ class Read(Brief):
 
 # What is taken out together: off what is written, or off what is read.
 Group = Sequence[Written | Read]
+PREDICTIONS = ("predicted", "linear", "gradient", "corrected")
+# So much of what is taken out tells what a change is to first order; less drowns in float32.
+SMALL = 1 / 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Ablations(Tabled):
-    """How much the target changes when nodes or edges are taken out, by three predictions and in
+    """How much the target changes when nodes or edges are taken out, by four predictions and in
     truth.
 
     Attributes:
@@ -48,6 +51,8 @@ class Ablations(Tabled):
             were; norms divide by what they would then.
         linear: [n] less the values of the nodes, or the edges.
         gradient: [n] by attribution patching: the true model's gradient times what is taken out.
+        corrected: [n] the gradient, and of the circuit's model the terms of higher order:
+            gradient + predicted - what of predicted is linear in what is taken out.
         measured: [n] of the true model, its attention and norms as they are then.
     """
 
@@ -55,19 +60,23 @@ class Ablations(Tabled):
     predicted: Tensor
     linear: Tensor
     gradient: Tensor
+    corrected: Tensor
     measured: Tensor
 
     def correlation(self, of: str = "predicted") -> float:
-        """Pearson's, of "predicted", "linear" or "gradient" with what was measured."""
-        if of not in ("predicted", "linear", "gradient"):
-            raise InvalidInputError(f"of must be 'predicted', 'linear' or 'gradient', got {of!r}")
+        """Pearson's of a prediction, by its name, with what was measured."""
         if len(self.names) < 2:
             raise InvalidInputError("a correlation needs two ablations or more")
-        return float(torch.corrcoef(torch.stack([getattr(self, of), self.measured]))[0, 1])
+        return float(torch.corrcoef(torch.stack([self._of(of), self.measured]))[0, 1])
 
     def agreement(self, of: str = "predicted") -> float:
         """Share of ablations whose sign is that of what was measured."""
-        return float((getattr(self, of).sign() == self.measured.sign()).double().mean())
+        return float((self._of(of).sign() == self.measured.sign()).double().mean())
+
+    def _of(self, name: str) -> Tensor:
+        if name not in PREDICTIONS:
+            raise InvalidInputError(f"of must be one of {', '.join(PREDICTIONS)}; got {name!r}")
+        return getattr(self, name)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -119,6 +128,15 @@ def predicted(replacement: Replacement, groups: Sequence[Group]) -> Tensor:
     read = read - frozen.W_U[:, against[0]].double() if against else read
     now = biased(following(frozen.final, top, x), x)
     return (now - biased(frozen.final, top))[:, target.position] @ read
+
+
+def to_first_order(replacement: Replacement, groups: Sequence[Group]) -> Tensor:
+    """[groups]: the terms of `predicted` that are linear in what is taken out."""
+    more, less = (
+        [[replace(part, vector=by * part.vector) for part in group] for group in groups]
+        for by in (SMALL, -SMALL)
+    )
+    return (predicted(replacement, more) - predicted(replacement, less)) / (2 * SMALL)
 
 
 def _changed(layer: Layer, read: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from polylens.analysis.circuits.ablation import (
     gradients,
     measured,
     predicted,
+    to_first_order,
 )
 from polylens.analysis.circuits.documents import attribution_graph, page
 from polylens.analysis.circuits.influence import SMALLEST, Scores, completeness, influence, keep
@@ -336,9 +337,9 @@ class Circuit(Brief):
     ) -> Ablations:
         """How the target changes when nodes, or groups of them, are taken out.
 
-        Predicted by the circuit's model and by attribution patching, and measured in the true
-        model: what a node writes is taken off the output of its MLP at its position, and all that
-        follows, attention and norms included, is as it is then.
+        Predicted by the circuit's model, by attribution patching and by both together; measured in
+        the true model: what a node writes is taken off the output of its MLP at its position, and
+        all that follows, attention and norms included, is as it is then.
 
         Raises:
             InvalidInputError: no nodes, no such node, a token or the target, a layer that the lens
@@ -413,10 +414,11 @@ class Circuit(Brief):
         some = [groups[i : i + batch_size] for i in range(0, len(groups), batch_size)]
         with torch.no_grad():
             said = torch.cat([predicted(self.replacement, each) for each in some]).cpu()
+            first = torch.cat([to_first_order(self.replacement, each) for each in some]).cpu()
             true = measured(self.lens, self.replacement, groups, batch_size)
         slopes = gradients(self.lens, self.replacement, groups)
         linear = torch.tensor(values, dtype=torch.float64)
-        return Ablations(tuple(names), said, linear, slopes, true)
+        return Ablations(tuple(names), said, linear, slopes, slopes + said - first, true)
 
     def _part(self, i: int, x: Tensor) -> Tensor:
         """[d_in]: what a feature or rest reads of what its MLP reads."""
