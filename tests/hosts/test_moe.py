@@ -122,6 +122,16 @@ def attach(model, tokens=MANY, **options):
     return polylens.attach(model, tokens, degree=3, progress=False, **options)
 
 
+def test_a_stack_that_is_refused_beside_a_shared_expert_is_named():
+    changes = {**MOE, "head_dim": 8, "num_local_experts": 4, "interleave_moe_layer_step": 1}
+    lens = attach(from_config("Llama4TextConfig", "Llama4ForCausalLM", changes))
+    assert lens.layers == (0, 1)
+    for layer, reason in lens.refused.items():
+        assert f"layer {layer}: model.layers.{layer}.feed_forward.experts (" in reason
+    assert list(lens.refused) == [0, 1]
+    assert str(lens.report(HELD_OUT, progress=False)).count("feed_forward.experts") == 2
+
+
 def test_a_lens_calibrates_each_expert_on_the_tokens_it_sees(case):
     model, layers = case
     reference, before = logits(model), set(model.modules())

@@ -282,3 +282,36 @@ def test_the_tokenizer_is_that_which_lies_beside_the_model(tmp_path):
     assert host.tokenizer.decode([7]) == "w7"
     host.model.tokenizer = "mine"
     assert host.tokenizer == "mine"
+
+
+class InPlace(nn.Module):
+    """A residual stream that every MLP is added to in place, or that is added to its output."""
+
+    def __init__(self, into_output):
+        super().__init__()
+        self.into_output = into_output
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = x.clone()
+        for layer in self.layers:
+            out = layer(x)
+            x = out.add_(x) if self.into_output else x.add_(out)
+        return x
+
+
+@pytest.mark.parametrize("into_output", [True, False])
+def test_what_is_kept_of_a_pass_is_not_what_the_model_writes_to(into_output):
+    torch.manual_seed(0)
+    model, x = InPlace(into_output).eval(), torch.randn(200, 8)
+    with polylens.attach(model, x, degree=2, progress=False) as lens, torch.no_grad():
+        ways = (lens.suspended(), 2), (lens.replaced(), 2), (lens.replaced(degree=0), 0)
+        for context, degree in ways:
+            with context:
+                _, cache = lens.run_with_cache(x, layers=0)
+            torch.testing.assert_close(cache["in", 0], x)
+            torch.testing.assert_close(cache["out", 0], lens[0].truncate(degree)(x))
+            true = cache["out", 0] + cache["error", 0]
+            torch.testing.assert_close(true, model.layers[0](x))

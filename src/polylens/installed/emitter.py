@@ -71,7 +71,8 @@ class SiteEmitter:
             return y
         degree = self.polynomial.degree if replacing is None else replacing
         self.refresh()
-        x = tap("in", x) if "in" in wanted else x
+        # copies: models may write to x and to what flows on, after somebody kept it
+        x = tap("in", x.clone()) if "in" in wanted else x
         if any(name.startswith("degree_") for name in wanted):
             out = self._sum_of_parts(x, degree, tap)
         else:
@@ -79,7 +80,9 @@ class SiteEmitter:
         out = tap("out", out) if "out" in wanted else out
         if "error" in wanted:
             tap("error", y - out)
-        return y if replacing is None else out
+        if replacing is None:
+            return y
+        return out.clone() if "out" in wanted else out
 
     def takes(self, value: Tensor) -> bool:
         """Whether `neurons` can be computed of preactivations like this one."""

@@ -214,5 +214,5 @@ def _columns(
 
 
 def _constant(mean: Tensor) -> Function:
-    """This in place of an MLP's output."""
-    return lambda arrival: mean.to(arrival.y).expand_as(arrival.y)
+    """This in place of an MLP's output, as a tensor of its own: a model may add to it in place."""
+    return lambda arrival: mean.to(arrival.y).expand_as(arrival.y).clone()

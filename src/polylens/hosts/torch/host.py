@@ -151,7 +151,7 @@ class TorchHost(Host):
         if isinstance(self._examples, dict) and isinstance(self._examples.get(TOKENS), Tensor):
             self._counts_from_zero(self._examples[TOKENS])  # not within somebody's hooks
         sites = sorted([*map(_site, blocks), *experts], key=in_order)
-        return sites, _still_refused(refused, experts, problems)
+        return sites, _still_refused(refused, experts, problems) | _beside(blocks, problems)
 
     def offer(self, inputs: Any) -> None:
         if isinstance(inputs, Mapping):
@@ -602,6 +602,13 @@ def _still_refused(
             better = (p for path, p in problems.items() if f"{path} (" in reason)
             still[layer] = next((f"layer {layer}: {p}" for p in better), reason)
     return still
+
+
+def _beside(blocks: list[Block], problems: dict[str, str]) -> dict[Layer, str]:
+    """Why stacks of experts cannot be read whose shared experts are layers."""
+    shared = {block.path.rpartition(".")[0]: block.layer for block in blocks}
+    found = {path: shared.get(path.rpartition(".")[0]) for path in problems}
+    return {n: f"layer {n}: {problems[path]}" for path, n in found.items() if n is not None}
 
 
 def _site(block: Block) -> MLPSite:
