@@ -153,7 +153,8 @@ assert polylens.attached(model) is None
 def run(tmp_path, code, timeout=300, size=2):
     """What each of two processes printed, and their exit codes."""
     file = tmp_path / "script.py"
-    file.write_text(BEGIN.format(timeout=timeout) + textwrap.dedent(code))
+    end = "\ntorch.distributed.destroy_process_group()\n"
+    file.write_text(BEGIN.format(timeout=timeout) + textwrap.dedent(code) + end)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     processes = [

@@ -1,8 +1,9 @@
 """Processes of torch.distributed that do one thing together: `Ranks`."""
 
+import atexit
 import os
 from collections.abc import Generator, Iterable, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar, cast
@@ -54,6 +55,7 @@ class Ranks:
 
         torch.distributed.init_process_group()   # in a script under torchrun
         lens = polylens.attach(model, own_tokens, ranks=polylens.Ranks())
+        torch.distributed.destroy_process_group()  # when all is done
 
     Every process has the whole model and tokens of its own, and gets the same lens, to the bit:
     that of one process with the tokens of rank 0, rank 1, ... one after the other. Sums
@@ -88,8 +90,9 @@ class Ranks:
                 "leave out ranks="
             )
         # its own, for its timeout and for tensors on the CPU
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=given))
+        group = [dist.new_group(backend="gloo", timeout=timedelta(seconds=given))]
         object.__setattr__(self, "_group", group)
+        atexit.register(_end, group)
 
     @property
     def rank(self) -> int:
@@ -108,6 +111,7 @@ class Ranks:
             return None
         if not dist.is_initialized():
             dist.init_process_group("gloo")
+            atexit.register(dist.destroy_process_group)
         return cls()
 
     @contextmanager
@@ -194,7 +198,16 @@ class Ranks:
             ) from error
 
     def _own_group(self) -> Any:
-        return getattr(self, "_group")  # noqa: B009
+        return getattr(self, "_group")[0]  # noqa: B009
+
+
+def _end(group: list[Any]) -> None:
+    """Join a group's threads: one that lets go of its last tensor while the interpreter ends aborts
+    the process."""
+    own = group.pop()
+    if dist.is_initialized():
+        with suppress(ValueError):  # of a world that was initialised anew
+            dist.destroy_process_group(own)
 
 
 def together(ranks: Any) -> AbstractContextManager[None]:
