@@ -51,6 +51,14 @@ def _norm_behind(model):
 FEW = ("bridge-gpt2", "bridge-llama", "bridge-gemma2", "bridge-bert")
 
 
+def cache_of_an_unchanged_run(model):
+    reference = logits(model)
+    with torch.no_grad():
+        out, cache = model.run_with_cache(TOKENS)
+    assert torch.equal(out, reference)
+    return cache
+
+
 class TestHost(HostContract):
     @pytest.fixture(
         scope="class",
@@ -90,10 +98,7 @@ class TestHost(HostContract):
 
     def test_the_points_are_in_the_cache_of_an_unchanged_run(self, attached):
         model, lens = attached
-        reference = logits(model)
-        with torch.no_grad():
-            out, cache = model.run_with_cache(TOKENS)
-        assert torch.equal(out, reference)
+        cache = cache_of_an_unchanged_run(model)
         for layer in lens:
             x = cache["poly_in", layer, "mlp"]
             for name in POINTS:
@@ -171,10 +176,7 @@ class TestMixture(TestHost):
 
     def test_the_points_are_in_the_cache_of_an_unchanged_run(self, attached):
         model, lens = attached
-        reference = logits(model)
-        with torch.no_grad():
-            out, cache = model.run_with_cache(TOKENS)
-        assert torch.equal(out, reference)
+        cache = cache_of_an_unchanged_run(model)
         for layer in lens:
             x, value = (cache[self.point(lens, layer, name).name] for name in ("in", "out"))
             assert_close(value, lens[layer](x))

@@ -19,7 +19,7 @@ from polylens.inputs.gaussian import Gaussian
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
 from polylens.polynomials.explained_variance import Coefficients, energy_under
 from polylens.polynomials.factored import Polynomial
-from polylens.report.rendering import Tabled, as_frame
+from polylens.report.rendering import Tabled, as_frame, empty_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -104,10 +104,8 @@ class Comparison(Tabled):
         return len(self.rows)
 
     def __rich__(self) -> "Table":
-        from rich import box
-        from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+        table = empty_table()
         table.collapse_padding = True
         table.title = f"{self.first} → {self.second}: E|f − g|² / Var f"
         degrees = range(max((len(row.by_degree) for row in self.rows), default=0))

@@ -29,7 +29,7 @@ from polylens.checks import Layer, check_at_least, label, real_numbers, to_json
 from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Observer
 from polylens.hosts.batch import Batch, Inputs
-from polylens.report.rendering import Tabled
+from polylens.report.rendering import Tabled, empty_table
 from polylens.report.worst import Decode, decoder
 
 if TYPE_CHECKING:
@@ -118,11 +118,9 @@ class LayerFeatures(Tabled):
         return self.rows[i]
 
     def __rich__(self) -> "Table":
-        from rich import box
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+        table = empty_table()
         table.title = f"layer {label(self.layer)} {self.about}; activations less their mean"
         with_examples = any(row.highest for row in self.rows)
         with_tokens = any(row.high for row in self.rows)

@@ -14,7 +14,7 @@ from polylens.analysis.players import taylor_interactions
 from polylens.analysis.readout import behind_norm
 from polylens.errors import InvalidInputError
 from polylens.normal_forms.weights import GLUWeights, MLPWeights
-from polylens.report.rendering import Tabled, as_frame
+from polylens.report.rendering import Tabled, as_frame, empty_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,11 +77,9 @@ class Interactions(Tabled):
 
     def table(self, k: int = 12) -> "Table":
         """The k largest terms, and what the others sum to."""
-        from rich import box
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+        table = empty_table()
         table.title = Text(self.title or f"output along u, of a {self.about}")
         table.add_column("writers")
         table.add_column("adds", justify="right")

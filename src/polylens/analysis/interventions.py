@@ -19,7 +19,7 @@ from polylens.errors import InvalidInputError, UnsupportedModel
 from polylens.hosts.base import Arrival, Function
 from polylens.hosts.batch import Batch, Inputs
 from polylens.report.columns import MISSING
-from polylens.report.rendering import Tabled, as_frame
+from polylens.report.rendering import Tabled, as_frame, empty_table
 from polylens.report.scores import Cost, lead_of, of_each_input, predictions, score, scored
 
 if TYPE_CHECKING:
@@ -114,11 +114,9 @@ class Effects(Tabled):
         return len(self.rows)
 
     def __rich__(self) -> "Table":
-        from rich import box
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+        table = empty_table()
         loss = "" if self.base_ce is None else f", {self.base_ce:.3f} nats each without an edit"
         what = "inputs" if self.base_ce is None else "tokens"
         table.title = (

@@ -184,7 +184,7 @@ def _stacked(columns: Sequence[Shown], width: int, gap: int) -> list[list[Shown]
 
 
 def _table(columns: Sequence[Shown], total: bool, gap: int) -> "Table":
-    table = _empty_table(gap)
+    table = _sheet_table(gap)
     for column in columns:
         table.add_column(_stacked_title(column), justify="right", no_wrap=True)
     rows = list(zip(*(column.cells for column in columns), strict=True))
@@ -200,12 +200,18 @@ def _stacked_title(column: Shown) -> str:
     return column.title.replace(" ", "\n", 1)
 
 
-def _empty_table(gap: int = GAP) -> "Table":
+def empty_table(padding: tuple[int, int] | tuple[int, int, int, int] = (0, 1)) -> "Table":
+    """How every table looks, without columns yet; its title stands on the left."""
     from rich import box
     from rich.table import Table
 
-    padding = (0, 0, 0, gap - 1)  # the box itself has one blank between columns
-    return Table(box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False)
+    return Table(
+        box=box.SIMPLE_HEAD, padding=padding, pad_edge=False, show_edge=False, title_justify="left"
+    )
+
+
+def _sheet_table(gap: int = GAP) -> "Table":
+    return empty_table((0, 0, 0, gap - 1))  # the box itself has one blank between columns
 
 
 def _html_row(columns: Sequence[Shown], i: int, total: bool) -> str:
@@ -243,7 +249,7 @@ _WORST: dict[str, Callable[[WorstToken], str]] = {
 def _worst_table(worst: Sequence[WorstToken], width: int) -> "Table":
     from rich.text import Text
 
-    table = _empty_table()
+    table = _sheet_table()
     columns = [Shown(title, [cell(token) for token in worst]) for title, cell in _WORST.items()]
     while sum(c.width + GAP for c in columns) + CONTEXT_LEAST > width and len(columns) > NEEDED:
         columns.pop()  # why, before what

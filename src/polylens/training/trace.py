@@ -14,7 +14,7 @@ from polylens.brief import Brief
 from polylens.checks import Layer, from_json
 from polylens.errors import InvalidInputError
 from polylens.fitting.fit import Inputs
-from polylens.report.rendering import Tabled, as_frame
+from polylens.report.rendering import Tabled, as_frame, empty_table
 from polylens.training.figure import training_figure
 from polylens.training.rows import TraceRow as TraceRow
 from polylens.training.rows import record
@@ -125,12 +125,10 @@ class Trace(Tabled):
 
     def __rich__(self) -> "Table":
         """A line per step and input model; R2 is the median over layers."""
-        from rich import box
-        from rich.table import Table
 
         rows = self.measured
         degree = max((row.degree for row in rows), default=0)
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+        table = empty_table()
         for title in ("step", "inputs", "loss", *(f"R² deg {k}" for k in range(1, degree + 1))):
             table.add_column(title, justify="left" if title == "inputs" else "right")
         for step in sorted({row.step for row in self.rows}):

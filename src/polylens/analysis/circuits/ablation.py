@@ -14,7 +14,7 @@ from polylens.brief import Brief
 from polylens.errors import InvalidInputError
 from polylens.hosts.base import Arrival, Function
 from polylens.hosts.frozen import biased, following
-from polylens.report.rendering import Tabled
+from polylens.report.rendering import Tabled, empty_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,11 +82,9 @@ class Ablations(Tabled):
         return len(self.names)
 
     def __rich__(self) -> "Table":
-        from rich import box
-        from rich.table import Table
         from rich.text import Text
 
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, title_justify="left")
+        table = empty_table()
         table.title = "change of the target, in its units"
         kinds = ("measured", "predicted", "linear", "gradient")
         for title in ("without", *kinds):
@@ -214,6 +212,12 @@ def target_of(lens: Any, replacement: Replacement, copies: int) -> Tensor:
     return logits[:, first] - logits[:, against[0]] if against else logits[:, first]
 
 
+def reading(weights: Any, arrival: Arrival, now: Tensor) -> Tensor:
+    """What an MLP of these weights writes where it reads `now` in place of what arrived."""
+    x = arrival.x.to(weights.dtype)
+    return arrival.y + (weights(now.to(x.dtype)) - weights(x)).to(arrival.y)
+
+
 def _edits(lens: Any, groups: Sequence[Group]) -> dict[int, Function]:
     layers = {part.layer for group in groups for part in group}
     read = {part.layer for group in groups for part in group if isinstance(part, Read)}
@@ -222,10 +226,9 @@ def _edits(lens: Any, groups: Sequence[Group]) -> dict[int, Function]:
         y = arrival.y.clone()
         if n in read:
             weights = lens[n].weights
-            x = arrival.x.to(weights.dtype)
-            now = x.clone()
+            now = arrival.x.to(weights.dtype, copy=True)
             _take_out(now, groups, n, Read)
-            y += (weights(now) - weights(x)).to(y)
+            y = reading(weights, arrival, now)
         _take_out(y, groups, n, Written)
         return y
 

@@ -19,6 +19,7 @@ from polylens.analysis.circuits.ablation import (
     gradients,
     measured,
     predicted,
+    reading,
     to_first_order,
 )
 from polylens.analysis.circuits.documents import attribution_graph, page
@@ -645,8 +646,7 @@ def _square(form: QuadraticForm, parts: Tensor, v: Tensor) -> Tensor:
 
 def _scaled(weights: Any, several: list[tuple[Tensor, float]], arrival: Arrival) -> Tensor:
     """What the layer writes for its input with the parts along directions v scaled."""
-    x = arrival.x.to(weights.dtype)
-    now = x.double()
+    now = arrival.x.to(weights.dtype).double()
     for v, scale in several:
         now = now + (scale - 1) * (now @ v)[..., None] * v
-    return arrival.y + (weights(now.to(x.dtype)) - weights(x)).to(arrival.y)
+    return reading(weights, arrival, now)
